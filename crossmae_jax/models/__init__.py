@@ -1,0 +1,1 @@
+"""Models: pure Flax Linen modules. They are handed token ids and never sample."""

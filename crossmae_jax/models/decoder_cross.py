@@ -1,0 +1,66 @@
+"""CrossMAE's decoder: mask queries read from the encoder, not from each other.
+
+A query is the mask token plus the position of the patch to predict. Each block lets
+the queries cross-attend to its context (CrossMAE, arXiv 2401.14391, sections 3.2-3.4).
+No query sees another, so any subset of patches can be decoded with the same result for
+each: a part of them in training, all of them at test time.
+
+The class token is part of the context; contexts carry no decoder position.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from crossmae_jax import masking
+from crossmae_jax.models import layers, posemb
+
+
+class CrossDecoder(nn.Module):
+    """Decodes `ids.pred` from one context per block, or from one shared by all.
+
+    Attributes:
+      out_dim: values in a patch vector.
+      self_attention: the queries also attend to each other (the paper's ablation); a
+        prediction then depends on which others are made.
+    """
+
+    dim: int
+    depth: int
+    num_heads: int
+    out_dim: int
+    grid: tuple[int, int]
+    mlp_ratio: float = 4.0
+    self_attention: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.decoder_pos_embed = self.variable(
+            "constants", "decoder_pos_embed",
+            lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
+        )
+        self.decoder_blocks = [
+            layers.CrossBlock(
+                self.num_heads, self.mlp_ratio, self.self_attention, self.dtype
+            )
+            for _ in range(self.depth)
+        ]
+        self.decoder_norm = layers.layer_norm(self.dtype)
+        self.decoder_pred = layers.dense(self.out_dim, self.dtype)
+
+    def __call__(
+        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
+    ) -> Float[Array, "b q t"]:
+        if len(context) == 1:
+            context = context * self.depth
+        x = self.queries(ids.pred)
+        for block, seen in zip(self.decoder_blocks, context, strict=True):
+            x = block(x, seen)
+        return self.decoder_pred(self.decoder_norm(x))
+
+    def queries(self, ids_pred: Int[Array, "b q"]) -> Float[Array, "b q d"]:
+        """Returns mask token plus position of each patch to predict."""
+        position = jnp.take(self.decoder_pos_embed.value[1:], ids_pred, axis=0)
+        return (self.mask_token + position).astype(self.dtype)

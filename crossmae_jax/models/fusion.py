@@ -1,0 +1,82 @@
+"""What each decoder block attends to, made of the encoder's feature maps.
+
+Inter-block attention (CrossMAE, arXiv 2401.14391, section 3.4): with feature maps f_j,
+decoder block i attends to
+
+    context_i = LayerNorm_i( sum_j  W[j, i] f_j )
+
+W is one learned matrix, shared by all tokens and channels, without softmax or bias.
+The paper draws W with standard deviation 1/sqrt(maps); its released code then
+re-initialises every linear layer, so that W is in effect Xavier-uniform, and so it is
+here. The norm follows the mixture; the encoder has no norm of its own.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from crossmae_jax.models import layers
+
+
+def resolve_maps(
+    blocks: tuple[int, ...] | None, *, depth: int, include_input: bool
+) -> tuple[int, ...]:
+    """Returns positions in `Encoded.feature_maps` (0 is the encoder input, 1 block 0, ...).
+
+    Args:
+      blocks: block numbers, in any order, negative ones counted from the end; None
+        takes all. The maps are always used in ascending order.
+
+    Raises:
+      ValueError: if a block does not exist or is named twice.
+    """
+    if blocks is None:
+        blocks = tuple(range(depth))
+    resolved = sorted(block + depth if block < 0 else block for block in blocks)
+    if not resolved or resolved[0] < 0 or resolved[-1] >= depth:
+        raise ValueError(
+            f"fusion_maps={tuple(blocks)} must name blocks of an encoder of depth "
+            f"{depth}: {-depth} to {depth - 1}; leave it unset for all of them."
+        )
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(
+            f"fusion_maps={tuple(blocks)} names a block twice (blocks {resolved}); "
+            "name each once."
+        )
+    return (0,) * include_input + tuple(block + 1 for block in resolved)
+
+
+class InterBlockAttention(nn.Module):
+    """Mixes the chosen feature maps, once for each decoder block.
+
+    Attributes:
+      maps: positions in the encoder's feature maps, from `resolve_maps`.
+      decoder_depth: number of mixtures.
+    """
+
+    maps: tuple[int, ...]
+    decoder_depth: int
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        self.kernel = self.param(
+            "kernel", nn.initializers.xavier_uniform(),
+            (len(self.maps), self.decoder_depth),
+        )
+        self.dec_norms = [
+            layers.layer_norm(self.dtype) for _ in range(self.decoder_depth)
+        ]
+
+    def __call__(
+        self, feature_maps: tuple[Float[Array, "b k d"], ...]
+    ) -> tuple[Float[Array, "b k d"], ...]:
+        mixtures = self.mix(feature_maps)
+        return tuple(norm(x) for norm, x in zip(self.dec_norms, mixtures, strict=True))
+
+    def mix(
+        self, feature_maps: tuple[Float[Array, "b k d"], ...]
+    ) -> Float[Array, "i b k d"]:
+        """Returns the mixtures before their norms, decoder block first."""
+        chosen = jnp.stack([feature_maps[j] for j in self.maps])
+        return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))

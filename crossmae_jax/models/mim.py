@@ -1,0 +1,108 @@
+"""The masked image model: encoder, fusion, decoder.
+
+    visible patches -> encoder -> fusion -> decoder -> a vector for every patch asked for
+
+MAE is fusion "last" with decoder "mae"; CrossMAE is fusion "inter_block" with decoder
+"cross"; "last" with "cross" is CrossMAE's ablation with the encoder's last map only.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from crossmae_jax import masking, patches
+from crossmae_jax.models import fusion, vit
+from crossmae_jax.models.decoder_cross import CrossDecoder
+from crossmae_jax.models.decoder_mae import MAEDecoder
+
+DECODERS = {"cross": CrossDecoder, "mae": MAEDecoder}
+FUSIONS = ("inter_block", "last")
+
+
+class MaskedImageModel(nn.Module):
+    """Predicts patches from the visible ones.
+
+    Attributes:
+      fusion: None hands the decoder the encoder's normed tokens as its only context.
+    """
+
+    encoder: vit.ViT
+    fusion: fusion.InterBlockAttention | None
+    decoder: CrossDecoder | MAEDecoder
+
+    def __call__(
+        self, images: Float[Array, "b height width c"], ids: masking.TokenIds
+    ) -> Float[Array, "b q t"]:
+        encoded = self.encoder(images, ids.keep)
+        if self.fusion is None:
+            context = (encoded.tokens,)
+        else:
+            context = self.fusion(encoded.feature_maps)
+        return self.decoder(context, ids)
+
+    def encode(
+        self,
+        images: Float[Array, "b height width c"],
+        ids_keep: Int[Array, "b v"] | None = None,
+    ) -> vit.Encoded:
+        """Encodes all patches, or those in `ids_keep`."""
+        return self.encoder(images, ids_keep)
+
+
+def _choice(kind: str, name: str, known) -> None:
+    if name not in known:
+        raise ValueError(f"Unknown {kind} {name!r}. Known: {', '.join(sorted(known))}.")
+
+
+def build(config: ConfigDict) -> MaskedImageModel:
+    """Makes the model that `config.model` and `config.data` describe.
+
+    Raises:
+      ValueError: for an unknown choice, or choices that do not fit each other.
+    """
+    model, image_size = config.model, tuple(config.data.image_size)
+    _choice("fusion", model.fusion, FUSIONS)
+    _choice("decoder", model.decoder, DECODERS)
+    _choice("dtype", model.dtype, ("bfloat16", "float32"))
+    if model.decoder == "mae" and model.fusion != "last":
+        raise ValueError(
+            f"decoder='mae' takes the encoder's last map only, but fusion="
+            f"{model.fusion!r}; set config.model.fusion='last' or decoder='cross'."
+        )
+    if model.decoder == "mae" and model.decoder_self_attention:
+        raise ValueError(
+            "decoder_self_attention=True is an option of decoder='cross'; the MAE "
+            "decoder always has self-attention. Set it to False."
+        )
+    if model.decoder_dim % model.decoder_heads:
+        raise ValueError(
+            f"decoder_dim={model.decoder_dim} does not divide into "
+            f"decoder_heads={model.decoder_heads}."
+        )
+    size, patch_size = vit.parse_size(model.size)
+    dtype, mlp_ratio = jnp.dtype(model.dtype), model.mlp_ratio
+    mixes = model.fusion == "inter_block"
+    extra = {} if model.decoder == "mae" else {
+        "self_attention": model.decoder_self_attention
+    }
+    return MaskedImageModel(
+        encoder=vit.ViT(
+            size=size, patch_size=patch_size, image_size=image_size,
+            channels=config.data.channels, mlp_ratio=mlp_ratio,
+            final_norm=not mixes, dtype=dtype,
+        ),
+        fusion=fusion.InterBlockAttention(
+            maps=fusion.resolve_maps(
+                model.fusion_maps, depth=size.depth, include_input=model.fusion_input
+            ),
+            decoder_depth=model.decoder_depth, dtype=dtype,
+        ) if mixes else None,
+        decoder=DECODERS[model.decoder](
+            dim=model.decoder_dim, depth=model.decoder_depth,
+            num_heads=model.decoder_heads,
+            out_dim=patch_size**2 * config.data.channels,
+            grid=patches.grid_size(image_size, patch_size),
+            mlp_ratio=mlp_ratio, dtype=dtype, **extra,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Kernels: one function per operation, whatever the hardware."""

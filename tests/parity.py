@@ -1,0 +1,103 @@
+"""Compares our modules with numbers of the PyTorch references, file by file.
+
+    python -m tests.parity FILE...
+
+prints a line per file: its name, the worst absolute error of an output, the worst error
+of a gradient as a share of the largest entry of its tensor, and pass, FAIL or
+unsupported. What a file holds is read from its content, sizes from its own `config`.
+The exit status is 0 only if every file passes: 1 if one fails, 2 if none fails but some
+are of a kind not covered here. `--verbose` lists every comparison.
+
+Tolerances (float32; tests never loosen them): outputs 3e-5 absolute, losses 2e-6
+relative, gradients 5e-5 of the largest entry of the tensor plus 2e-6, masks, counts and
+indices exact. After five AdamW updates the float32 references themselves are 6e-5 from
+float64, so trajectories of parameters are held to that.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from tests import parity_files, parity_models
+from tests.parity_report import Report
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _kind(data) -> str:
+    """Names the kind of an `.npz` file by the arrays it holds."""
+    config = json.loads(str(data["config"])) if "config" in data else {}
+    reference = config.get("class", "")
+    ours = reference.startswith(("models_mae.", "models_cross."))
+    if "patches/0" in data:
+        return "pixels"
+    if any(name.startswith("sincos_mae/") for name in data):
+        return "posembed"
+    if ours and "losses" in data:
+        return "trajectory"
+    if ours and "checkpoint" in config:
+        return "checkpoint"
+    if ours and "loss" in data:
+        return "model"
+    return ""
+
+
+NPZ_CHECKS = {
+    "pixels": parity_files.check_pixels,
+    "posembed": parity_files.check_posembed,
+    "trajectory": parity_models.check_trajectory,
+    "checkpoint": parity_models.check_checkpoint,
+    "model": parity_models.check_model,
+}
+
+
+def check(path: Path) -> Report:
+    """Runs every comparison that a fixture file allows.
+
+    Raises:
+      FileNotFoundError: if the file does not exist.
+    """
+    report = Report(path.name)
+    if path.suffix == ".json":
+        data = json.loads(path.read_text())
+        if isinstance(data, list) and data and "len_keep" in data[0]:
+            parity_files.check_masking_counts(data, report)
+        elif isinstance(data, dict) and "lr_sched" in data:
+            parity_files.check_schedules(data, report)
+    elif path.suffix == ".npz":
+        kind = _kind(data := parity_files.load_npz(path))
+        if kind:
+            NPZ_CHECKS[kind](path, data, report)
+    elif path.suffix == ".pth":
+        expected = path.with_name(f"{path.stem}_expected.npz")
+        if expected.exists():
+            data = parity_files.load_npz(expected)
+            if _kind(data) == "checkpoint":
+                parity_models.check_checkpoint(expected, data, report)
+    elif not path.exists():
+        raise FileNotFoundError(path)
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Checks the files named on the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--verbose", action="store_true", help="list every comparison")
+    arguments = parser.parse_args(argv)
+    statuses = set()
+    for path in arguments.files:
+        report = check(path)
+        print(report.row(), flush=True)
+        statuses.add(report.status)
+        for line in report.lines:
+            if arguments.verbose or line.startswith("FAIL"):
+                print(f"    {line}")
+    return 1 if "FAIL" in statuses else 2 if "unsupported" in statuses else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

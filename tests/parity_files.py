@@ -1,0 +1,115 @@
+"""Parity of what needs no model: pixels, position tables, counts, schedules."""
+
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from crossmae_jax import masking, optim, patches, targets
+from crossmae_jax.models import posemb
+from tests.parity_report import Report
+
+Data = dict[str, np.ndarray]
+
+
+def load_npz(path: Path) -> Data:
+    """Reads every array of a file; pickled objects are refused."""
+    with np.load(path, allow_pickle=False) as data:
+        return {name: data[name] for name in data.files}
+
+
+def nhwc(images: np.ndarray) -> np.ndarray:
+    """Puts the channels of PyTorch images last."""
+    return images.transpose(0, 2, 3, 1)
+
+
+def check_pixels(_path: Path, data: Data, report: Report) -> None:
+    """Patch vectors both ways, statistics and standardised targets."""
+    for name in [name for name in data if name.startswith("imgs/")]:
+        key = name.removeprefix("imgs/")
+        images, expected = nhwc(data[name]), data[f"patches/{key}"]
+        channels = images.shape[-1]
+        patch_size = round((expected.shape[-1] / channels) ** 0.5)
+        grid = patches.grid_size(images.shape[1:3], patch_size)
+        values = patches.patchify(images, patch_size=patch_size)
+        report.exact(f"patches/{key}", values, expected)
+        back = patches.unpatchify(values, grid=grid, patch_size=patch_size)
+        report.exact(f"imgs/{key} put together again", back, images)
+        if f"norm_target/{key}" in data:
+            mean, std = targets.patch_statistics(np.asarray(values))
+            report.output(f"mean/{key}", mean, data[f"mean/{key}"])
+            root = np.sqrt(data[f"var/{key}"] + 1e-6)
+            report.output(f"std/{key}", std, root)
+            ours = targets.pixels(images, patch_size=patch_size, normalize=True)
+            # A patch of almost one value magnifies the rounding of its own mean:
+            # an ulp of the largest pixel, over the standard deviation.
+            noise = np.abs(images).max() * np.finfo(np.float32).eps / root.min()
+            report.output(
+                f"norm_target/{key}", ours, data[f"norm_target/{key}"],
+                allowed=max(3e-5, 2 * noise),
+            )
+
+
+def check_posembed(_path: Path, data: Data, report: Report) -> None:
+    """Sine-cosine tables, and their bicubic resizing."""
+    for name, expected in data.items():
+        if name.startswith("sincos_"):
+            grid = round((expected.shape[0] - 1) ** 0.5)
+            ours = posemb.sincos((grid, grid), expected.shape[1])
+            report.output(name, ours, expected)
+        elif name.startswith("interp_in/"):
+            resized = data[name.replace("_in", "_out")]
+            sides = [round((table.shape[1] - 1) ** 0.5) for table in (expected, resized)]
+            ours = posemb.resize(
+                expected[0], grid=(sides[0], sides[0]), new_grid=(sides[1], sides[1])
+            )
+            report.output(name, ours[None], resized)
+
+
+def check_masking_counts(rows: list[dict], report: Report) -> None:
+    """Numbers of visible and predicted patches."""
+    for row in rows:
+        counts = masking.token_counts(
+            row["L"], mask_ratio=row["mask_ratio"], pred_ratio=row["kept_mask_ratio"]
+        )
+        report.exact(
+            f"{row['L']} patches at {row['mask_ratio']}/{row['kept_mask_ratio']}",
+            counts, (row["len_keep"], row["n_predicted"]),
+        )
+
+
+def check_schedules(data: dict, report: Report) -> None:
+    """Peak rates, and the rate of every step.
+
+    Layer-wise rates and stochastic depth in the same file belong to fine-tuning.
+    """
+    for case in data["lr_rule"]:
+        kind = (
+            "none" if case["no_lr_scale"]
+            else "mask_over_pred" if case["inverse_lr"]
+            else "pred_over_mask"
+        )
+        batch = case["batch_size"] * case["accum_iter"] * case["world_size"]
+        config = ConfigDict(dict(
+            optim=dict(base_lr=case["blr"], lr_scale=kind),
+            data=dict(batch_size=batch),
+            masking=dict(
+                mask_ratio=case["mask_ratio"], pred_ratio=case["kept_mask_ratio"]
+            ),
+        ))
+        report.loss(f"peak rate {kind}", optim.peak_lr(config), case["lr"])
+    for case in data["lr_sched"]:
+        steps = np.arange(len(case["lr_per_data_step"]))
+        epoch, step = np.divmod(steps, case["steps_per_epoch"])
+        # The reference refreshes the rate at the first step of an accumulation group.
+        first = step - step % case["accum_iter"]
+        ours = optim.warmup_cosine(
+            np.float32(epoch + first / case["steps_per_epoch"]),
+            peak=case["lr"], min_lr=case["min_lr"],
+            warmup_epochs=case["warmup_epochs"], epochs=case["epochs"],
+        )
+        expected = np.asarray(case["lr_per_data_step"])
+        report.output(
+            f"rate over {case['epochs']} epochs", ours / case["lr"],
+            expected / case["lr"], allowed=1e-6,
+        )

@@ -1,0 +1,265 @@
+"""Parity of whole models: activations, losses, gradients, AdamW, checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax import traverse_util
+from ml_collections import ConfigDict, config_dict
+
+from crossmae_jax import convert, masking, optim, patches, torch_file
+from crossmae_jax.models import vit
+from crossmae_jax.objectives.pretrain import Pretrain
+from tests.parity_files import Data, nhwc
+from tests.parity_report import LOSS, TRAJECTORY, Report
+
+_MAE = "models_mae."
+
+
+def make_config(reference: dict[str, Any]) -> ConfigDict:
+    """Translates a fixture's `config` (constructor and forward arguments) to ours.
+
+    Raises:
+      ValueError: if the fixture asks for something that we do not have.
+    """
+    ctor, forward = reference["ctor"], reference["forward"]
+    is_mae = reference["class"].startswith(_MAE)
+    if reference["layernorm_eps"] != 1e-6:
+        raise ValueError(f"Layer norm epsilon {reference['layernorm_eps']}, not 1e-6.")
+    maps = ctor.get("use_fm", [-1])
+    mixes = not is_mae and ctor.get("weight_fm", False)
+    mask_ratio = forward.get("mask_ratio", 0.75)
+    pred_ratio = mask_ratio if is_mae else forward.get("kept_mask_ratio", mask_ratio)
+    size = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
+    channels = ctor.get("in_chans", 3)
+    return ConfigDict(dict(
+        model=dict(
+            size=f"{size}/{ctor['patch_size']}",
+            fusion="inter_block" if mixes else "last",
+            # The reference's [-1] stands for all blocks, not for the last one.
+            fusion_maps=None if list(maps) == [-1] else tuple(maps),
+            fusion_input=bool(ctor.get("use_input", False)),
+            decoder="mae" if is_mae else "cross",
+            decoder_dim=ctor["decoder_embed_dim"],
+            decoder_depth=ctor["decoder_depth"],
+            decoder_heads=ctor["decoder_num_heads"],
+            decoder_self_attention=bool(ctor.get("self_attn", False)),
+            mlp_ratio=ctor.get("mlp_ratio", 4.0), dtype="float32",
+        ),
+        masking=dict(mask_ratio=mask_ratio, pred_ratio=pred_ratio),
+        target=dict(normalize=bool(ctor.get("norm_pix_loss", False))),
+        optim=dict(
+            b1=0.9, b2=0.95, weight_decay=0.05,
+            clip_norm=config_dict.placeholder(float),
+        ),
+        data=dict(
+            image_size=(ctor["img_size"],) * 2, channels=channels,
+            mean=(0.5,) * channels, std=(0.5,) * channels,
+        ),
+    ))
+
+
+def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, Any]:
+    """Returns the objective, and the reference's weights as our variables."""
+    objective = Pretrain(config)
+    like = jax.eval_shape(objective.init, jax.random.key(0))
+    variables = convert.from_torch(state, like)
+    if config.model.decoder == "cross":
+        variables = convert.ignore_class_row(variables)
+    return objective, jax.tree.map(jnp.asarray, variables)
+
+
+def _prefixed(data: Data, prefix: str) -> Data:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in data.items() if name.startswith(prefix)
+    }
+
+
+def _stored(module: nn.Module, method: str) -> bool:
+    return method in ("__call__", "mix", "queries")
+
+
+def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
+    """Returns every activation that a fixture may hold, under the fixture's names."""
+    config, model = objective.config, objective.model
+    is_mae = config.model.decoder == "mae"
+    every = masking.all_token_ids(images.shape[0], objective.num_patches).pred
+    asked = ids._replace(pred=every) if is_mae else ids
+    pred, state = model.apply(
+        variables, images, asked,
+        capture_intermediates=_stored, mutable=["intermediates"],
+    )
+    seen = state["intermediates"]
+    encoded = seen["encoder"]["__call__"][0]
+    depth = config.model.decoder_depth
+    target = patches.take_tokens(objective.target(images), asked.pred)
+    outputs = {
+        "pred": pred, "target": target, "latent": encoded.tokens,
+        "encoder_input": encoded.feature_maps[0],
+        "mask": masking.pred_mask(ids), "ids_restore": ids.restore,
+        "loss": objective.masked_loss(variables, images, ids)[0],
+    }
+    if not is_mae:
+        decoder = seen["decoder"]
+        outputs["queries"] = decoder["queries"][0]
+        outputs["dec_block_out"] = jnp.stack(
+            [decoder[f"decoder_blocks_{i}"]["__call__"][0] for i in range(depth)]
+        )
+        outputs["dec_kv_in"] = jnp.stack([encoded.tokens] * depth)
+    if model.fusion is not None:
+        outputs["feats"] = jnp.stack([encoded.feature_maps[j] for j in model.fusion.maps])
+        outputs["fm_mix"] = jnp.moveaxis(seen["fusion"]["mix"][0], 0, -1)
+        outputs["dec_kv_in"] = jnp.stack(seen["fusion"]["__call__"][0])
+    return outputs
+
+
+def _compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> None:
+    for name in sorted(outputs.keys() & data.keys()):
+        if name == "loss":
+            report.loss(name, outputs[name], data[name])
+        elif name in ("mask", "ids_restore"):
+            report.exact(name, outputs[name], data[name])
+        else:
+            report.output(name, outputs[name], data[name])
+
+
+def check_model(_path: Path, data: Data, report: Report) -> None:
+    """Activations, loss and gradients of one forward and backward pass."""
+    config = make_config(json.loads(str(data["config"])))
+    objective, variables = _load(config, _prefixed(data, "sd/"))
+    images = jnp.asarray(nhwc(data["imgs"]))
+    ids = masking.token_ids(jnp.asarray(data["noise"]), **objective.counts._asdict())
+
+    outputs = jax.jit(lambda v, x, i: _outputs(objective, v, x, i))(
+        variables, images, ids
+    )
+    _compare_outputs(outputs, data, report)
+
+    def loss(params):
+        return objective.masked_loss({**variables, "params": params}, images, ids)[0]
+
+    gradients = {"params": jax.jit(jax.grad(loss))(variables["params"])}
+    expected = convert.from_torch(_prefixed(data, "grad/"), gradients)
+    expected = traverse_util.flatten_dict(expected, sep="/")
+    for name, ours in traverse_util.flatten_dict(gradients, sep="/").items():
+        report.gradient(f"grad/{name}", ours, expected[name])
+    _nothing_left_out(outputs.keys(), data, report)
+
+
+def _nothing_left_out(compared, data: Data, report: Report) -> None:
+    """Fails the file if it holds an array that nobody looked at."""
+    inputs = {"config", "imgs", "noise"}
+    left = [
+        name for name in data
+        if name not in compared and name not in inputs and "/" not in name
+    ]
+    if left:
+        report.failed = True
+        report.lines.append(f"FAIL not compared: {', '.join(left)}")
+
+
+def _without_key_bias(name: str, value: np.ndarray) -> np.ndarray:
+    """Drops the biases of keys: their gradient is zero, so Adam amplifies its noise."""
+    if name.endswith("qkv.bias"):
+        q, _, v = np.split(value, 3, axis=-1)
+        return np.concatenate([q, v], axis=-1)
+    if name.endswith("kv.bias"):
+        return np.split(value, 2, axis=-1)[1]
+    return value
+
+
+def check_trajectory(_path: Path, data: Data, report: Report) -> None:
+    """Losses, gradient norms and parameters over a few AdamW updates."""
+    reference = json.loads(str(data["config"]))
+    config = make_config(reference)
+    config.optim.b1, config.optim.b2 = reference["betas"]
+    config.optim.weight_decay = reference["weight_decay"]
+    config.optim.clip_norm = reference.get("clip_grad")
+    objective, variables = _load(config, _prefixed(data, "sd/"))
+    rates = jnp.asarray(reference["lr_per_step"])
+    tx = optim.make_optimizer(config, lambda step: rates[step])
+    images = jnp.asarray(nhwc(data["imgs"]))
+
+    @jax.jit
+    def evaluate(params, noise):
+        ids = masking.token_ids(noise, **objective.counts._asdict())
+        return jax.value_and_grad(
+            lambda p: objective.masked_loss({**variables, "params": p}, images, ids)[0]
+        )(params)
+
+    params, opt_state = variables["params"], tx.init(variables["params"])
+    for step, expected in enumerate(data["losses"]):
+        loss, gradients = evaluate(params, jnp.asarray(data["noise"][step]))
+        report.loss(f"loss {step}", loss, expected, allowed=5 * LOSS if step else LOSS)
+        if step == len(rates):
+            break
+        report.loss(
+            f"gradient norm {step}", optax.global_norm(gradients),
+            data["grad_norm"][step], allowed=1e-5,
+        )
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        _compare_parameters(params, data, step, report)
+
+
+def _compare_parameters(params: Any, data: Data, step: int, report: Report) -> None:
+    last = step == len(data["grad_norm"]) - 1
+    for path, ours in traverse_util.flatten_dict({"params": params}, sep="/").items():
+        name = convert.torch_name(path)
+
+        def compare(what, theirs):
+            report.output(
+                f"{name} {what}", _without_key_bias(name, np.asarray(ours)),
+                _without_key_bias(name, convert.to_ours(path, theirs)), TRAJECTORY,
+            )
+
+        if f"steps/{name}" in data:
+            compare(f"after update {step}", data[f"steps/{name}"][step])
+        if last:
+            compare("at the end", data[f"final/{name}"])
+        if not name.endswith("kv.bias"):
+            report.loss(
+                f"sum of squares of {name} after update {step}",
+                (np.asarray(ours, np.float64) ** 2).sum(),
+                data[f"sumsq/{name}"][step], allowed=1e-5,
+            )
+
+
+def check_checkpoint(path: Path, data: Data, report: Report) -> None:
+    """Weights of a real `.pth` file, read without running what it holds."""
+    reference = json.loads(str(data["config"]))
+    config = make_config(reference)
+    state = torch_file.read(path.with_name(reference["checkpoint"]))["model"]
+    objective, variables = _load(config, state)
+    images = jnp.asarray(nhwc(data["imgs"]))
+    ids = masking.token_ids(jnp.asarray(data["noise"]), **objective.counts._asdict())
+    outputs = dict(_outputs(objective, variables, images, ids))
+    for pooling in ("gap", "cls"):
+        if f"finetune_tokens_{pooling}" in data:
+            outputs.update(_finetune(objective, variables, images, pooling))
+    _compare_outputs(outputs, data, report)
+    _nothing_left_out(outputs.keys(), data, report)
+
+
+def _finetune(objective: Pretrain, variables, images, pooling: str) -> dict[str, Any]:
+    """The encoder as a plain ViT: all tokens, pooled as fine-tuning pools them."""
+    encoder = objective.model.encoder.clone(final_norm=pooling == "cls")
+    own = {kind: tree["encoder"] for kind, tree in variables.items()}
+    if pooling == "gap":
+        own["params"] = {k: v for k, v in own["params"].items() if k != "norm"}
+    encoded: vit.Encoded = encoder.apply(own, images)
+    pooled = encoded.tokens[:, 0]
+    if pooling == "gap":
+        pooled = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False).apply(
+            {}, encoded.tokens[:, 1:].mean(1)
+        )
+    return {
+        f"finetune_tokens_{pooling}": encoded.tokens,
+        f"finetune_pre_logits_{pooling}": pooled,
+    }
