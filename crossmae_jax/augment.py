@@ -13,7 +13,7 @@ def _per_channel(values: tuple[float, ...], channels: int, name: str) -> Array:
             f"config.data.{name} has {len(values)} values {tuple(values)} but images "
             f"have {channels} channels; give one value per channel."
         )
-    return jnp.asarray(values, jnp.float32)
+    return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, channels)
 
 
 def normalize(

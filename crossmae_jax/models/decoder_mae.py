@@ -45,7 +45,8 @@ class MAEDecoder(nn.Module):
         )
         shuffled = jnp.concatenate([visible, masked], axis=1)
         x = patches.take_tokens(shuffled, ids.restore)  # b n e, raster order
-        x = jnp.concatenate([cls_token, x], axis=1) + pos_embed.astype(self.dtype)
+        x = jnp.concatenate([cls_token, x], axis=1)
+        x = x + pos_embed[None].astype(self.dtype)
 
         for i in range(self.depth):
             x = layers.Block(

@@ -109,15 +109,15 @@ class ViT(nn.Module):
         ).value
 
         x = patches.patchify(images, patch_size=self.patch_size)
-        position = pos_embed[1:]
+        position = pos_embed[None, 1:]
         if ids_keep is not None:
             x = patches.take_tokens(x, ids_keep)
-            position = jnp.take(position, ids_keep, axis=0)
+            position = jnp.take(pos_embed[1:], ids_keep, axis=0)
         x = layers.PatchEmbed(self.size.dim, self.dtype, name="patch_embed")(x)
         x = x + position.astype(self.dtype)
 
         cls_token = self.param("cls_token", layers.token_init, (1, 1, self.size.dim))
-        cls_token = (cls_token + pos_embed[0]).astype(self.dtype)
+        cls_token = (cls_token + pos_embed[None, :1]).astype(self.dtype)
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.size.dim))
         x = jnp.concatenate([cls_token, x], axis=1)
 

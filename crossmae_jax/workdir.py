@@ -1,0 +1,77 @@
+"""A run's directory, and the guard against mixing two runs in one.
+
+    config.json         the whole configuration
+    dataset.json        how many images, and a fingerprint of which ones
+    environment.json    versions and devices
+    metrics.jsonl       one line per log point; tensorboard/ holds the same
+    checkpoints/        what resuming needs
+    panels/             reconstructions
+    bad_images.jsonl    images that could not be decoded, if any
+
+A directory with checkpoints belongs to the run that wrote them. Going on with another
+learning rate, model or data set would be a different run under the same name, so it is
+refused; settings that cannot change a weight may change.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Keys that may differ when a run is resumed: where things lie, how often to look.
+_FREE = (
+    "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
+    "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
+    "data.max_bad_share",
+)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    old, new = _flatten(old), _flatten(new)
+    return [
+        f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+        and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
+    ]
+
+
+def claim(
+    workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool
+) -> None:
+    """Writes what the run is; when resuming, first checks that it is the same run.
+
+    Args:
+      dataset: number of images and fingerprint of the training data.
+      resuming: whether the directory holds checkpoints to go on from.
+
+    Raises:
+      ValueError: if the directory's checkpoints belong to another configuration or to
+        other data; lists every difference.
+    """
+    ours = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
+    if resuming:
+        for name, new in ours.items():
+            if not (workdir / name).exists():
+                continue
+            changed = _differences(json.loads((workdir / name).read_text()), new)
+            if changed:
+                raise ValueError(
+                    f"{workdir} holds checkpoints of another run; {name} differs:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGo on with the old settings and data, or give a new --workdir."
+                )
+    workdir.mkdir(parents=True, exist_ok=True)
+    for name, new in ours.items():
+        (workdir / name).write_text(json.dumps(new, indent=2) + "\n")
