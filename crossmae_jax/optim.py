@@ -46,13 +46,13 @@ def peak_lr(config: ConfigDict) -> float:
 
 
 def warmup_cosine(
-    epoch: Float[Array, ""],
+    epoch: Float[Array, "*n"],
     *,
     peak: float,
     min_lr: float,
     warmup_epochs: float,
     epochs: float,
-) -> Float[Array, ""]:
+) -> Float[Array, "*n"]:
     """Returns the learning rate at a fractional epoch.
 
     The cosine is taken as 2 sin^2 of the time left, which keeps its digits near the end
@@ -81,7 +81,7 @@ def make_schedule(
 
     def schedule(step):
         return warmup_cosine(
-            step / steps_per_epoch, peak=peak, min_lr=config.optim.min_lr,
+            jnp.asarray(step / steps_per_epoch, jnp.float32), peak=peak, min_lr=config.optim.min_lr,
             warmup_epochs=config.optim.warmup_epochs, epochs=config.epochs,
         )
 

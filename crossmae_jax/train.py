@@ -7,7 +7,9 @@ for bit, as if it had never stopped: the data order and the masks are functions 
 """
 
 import contextlib
+import functools
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import checkpoint, environment, metrics, optim, parallel, workdir
+from crossmae_jax import (
+    checkpoint,
+    environment,
+    evaluation,
+    metrics,
+    optim,
+    parallel,
+    workdir,
+)
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives import OBJECTIVES
 
@@ -32,7 +42,7 @@ REQUEUE = 75  # exit status after SIGTERM: saved, run the same command again
 class TrainState:
     """Everything that changes from step to step."""
 
-    step: Int[Array, ""]
+    step: Any  # i32[]; like the rest, an array or what stands for one in a tree
     variables: dict[str, Any]
     opt_state: optax.OptState
 
@@ -94,7 +104,7 @@ def make_train_step(
         updates, opt_state = tx.update(gradient, state.opt_state, params)
         variables = {**state.variables, "params": optax.apply_updates(params, updates)}
         logged |= {
-            "lr": schedule(state.step), "grad_norm": optax.global_norm(gradient)
+            "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
         }
         return TrainState(state.step + 1, variables, opt_state), logged
 
@@ -105,7 +115,199 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
     bad = [name for name, value in logged.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"{', '.join(bad)} not finite at step {step} (still finite at step {since});"
-            " nothing was saved since. Usual cures: lower config.optim.base_lr, "
+            f"{', '.join(bad)} not finite at step {step}, still finite at step {since}; "
+            "nothing was saved since. Usual cures: lower config.optim.base_lr, "
             "config.optim.clip_norm=1.0, config.model.dtype=float32."
         )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """Turns the first SIGTERM into an event; the second ends the process at once."""
+    requested = threading.Event()
+
+    def handle(number, _frame):
+        requested.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield requested  # handlers can be set in the main thread only (notebooks)
+        return
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _objective(config: ConfigDict) -> Any:
+    if config.objective not in OBJECTIVES:
+        raise ValueError(
+            f"Unknown objective {config.objective!r}. Known: {', '.join(OBJECTIVES)}."
+        )
+    return OBJECTIVES[config.objective](config)
+
+
+def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
+    """Trains as the config says, in a directory of the run's own; returns the metrics.
+
+    Goes on from the newest checkpoint in the directory if there is one. SIGTERM makes
+    it save and exit with status 75: run the same command again to go on.
+
+    Raises:
+      ValueError: if configuration, data or directory contradict each other.
+      FloatingPointError: if the loss is no longer finite.
+    """
+    directory = Path(directory)
+    environment.check_accelerator()
+    objective, mesh = _objective(config), parallel.make_mesh()
+    parallel.check_batch_size(
+        config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
+    )
+    opened = {"train": sources.make_source(config.data, "train")}
+    if held_out := sources.make_source(config.data, "eval"):
+        opened["eval"] = held_out
+    total, steps_per_epoch = _duration(config, len(opened["train"]))
+    schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
+    tx = optim.make_optimizer(config, schedule)
+    # The kind of key is named: no setting elsewhere can change the numbers of a seed.
+    root = jax.random.key(config.seed, impl="threefry2x32")
+    init_key, mask_key, panel_key = jax.random.split(root, 3)
+    evaluations = evaluation.Evaluations(
+        config, objective, opened, mesh=mesh, directory=directory, panel_key=panel_key
+    )
+    everywhere = parallel.replicated(mesh)
+    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
+    train_step = jax.jit(
+        make_train_step(
+            objective, tx, schedule=schedule, key=mask_key,
+            accum_steps=config.optim.accum_steps,
+        ),
+        donate_argnums=0, out_shardings=everywhere,
+    )
+
+    with contextlib.ExitStack() as stack:
+        checkpoints = checkpoint.Checkpoints(
+            directory / "checkpoints", keep=config.checkpoint.keep
+        )
+        stack.callback(checkpoints.close)
+        workdir.claim(
+            directory, config, resuming=bool(checkpoints.steps()),
+            dataset={
+                "num_images": len(opened["train"]),
+                "fingerprint": opened["train"].fingerprint,
+            },
+        )
+        restored = checkpoints.restore_latest(
+            parallel.with_sharding(jax.eval_shape(init, init_key), everywhere)
+        )
+        if restored is None:
+            print(f"FRESH START in {directory}", flush=True)
+            start, state = 0, init(init_key)
+        else:
+            start, state = restored
+            print(f"RESUMED at step {start} of {total} from {directory}", flush=True)
+        parallel.start()
+        environment.write_environment(directory)
+        print(
+            f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "
+            f"of {config.data.batch_size} images, peak learning rate "
+            f"{optim.peak_lr(config):.3g}", flush=True,
+        )
+
+        writer = metrics.MetricWriter(directory, resume_step=start if restored else None)
+        stack.callback(writer.close)
+        meter = metrics.SpeedMeter(images_per_step=config.data.batch_size)
+        progress = metrics.Progress(total, first_step=start)
+        stack.callback(progress.close)
+        batches = stack.enter_context(pipeline.train_batches(
+            opened["train"], config.data, seed=config.seed, start_step=start,
+            num_steps=total - start, process_index=jax.process_index(),
+            process_count=jax.process_count(), workdir=str(directory),
+        ))
+        stop = stack.enter_context(_stop_requests())
+        evaluate = functools.partial(
+            evaluations.run, writer=writer, progress=progress, stop=stop
+        )
+        save_every = max(1, round(config.checkpoint.every_epochs * steps_per_epoch))
+        latest: dict[str, float] = {}
+        shown: dict[str, float] = {}
+        saved = finite_at = start
+        begin = time.perf_counter()
+        try:
+            for step, batch in enumerate(batches, start=start + 1):
+                state, logged = train_step(state, parallel.place_batch(mesh, batch))
+                if step == start + 1:
+                    jax.block_until_ready(logged)
+                    seconds = time.perf_counter() - begin
+                    progress.note(f"first step, compiling included: {seconds:.1f} s")
+                    meter.restart(step, batches.wait_seconds)
+                stopping = step == total or stop.is_set()
+                if stopping or step % save_every == 0 or (
+                    step % config.log_every_steps == 0
+                ):
+                    values = {f"train/{key}": float(v) for key, v in logged.items()}
+                    _check_finite(values, step, finite_at)
+                    finite_at = step
+                    speed = meter.read(step, batches.wait_seconds)
+                    values |= {f"train/{key}": v for key, v in speed.items()}
+                    values["train/epoch"] = step / steps_per_epoch
+                    values["train/bad_images"] = batches.num_bad
+                    writer.write(step, values)
+                    latest |= values
+                    speed.pop("step_seconds", None)
+                    shown = {"loss": values["train/loss"], **speed}
+                progress.update(step, **shown)
+                with meter.pause():
+                    if stopping or step % save_every == 0:
+                        checkpoints.save(step, state, wait=stopping)
+                        saved = step
+                    if stop.is_set():
+                        raise evaluation.Interrupted
+                    if step < total:
+                        due = evaluations.due(step, steps_per_epoch)
+                        latest |= evaluate(due, state.variables, step)
+            latest |= evaluate(list(config.evals), state.variables, total)
+            if config.baselines:
+                initial = init(init_key).variables
+                latest |= evaluations.baselines(initial, stop=stop)
+        except evaluation.Interrupted:
+            if saved < (now := int(state.step)):
+                checkpoints.save(now, state, wait=True)
+            progress.note(
+                f"SIGTERM: step {now} is saved in {directory}; run the same command "
+                "again to go on"
+            )
+            raise SystemExit(REQUEUE) from None
+    if jax.process_index() == 0:
+        _report(directory, latest, evaluations)
+    return latest
+
+
+def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
+    """Returns the number of steps, and steps per epoch, which need not be whole."""
+    total = int(config.epochs * num_images // config.data.batch_size)
+    if total < 1:
+        raise ValueError(
+            f"epochs={config.epochs} of {num_images} images do not fill one batch of "
+            f"{config.data.batch_size}; raise config.epochs or lower "
+            "config.data.batch_size."
+        )
+    return total, num_images / config.data.batch_size
+
+
+def _report(
+    directory: Path, found: dict[str, float], evaluations: evaluation.Evaluations
+) -> None:
+    """Prints the closing table, and where everything lies."""
+    if text := evaluation.table(found):
+        print(f"\n{text}\n")
+    if "train/loss" in found:
+        print(
+            f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
+            f"{found['train/loss_trivial']:.4f}"
+        )
+    print(f"metrics      {directory / metrics.METRICS}")
+    for path in evaluations.files[-1:]:
+        print(f"pictures     {path}")
+    print(f"checkpoints  {directory / 'checkpoints'}", flush=True)

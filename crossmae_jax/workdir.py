@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 # Keys that may differ when a run is resumed: where things lie, how often to look.
@@ -72,6 +73,8 @@ def claim(
                     + "\n  ".join(changed)
                     + "\nGo on with the old settings and data, or give a new --workdir."
                 )
+    if jax.process_index() != 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     for name, new in ours.items():
         (workdir / name).write_text(json.dumps(new, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -27,7 +28,8 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
     """Patch vectors both ways, statistics and standardised targets."""
     for name in [name for name in data if name.startswith("imgs/")]:
         key = name.removeprefix("imgs/")
-        images, expected = nhwc(data[name]), data[f"patches/{key}"]
+        images = jnp.asarray(nhwc(data[name]))
+        expected = data[f"patches/{key}"]
         channels = images.shape[-1]
         patch_size = round((expected.shape[-1] / channels) ** 0.5)
         grid = patches.grid_size(images.shape[1:3], patch_size)
@@ -36,14 +38,14 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
         back = patches.unpatchify(values, grid=grid, patch_size=patch_size)
         report.exact(f"imgs/{key} put together again", back, images)
         if f"norm_target/{key}" in data:
-            mean, std = targets.patch_statistics(np.asarray(values))
+            mean, std = targets.patch_statistics(values)
             report.output(f"mean/{key}", mean, data[f"mean/{key}"])
             root = np.sqrt(data[f"var/{key}"] + 1e-6)
             report.output(f"std/{key}", std, root)
             ours = targets.pixels(images, patch_size=patch_size, normalize=True)
             # A patch of almost one value magnifies the rounding of its own mean:
             # an ulp of the largest pixel, over the standard deviation.
-            noise = np.abs(images).max() * np.finfo(np.float32).eps / root.min()
+            noise = np.abs(data[name]).max() * np.finfo(np.float32).eps / root.min()
             report.output(
                 f"norm_target/{key}", ours, data[f"norm_target/{key}"],
                 allowed=max(3e-5, 2 * noise),
@@ -104,9 +106,9 @@ def check_schedules(data: dict, report: Report) -> None:
         # The reference refreshes the rate at the first step of an accumulation group.
         first = step - step % case["accum_iter"]
         ours = optim.warmup_cosine(
-            np.float32(epoch + first / case["steps_per_epoch"]),
+            jnp.asarray(epoch + first / case["steps_per_epoch"], jnp.float32),
             peak=case["lr"], min_lr=case["min_lr"],
-            warmup_epochs=case["warmup_epochs"], epochs=case["epochs"],
+            warmup_epochs=float(case["warmup_epochs"]), epochs=float(case["epochs"]),
         )
         expected = np.asarray(case["lr_per_data_step"])
         report.output(

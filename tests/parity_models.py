@@ -200,7 +200,7 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
         if step == len(rates):
             break
         report.loss(
-            f"gradient norm {step}", optax.global_norm(gradients),
+            f"gradient norm {step}", optax.tree.norm(gradients),
             data["grad_norm"][step], allowed=1e-5,
         )
         updates, opt_state = tx.update(gradients, opt_state, params)

@@ -7,6 +7,11 @@ import pytest
 from crossmae_jax import augment, patches, targets
 
 
+def _normal(*shape):
+    values = np.random.default_rng(0).normal(size=shape)
+    return jnp.asarray(values, jnp.float32)
+
+
 def test_patch_vectors_list_rows_then_columns_then_channels():
     images = jnp.arange(4 * 6 * 2).reshape(1, 4, 6, 2)
     values = patches.patchify(images, patch_size=2)
@@ -16,7 +21,7 @@ def test_patch_vectors_list_rows_then_columns_then_channels():
 
 
 def test_unpatchify_undoes_patchify_for_any_shape_and_channels():
-    images = np.random.default_rng(0).normal(size=(2, 6, 12, 5)).astype(np.float32)
+    images = _normal(2, 6, 12, 5)
     values = patches.patchify(images, patch_size=3)
     back = patches.unpatchify(values, grid=(2, 4), patch_size=3)
     np.testing.assert_array_equal(back, images)
@@ -45,15 +50,15 @@ def test_image_size_not_a_multiple_names_the_nearest():
 
 
 def test_standardised_targets_use_the_unbiased_variance():
-    values = np.random.default_rng(0).normal(size=(1, 4, 4, 3)).astype(np.float32)
+    values = _normal(1, 4, 4, 3)
     (target,) = targets.pixels(values, patch_size=4, normalize=True)[0]
-    flat = values.reshape(-1).astype(np.float64)
+    flat = np.asarray(values, np.float64).reshape(-1)
     expected = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-6)
     np.testing.assert_allclose(target, expected, atol=1e-6)
 
 
 def test_predictions_return_to_pixels_with_the_true_statistics():
-    images = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    images = _normal(2, 8, 8, 3)
     values = patches.patchify(images, patch_size=4)
     for normalize in (True, False):
         target = targets.pixels(images, patch_size=4, normalize=normalize)
@@ -67,10 +72,13 @@ def test_one_value_cannot_be_standardised():
 
 
 def test_normalisation_is_undone_and_checked():
-    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    images = jnp.asarray(
+        np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
+    )
     statistics = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
     normal = augment.normalize(images, **statistics)
-    expected = (images[0, 0, 0] / 255 - statistics["mean"]) / statistics["std"]
+    pixel = np.asarray(images[0, 0, 0]) / 255
+    expected = (pixel - statistics["mean"]) / statistics["std"]
     np.testing.assert_allclose(normal[0, 0, 0], expected, atol=1e-6)
     back = augment.unnormalize(normal, **statistics)
     np.testing.assert_allclose(back, images / 255, atol=1e-6)

@@ -22,10 +22,13 @@ Batch = dict[str, Array]
 
 
 class Reconstruction(NamedTuple):
-    """Pictures of masked images, in 0..1, and where they were masked."""
+    """Pictures in 0..1, where they were masked, and the loss on the masked patches.
+
+    `prediction` is grey where the patch was visible; in `pasted` the visible patches
+    are copied from the input.
+    """
 
     image: Float[Array, "b height width c"]
-    masked: Float[Array, "b height width c"]
     prediction: Float[Array, "b height width c"]
     pasted: Float[Array, "b height width c"]
     mask: Bool[Array, "b n"]
@@ -54,6 +57,11 @@ class Pretrain:
             self.num_patches,
             mask_ratio=config.masking.mask_ratio,
             pred_ratio=config.masking.pred_ratio,
+        )
+        # Mean and std are checked against the channels here, not in the first step.
+        shape = (1, *self.image_size, config.data.channels)
+        jax.eval_shape(
+            self.normalize, {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
         )
 
     def init(self, key: Key[Array, ""]) -> Variables:
@@ -101,7 +109,8 @@ class Pretrain:
         """Returns the loss of normalised images under given token ids."""
         pred = self.model.apply(variables, images, ids)  # b q t
         target = patches.take_tokens(self.target(images), ids.pred)
-        trivial = losses.mse(target.mean(-1, keepdims=True), target)
+        patch_mean = jnp.broadcast_to(target.mean(-1, keepdims=True), target.shape)
+        trivial = losses.mse(patch_mean, target)
         return losses.mse(pred, target).mean(), {"loss_trivial": trivial.mean()}
 
     def predict(
@@ -137,7 +146,6 @@ class Pretrain:
             pred, patches.take_tokens(values, ids.pred),
             normalize=self.config.target.normalize,
         )
-        removed = masking.pred_mask(ids)
         data = self.config.data
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
 
@@ -151,9 +159,8 @@ class Pretrain:
 
         return Reconstruction(
             image=picture(values),
-            masked=picture(jnp.where(removed[:, :, None], mean_patch, values)),
             prediction=picture(patches.put_tokens(mean_patch, ids.pred, pixels)),
             pasted=picture(patches.put_tokens(values, ids.pred, pixels)),
-            mask=removed,
+            mask=masking.pred_mask(ids),
             mse=losses.mse(pred, target),
         )

@@ -1,0 +1,159 @@
+"""Evaluation inside a run: when, on which data, compared with what, and the report.
+
+The evaluators themselves know no model and no run (`evaluators`); the train loop knows
+no evaluator. Two baselines put the final numbers in proportion: the same network at
+random initialisation, and the raw pixels, evaluated in the same way on the same split.
+"""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from crossmae_jax import evaluators, metrics, parallel, visualize
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.evaluators import features
+
+_COMPARED = ("knn", "linear")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop in the middle of an evaluation."""
+
+
+class Evaluations:
+    """The evaluations that `config.evals` asks for.
+
+    Attributes:
+      files: pictures written so far, the newest last.
+
+    Raises:
+      ValueError: if the data cannot be evaluated so.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        objective: Any,
+        opened: dict[str, sources.Source],
+        *,
+        mesh: jax.sharding.Mesh,
+        directory: Path,
+        panel_key: jax.Array,
+    ):
+        self._config, self._sources, self._mesh = config, opened, mesh
+        self._directory, self._panel_key = directory, panel_key
+        self._num_images = {split: len(source) for split, source in opened.items()}
+        evaluators.check(
+            config.evals, num_images=self._num_images,
+            num_classes=opened["train"].num_classes,
+        )
+        self._predict = jax.jit(objective.predict)
+        self._reconstruct = jax.jit(objective.reconstruct)
+        self.files: list[Path] = []
+
+    def due(self, step: int, steps_per_epoch: float) -> list[str]:
+        """Returns which evaluators run after this step, the last one apart."""
+        return [
+            name for name, options in self._config.evals.items()
+            if options.every_epochs
+            and step % max(1, round(options.every_epochs * steps_per_epoch)) == 0
+        ]
+
+    def run(
+        self,
+        names: list[str],
+        variables: Any,
+        step: int,
+        *,
+        writer: metrics.MetricWriter,
+        progress: metrics.Progress,
+        stop: threading.Event,
+    ) -> dict[str, float]:
+        """Runs evaluators on one state, writes and returns their metrics.
+
+        Raises:
+          Interrupted: if `stop` is set meanwhile.
+        """
+        evaluation = self._evaluation(
+            lambda batch: self._predict(variables, batch), stop,
+            reconstruct=lambda batch: self._reconstruct(
+                variables, batch, self._panel_key
+            ),
+            panel=self._directory / "panels" / f"step_{step:08d}.png",
+            caption=visualize.caption(normalize=self._config.target.normalize),
+        )
+        found = {}
+        for name in names:
+            result = self._one(name, evaluation)
+            self.files.extend(result.files)
+            found |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
+        if found:
+            writer.write(step, found)
+            shown = (f"{key} {value:.4g}" for key, value in found.items())
+            progress.note(f"step {step}  " + "  ".join(shown))
+        return found
+
+    def baselines(
+        self, initial_variables: Any, *, stop: threading.Event
+    ) -> dict[str, float]:
+        """Evaluates random initialisation and raw pixels like the trained features."""
+        data = self._config.data
+        predicts = {
+            "random_init": lambda batch: self._predict(initial_variables, batch),
+            "pixels": features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
+        }
+        found = {}
+        for baseline, predict in predicts.items():
+            evaluation = self._evaluation(predict, stop)
+            for name in (name for name in _COMPARED if name in self._config.evals):
+                result = self._one(name, evaluation)
+                found |= {
+                    f"{baseline}/{name}/{key}": value
+                    for key, value in result.metrics.items()
+                }
+        return found
+
+    def _one(self, name: str, made: evaluators.Evaluation) -> evaluators.Result:
+        return evaluators.run(name, made, self._config.evals[name].to_dict())
+
+    def _evaluation(self, predict, stop, **pictures: Any) -> evaluators.Evaluation:
+        def batches(split: str, num_images: int | None) -> Iterator[evaluators.Batch]:
+            size = self._config.data.batch_size
+            if num_images is not None:  # no more padding than the devices need
+                per_device = -(-num_images // self._mesh.size)
+                size = min(size, per_device * self._mesh.size)
+            with pipeline.eval_batches(
+                self._sources[split], self._config.data, batch_size=size,
+                num_images=num_images, process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ) as made:
+                for batch in made:
+                    if stop.is_set():
+                        raise Interrupted
+                    yield batch
+
+        return evaluators.Evaluation(
+            batches=batches, num_images=self._num_images, predict=predict,
+            place=lambda batch: parallel.place_batch(self._mesh, batch), **pictures,
+        )
+
+
+def table(found: dict[str, float]) -> str:
+    """Lays out what was found, the trained features first; "" if nothing compares."""
+    titles = {
+        "eval": "pre-trained", "random_init": "random initialisation",
+        "pixels": "raw pixels",
+    }
+    rows = {}
+    for prefix, title in titles.items():
+        row = {
+            f"{name}/top1": found[f"{prefix}/{name}/top1"]
+            for name in _COMPARED if f"{prefix}/{name}/top1" in found
+        }
+        if row:
+            rows[title] = row
+    return evaluators.table(rows) if rows else ""

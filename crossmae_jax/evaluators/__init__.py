@@ -1,0 +1,171 @@
+"""Evaluations during and after training, on functions that the caller hands over.
+
+An evaluator knows neither models nor the train loop. It is given an `Evaluation`, what
+there is to evaluate, and its own options from `config.evals`; it returns flat metrics
+and the files that it wrote. Adding one is a function and a row in `EVALUATORS`.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from crossmae_jax import visualize
+from crossmae_jax.evaluators import features, knn, linear, reconstruction
+
+Batch = features.Batch
+
+
+class Result(NamedTuple):
+    """What an evaluator returns: flat metrics, and the files that it wrote."""
+
+    metrics: dict[str, float]
+    files: tuple[pathlib.Path, ...] = ()
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """One state of one model, with the data to evaluate it on.
+
+    Make a new one for every step: it remembers the features that it has extracted, so
+    that evaluators share them.
+
+    Attributes:
+      batches: (split, num_images) -> host batches as of `pipeline.eval_batches`; split
+        is "train" or "eval", and num_images=None means all.
+      num_images: how many images each split holds; a split that is missing here does
+        not exist.
+      place: puts a host batch on the devices.
+      predict: jitted; placed batch -> {"features": f32[b d]}.
+      reconstruct: jitted; placed batch -> pictures, masks and errors. The masks should
+        be the same at every call.
+      panel: where the reconstruction panel is written.
+      caption: the line under the panel.
+    """
+
+    batches: Callable[[str, int | None], Iterable[Batch]]
+    num_images: Mapping[str, int]
+    place: Callable[[Batch], Batch]
+    predict: features.Predict
+    reconstruct: Callable[[Batch], visualize.Reconstruction] | None = None
+    panel: pathlib.Path | None = None
+    caption: str = ""
+    _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    def features_of(
+        self, split: str, num_images: int | None = None
+    ) -> features.Features:
+        """Returns the features of a split, or of so many of its images.
+
+        They are extracted the first time they are asked for.
+        """
+        available = self.num_images[split]
+        num_images = available if num_images is None else min(num_images, available)
+        if (split, num_images) not in self._extracted:
+            subset = None if num_images == available else num_images
+            self._extracted[split, num_images] = features.extract(
+                self.predict, self.batches(split, subset), self.place,
+                num_images=num_images,
+            )
+        return self._extracted[split, num_images]
+
+
+def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Result]:
+    """Turns a function of train and test features into an evaluator."""
+
+    def evaluator(
+        evaluation: Evaluation, *, max_train_images: int | None = None, **options: Any
+    ) -> Result:
+        train = evaluation.features_of("train", max_train_images)
+        return Result(evaluate(train, evaluation.features_of("eval"), **options))
+
+    return evaluator
+
+
+def _reconstruction(evaluation: Evaluation, *, num_images: int) -> Result:
+    split = "eval" if "eval" in evaluation.num_images else "train"
+    metrics = reconstruction.evaluate(
+        evaluation.reconstruct, evaluation.batches(split, num_images),
+        evaluation.place, evaluation.panel, caption=evaluation.caption,
+    )
+    return Result(metrics, (evaluation.panel,))
+
+
+EVALUATORS = {
+    "knn": _classifier(knn.evaluate),
+    "linear": _classifier(linear.evaluate),
+    "reconstruction": _reconstruction,
+}
+_NEED_LABELS = ("knn", "linear")
+
+
+def run(name: str, evaluation: Evaluation, options: Mapping[str, Any]) -> Result:
+    """Runs one evaluator with its options from `config.evals`.
+
+    `every_epochs`, which says when, is for the train loop and is left out.
+    """
+    options = {key: value for key, value in options.items() if key != "every_epochs"}
+    return EVALUATORS[name](evaluation, **options)
+
+
+def check(
+    names: Iterable[str], *, num_images: Mapping[str, int], num_classes: int
+) -> None:
+    """Finds out before the training what could not be evaluated after it.
+
+    Args:
+      names: the keys of `config.evals`.
+      num_images: how many images each split holds, "train" and, if it exists, "eval".
+      num_classes: of the data set; 0 if it has no labels.
+
+    Raises:
+      ValueError: for an evaluator that does not exist or lacks labels or a split.
+    """
+    for name in names:
+        if name not in EVALUATORS:
+            raise ValueError(
+                f"Unknown evaluator {name!r} in config.evals. "
+                f"Known: {', '.join(sorted(EVALUATORS))}."
+            )
+        if name not in _NEED_LABELS:
+            continue
+        if num_classes == 0:
+            raise ValueError(
+                f"config.evals.{name} needs labels, but the data set has none. Sort "
+                "the images into one folder per class, use a labelled data set, or "
+                f"take {name} out of config.evals."
+            )
+        if "eval" not in num_images:
+            raise ValueError(
+                f"config.evals.{name} needs images to test on, but the data has no "
+                "evaluation split. Set data.eval_split (tfds) or data.eval_dir "
+                f"(folder), or take {name} out of config.evals."
+            )
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Lays out accuracies as text that is a Markdown table, too.
+
+    Args:
+      rows: from the name of the features to the metrics "knn/top1" and "linear/top1",
+        either of which may be missing.
+    """
+    columns = {"knn/top1": "k-NN top-1", "linear/top1": "linear top-1"}
+    cells = [["features", *columns.values()]]
+    for name, metrics in rows.items():
+        shares = [
+            f"{100 * metrics[key]:.1f} %" if key in metrics else "-" for key in columns
+        ]
+        cells.append([name, *shares])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = [
+        "| " + " | ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        ) + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join(
+        "-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)
+    ) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,152 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+    score(c) = sum over the k most similar train images i with label c of
+               exp(cos(x, x_i) / temperature)
+
+The protocol of instance discrimination (arXiv 1805.01978) and DINO (arXiv 2104.14294):
+cosine similarity, k = 20, temperature = 0.07. Nothing is trained, so it is quick and
+has nothing to tune, and it punishes features whose classes are not compact.
+
+The search is exact. Train and test features stay on the host; one block of the train
+set at a time goes to the device, where a running list of the k best is merged with it.
+No matrix of all pairs exists: at 1.28 million train images of width 768 the device
+holds the test features, one block of train features and one tile of similarities. It
+runs on one device; where there are several processes each computes the same numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from crossmae_jax.evaluators import features
+
+# Below this many classes five guesses are right too often to say anything.
+_TOP5_CLASSES = 20
+_QUERY_BLOCK = 1024
+_BANK_BLOCK = 8192
+
+
+def evaluate(
+    train: features.Features,
+    test: features.Features,
+    *,
+    k: int,
+    temperature: float,
+) -> dict[str, float]:
+    """Returns the share of test images classified correctly.
+
+    "top5" comes along where there are 20 classes or more. A class without a vote is
+    never a hit; equal votes go to the lower class number.
+
+    Raises:
+      ValueError: for unlabelled or mismatched features, or a k or temperature that
+        cannot be used.
+    """
+    num_classes = features.check_labelled(train, test)
+    if not 1 <= k <= len(train.values):
+        raise ValueError(
+            f"k={k} neighbours of {len(train.values)} train images; "
+            f"choose 1 <= k <= {len(train.values)}."
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}; choose a positive number.")
+    similarity, index = neighbours(train.values, test.values, k=k)
+    rank = _rank_of_truth(
+        similarity, train.labels[index], test.labels,
+        num_classes=num_classes, temperature=temperature,
+    )
+    metrics = {"top1": float(np.mean(rank < 1))}
+    if num_classes >= _TOP5_CLASSES:
+        metrics["top5"] = float(np.mean(rank < 5))
+    return metrics
+
+
+def neighbours(
+    bank: Float[np.ndarray, "m d"],
+    queries: Float[np.ndarray, "n d"],
+    *,
+    k: int,
+    query_block: int = _QUERY_BLOCK,
+    bank_block: int = _BANK_BLOCK,
+) -> tuple[Float[np.ndarray, "n {k}"], Int[np.ndarray, "n {k}"]]:
+    """Finds the k rows of `bank` most similar to each of `queries`.
+
+    Returns:
+      Cosine similarities, best first, and row numbers. Of equally similar rows the
+      lower number comes first.
+    """
+    num_bank, num_queries = len(bank), len(queries)
+    query_block = min(query_block, num_queries)
+    bank_block = min(max(bank_block, k), num_bank)
+
+    placed = _unit_rows(jnp.asarray(_pad_rows(queries, query_block)))
+    placed = placed.reshape(-1, query_block, queries.shape[1])
+    best = (
+        jnp.full((*placed.shape[:2], k), -jnp.inf),
+        jnp.zeros((*placed.shape[:2], k), jnp.int32),
+    )
+    for start in range(0, num_bank, bank_block):
+        block = _pad_rows(bank[start:start + bank_block], bank_block)
+        best = _merge_block(best, placed, block, start, num_bank)
+    similarity, index = (
+        np.asarray(array).reshape(-1, k)[:num_queries] for array in best
+    )
+    return similarity, index
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _merge_block(best, queries, block, start, num_bank):
+    """Merges one block of the bank into the k best of every query."""
+    block = _unit_rows(block)
+    index = start + jnp.arange(block.shape[0], dtype=jnp.int32)
+
+    def merge(arguments):
+        (similarity, nearest), queries = arguments
+        tile = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
+        tile = jnp.where(index[None] < num_bank, tile, -jnp.inf)
+        k = similarity.shape[1]
+        tile, column = jax.lax.top_k(tile, k)
+        # Earlier blocks first: `top_k` keeps the first of equals, hence the lower row.
+        similarity = jnp.concatenate([similarity, tile], axis=1)
+        nearest = jnp.concatenate([nearest, index[column]], axis=1)
+        similarity, column = jax.lax.top_k(similarity, k)
+        return similarity, jnp.take_along_axis(nearest, column, axis=1)
+
+    return jax.lax.map(merge, (best, queries))
+
+
+def _unit_rows(values):
+    """Divides rows by their length; a row of zeros stays, similar to nothing."""
+    length = jnp.linalg.norm(values, axis=-1, keepdims=True)
+    return values / jnp.maximum(length, 1e-12)
+
+
+def _pad_rows(values: np.ndarray, multiple: int) -> np.ndarray:
+    return np.pad(values, ((0, -len(values) % multiple), (0, 0)))
+
+
+def _rank_of_truth(similarity, labels, truth, *, num_classes, temperature):
+    """Counts the classes with more votes than the true one; all if it has no vote."""
+    ranks = []
+    # float64 sums on the host: the same order of additions, hence the same answer, on
+    # every device; blocks, because a row is as long as there are classes.
+    for start in range(0, len(truth), _QUERY_BLOCK):
+        rows = slice(start, start + _QUERY_BLOCK)
+        best = similarity[rows].astype(np.float64)
+        # Measured from the nearest, whose weight is 1: no temperature overflows.
+        weights = np.exp((best - best[:, :1]) / temperature)
+        cell = np.arange(len(best))[:, None] * num_classes + labels[rows]
+        votes = np.bincount(
+            cell.ravel(), weights=weights.ravel(), minlength=len(best) * num_classes
+        ).reshape(-1, num_classes)
+
+        known = truth[rows] < num_classes
+        label = np.where(known, truth[rows], 0)[:, None]
+        own = np.take_along_axis(votes, label, axis=1)
+        earlier = np.arange(num_classes) < label
+        rank = np.sum((votes > own) | ((votes == own) & earlier), axis=1)
+        ranks.append(np.where(known & (own[:, 0] > 0), rank, num_classes))
+    return np.concatenate(ranks)

@@ -1,0 +1,102 @@
+"""One mesh over all devices, and how arrays lie on it; the only file that makes meshes.
+
+A batch is cut along its first axis over the "data" axis of the mesh; parameters and
+optimiser state are whole on every device. With that the compiled step is one global
+program: a mean over the batch is a mean over all devices, on all hosts.
+
+Axes are of type Auto: the compiler chooses the shardings inside the step. Differences
+between versions of JAX belong here. One that matters: `jax.make_mesh` makes Explicit
+axes in some versions and Auto ones in others, so the mesh is built from its parts.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+DATA_AXIS = "data"
+
+
+def start() -> str:
+    """Prints and returns `host 0/1, 8 local of 8 devices (cpu)`."""
+    line = (
+        f"host {jax.process_index()}/{jax.process_count()}, "
+        f"{jax.local_device_count()} local of {jax.device_count()} devices "
+        f"({jax.default_backend()})"
+    )
+    print(line, flush=True)
+    return line
+
+
+def make_mesh() -> Mesh:
+    """Returns the mesh of all devices, with the devices of a host side by side.
+
+    The data pipeline hands each host a contiguous slice of the batch; in this order the
+    slices make up the batch in the order of its sample numbers.
+    """
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its first axis cut over the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def with_sharding(tree: Any, sharding: NamedSharding) -> Any:
+    """Returns the shapes and dtypes of a tree as abstract arrays that lie so.
+
+    Example:
+      with_sharding(jax.eval_shape(init, key), replicated(mesh))
+    """
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, *, accum_steps: int = 1) -> None:
+    """Checks that a global batch divides over the devices, and into micro-batches.
+
+    Raises:
+      ValueError: if it does not; names the nearest sizes that do.
+    """
+    if accum_steps < 1:
+        raise ValueError(f"accum_steps={accum_steps}; expected at least 1.")
+    unit = mesh.size * accum_steps
+    if batch_size > 0 and batch_size % unit == 0:
+        return
+    below = batch_size // unit * unit
+    nearest = [below, below + unit] if below > 0 else [unit]
+    parts = f"{mesh.size} devices" + (
+        f" x {accum_steps} micro-batches" if accum_steps > 1 else ""
+    )
+    raise ValueError(
+        f"batch_size={batch_size} does not divide over {parts}; nearest: "
+        f"{', '.join(map(str, nearest))}."
+    )
+
+
+def place_batch(
+    mesh: Mesh, host_batch: dict[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """Puts this host's slice of a batch on its devices, as part of the global batch.
+
+    Raises:
+      ValueError: if the arrays differ in length or do not divide over the devices.
+    """
+    lengths = {name: len(array) for name, array in host_batch.items()}
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"The arrays of a batch must be equally long; got {lengths}.")
+    local = next(iter(lengths.values()))
+    check_batch_size(local * jax.process_count(), mesh)
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in host_batch.items()
+    }

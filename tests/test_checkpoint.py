@@ -1,0 +1,393 @@
+"""Checkpoints come back bit for bit, or not at all, from real Orbax directories."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from crossmae_jax import checkpoint, digests, parallel
+
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    variables: dict[str, Any]
+    opt_state: Any
+
+
+def make_state(value=1.0, *, width=4, dtype=jnp.float32, extra=()):
+    """Weights of several dtypes, and the optimiser states that training uses."""
+    params = {
+        "encoder": {"kernel": jnp.full((8, width), value, dtype),
+                    "bias": jnp.array([value, -0.0, jnp.nan, 1e-40], jnp.float32)},
+        "head": {"kernel": jnp.full((width, 2), value, jnp.bfloat16)},
+        **{name: {"kernel": jnp.ones(3)} for name in extra},
+    }
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),  # EmptyState
+        optax.adamw(
+            lambda step: 0.1 / (step + 1), weight_decay=0.1,
+            mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),  # MaskedNode
+        ),
+    )
+    gradient = jax.tree.map(lambda x: jnp.full_like(x, value / 3), params)
+    _, opt_state = tx.update(gradient, tx.init(params), params)
+    variables = {"params": params, "constants": {"pos_embed": jnp.arange(6.0)}}
+    return State(jnp.int32(value), variables, opt_state)
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def bits(tree):
+    return jax.tree.map(lambda x: (x.dtype.name, x.shape, np.array(x).tobytes()), tree)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert bits(a) == bits(b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 10 and 20 of a run that has ended."""
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    for value in (1, 2):
+        checkpoints.save(value * 10, make_state(value))
+    checkpoints.close()
+    return tmp_path / "checkpoints"
+
+
+def reopen(directory):
+    return checkpoint.Checkpoints(directory, keep=2)
+
+
+def payload(step_directory, item="variables"):
+    """The largest file of an item: the one with the arrays."""
+    files = [path for path in (step_directory / item).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_state_comes_back_bit_for_bit_with_its_structure(saved):
+    state = make_state(2)
+    step, restored = reopen(saved).restore_latest(abstract(state))
+    assert step == 20
+    assert isinstance(restored, State)
+    assert_same(restored, state)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    checkpoints = reopen(tmp_path / "new")
+    assert checkpoints.restore_latest(abstract(make_state())) is None
+    assert checkpoints.steps() == []
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, make_state(step))
+    checkpoints.close()
+    assert checkpoints.steps() == [3, 4]
+    with pytest.raises(ValueError, match="keep=0"):
+        checkpoint.Checkpoints(tmp_path, keep=0)
+
+
+def test_saved_arrays_may_be_donated_at_once(tmp_path):
+    everywhere = parallel.replicated(parallel.make_mesh())
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    advance = jax.jit(
+        lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0
+    )
+    state = {"variables": {"w": jnp.zeros((1000, 1000))}, "step": jnp.int32(0)}
+    state = advance(jax.device_put(state, everywhere))
+    checkpoints.save(1, state)
+    later = state
+    for _ in range(10):
+        later = advance(later)
+    jax.block_until_ready(later)
+    assert state["variables"]["w"].is_deleted()  # else this test proves nothing
+    _, restored = checkpoints.restore_latest(abstract(later))
+    assert (np.array(restored["variables"]["w"]) == 1).all()
+
+
+def test_digests_agree_with_sha256sum(saved):
+    if shutil.which("sha256sum") is None:
+        pytest.fail("coreutils' sha256sum is needed to check the format")
+    for step in ("10", "20"):
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "--quiet", digests.LIST],
+            cwd=saved / step, check=True,
+        )
+
+
+def test_step_is_never_visible_without_its_digests(tmp_path, monkeypatch):
+    names = []
+    write = digests.write
+
+    def spy(path):
+        names.append(path.name)
+        assert not (tmp_path / "7").exists()
+        write(path)
+
+    monkeypatch.setattr(digests, "write", spy)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(7, make_state(), wait=True)
+    assert names == ["7.orbax-checkpoint-tmp"]
+    assert (tmp_path / "7" / digests.LIST).exists()
+
+
+DAMAGES = {
+    "flipped byte in weights": (
+        lambda d: flip(payload(d)), "digest mismatch in variables/"),
+    "flipped byte in moments": (
+        lambda d: flip(payload(d, "optimizer")), "digest mismatch in optimizer/"),
+    "truncated file": (
+        lambda d: os.truncate(payload(d), 10), "digest mismatch in variables/"),
+    "empty file": (
+        lambda d: os.truncate(payload(d), 0), "digest mismatch in variables/"),
+    "deleted file": (
+        lambda d: payload(d).unlink(), "missing"),
+    "deleted item": (
+        lambda d: shutil.rmtree(d / "optimizer"), "missing"),
+    "digests deleted": (
+        lambda d: (d / digests.LIST).unlink(), "SHA256SUMS is missing"),
+    "digests emptied": (
+        lambda d: (d / digests.LIST).write_text(""), "lists no file of"),
+    "digests overwritten": (
+        lambda d: (d / digests.LIST).write_bytes(b"\xff\0"), "is damaged"),
+    "emptied directory": (
+        lambda d: (shutil.rmtree(d), d.mkdir()), "SHA256SUMS is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_step_is_named_and_the_one_before_is_used(saved, capsys, damage):
+    harm, reason = DAMAGES[damage]
+    harm(saved / "20")
+    checkpoints = reopen(saved)
+    step, restored = checkpoints.restore_latest(abstract(make_state()))
+    assert step == 10
+    assert_same(restored, make_state(1))
+    printed = capsys.readouterr().out
+    assert "Skipping checkpoint 20" in printed and reason in printed
+    # The run goes on, and writes step 20 again; the damaged one is still there.
+    checkpoints.save(20, make_state(2), wait=True)
+    assert (saved / "20.damaged").is_dir()
+    step, restored = checkpoints.restore_latest(abstract(make_state()))
+    assert step == 20
+    assert_same(restored, make_state(2))
+
+
+def test_no_single_flipped_byte_anywhere_gives_other_values(saved, tmp_path):
+    files = [p.relative_to(saved) for p in (saved / "20").rglob("*") if p.is_file()]
+    assert len(files) > 10
+    for file in files:
+        copy = tmp_path / "copy"
+        shutil.copytree(saved, copy)
+        flip(copy / file)
+        step, restored = reopen(copy).restore_latest(abstract(make_state()))
+        assert_same(restored, make_state(step // 10))
+        shutil.rmtree(copy)
+
+
+def test_all_damaged_is_an_error_that_lists_each_and_touches_nothing(saved):
+    flip(payload(saved / "10"))
+    shutil.rmtree(saved / "20" / "variables")
+    with pytest.raises(checkpoint.RestoreError) as caught:
+        reopen(saved).restore_latest(abstract(make_state()))
+    message = str(caught.value)
+    assert "2 checkpoint(s), and none can be restored" in message
+    assert "step 10: digest mismatch in variables/" in message
+    assert "step 20: variables/" in message and "missing" in message
+    assert "Refusing to start over" in message and "--workdir" in message
+    assert sorted(p.name for p in saved.iterdir()) == ["10", "20"]
+
+
+def test_lost_digests_can_be_written_again_on_purpose(saved):
+    for step in ("10", "20"):
+        (saved / step / digests.LIST).unlink()
+    with pytest.raises(checkpoint.RestoreError, match="digests.write"):
+        reopen(saved).restore_latest(abstract(make_state()))
+    digests.write(saved / "20")
+    step, _ = reopen(saved).restore_latest(abstract(make_state()))
+    assert step == 20
+
+
+def test_refused_save_is_an_error(saved):
+    checkpoints = reopen(saved)
+    for step in (10, 20):
+        with pytest.raises(ValueError, match=rf"Step {step} was not saved.*\[10, 20\]"):
+            checkpoints.save(step, make_state())
+
+
+def test_failed_background_save_is_raised_and_can_be_repeated(saved, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = reopen(saved)
+    with monkeypatch.context() as patched:
+        patched.setattr(digests, "write", full)
+        checkpoints.save(30, make_state(3))
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.wait()
+    assert checkpoints.steps() == [10, 20]
+    checkpoints.save(30, make_state(3), wait=True)
+    step, restored = checkpoints.restore_latest(abstract(make_state()))
+    assert step == 30
+    assert_same(restored, make_state(3))
+
+
+MISMATCHES = {
+    "wider model": (
+        dict(width=5), ["other shape (6)", "encoder/kernel  checkpoint (8, 4), model "
+                        "(8, 5)", "model.size"]),
+    "other dtype": (
+        dict(dtype=jnp.bfloat16), ["other dtype (3)", "checkpoint float32, model "
+                                   "bfloat16", "another precision"]),
+    "more parts": (
+        dict(extra=["decoder"]), ["only in the model (3)", "model.decoder",
+                                  "params/decoder/kernel  (3,)"]),
+    "many more parts": (
+        dict(extra=[f"block_{i}" for i in range(20)]),
+        ["only in the model (60)", "... and 50 more"]),
+}
+
+
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_other_model_is_an_error_that_prints_the_difference(saved, mismatch):
+    changes, texts = MISMATCHES[mismatch]
+    with pytest.raises(checkpoint.MismatchError) as caught:
+        reopen(saved).restore_latest(abstract(make_state(**changes)))
+    for text in texts:
+        assert text in str(caught.value)
+    # Not taken for damage: nothing older was tried, nothing was put aside.
+    assert sorted(p.name for p in saved.iterdir()) == ["10", "20"]
+
+
+def test_tensors_only_in_the_checkpoint_are_named(saved):
+    state = make_state()
+    smaller = state.replace(
+        variables={"params": state.variables["params"]}, opt_state=()
+    )
+    with pytest.raises(checkpoint.MismatchError) as caught:
+        reopen(saved).restore_latest(abstract(smaller))
+    assert "only in the checkpoint" in str(caught.value)
+    assert "constants/pos_embed  (6,)" in str(caught.value)
+
+
+def test_changed_optimiser_is_told_from_a_changed_model(saved):
+    with pytest.raises(checkpoint.MismatchError, match="optimiser changed"):
+        reopen(saved).restore_latest(abstract(make_state().replace(opt_state=())))
+
+
+def test_state_without_variables_or_with_other_leaves_is_refused(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    with pytest.raises(ValueError, match="needs a field `variables`"):
+        checkpoints.save(1, {"params": jnp.ones(2)})
+    with pytest.raises(ValueError, match="optimizer: step is of type int"):
+        checkpoints.save(1, {"step": 1, "variables": {"w": jnp.ones(2)}})
+    unplaced = {"variables": {"w": jax.ShapeDtypeStruct((2,), jnp.float32)}}
+    checkpoints.save(1, {"variables": {"w": jnp.ones(2)}}, wait=True)
+    with pytest.raises(ValueError, match="w has no sharding"):
+        checkpoints.restore_latest(unplaced)
+
+
+def test_variables_are_read_without_config_or_optimiser(saved):
+    shutil.rmtree(saved / "20" / "optimizer")  # weights alone are enough
+    variables = checkpoint.restore_variables(saved)
+    assert_same(variables, make_state(2).variables)
+    assert_same(checkpoint.restore_variables(saved, step=10), make_state(1).variables)
+    target = abstract(make_state().variables)
+    assert_same(checkpoint.restore_variables(saved, target), make_state(2).variables)
+    with pytest.raises(checkpoint.MismatchError, match="encoder/kernel"):
+        checkpoint.restore_variables(saved, abstract(make_state(width=5).variables))
+
+
+def test_variables_of_a_damaged_step_are_not_returned(saved, capsys):
+    flip(payload(saved / "20"))
+    assert_same(checkpoint.restore_variables(saved), make_state(1).variables)
+    assert "Skipping checkpoint 20" in capsys.readouterr().out
+    assert (saved / "20").exists()  # reading changes nothing on disk
+    with pytest.raises(checkpoint.RestoreError, match="Step 20 .* is damaged: digest"):
+        checkpoint.restore_variables(saved, step=20)
+
+
+def test_reading_from_a_directory_without_checkpoints_says_what_is_there(saved):
+    with pytest.raises(checkpoint.RestoreError, match="found checkpoints instead"):
+        checkpoint.restore_variables(saved.parent)
+    with pytest.raises(checkpoint.RestoreError, match="no such directory"):
+        checkpoint.restore_variables(saved / "nowhere")
+    with pytest.raises(checkpoint.RestoreError, match=r"No step 5 .* steps \[10, 20\]"):
+        checkpoint.restore_variables(saved, step=5)
+
+
+ONE_DEVICE = """
+    import json, os, sys, jax, jax.numpy as jnp, numpy as np
+    from crossmae_jax import checkpoint, digests, parallel
+    source, target = sys.argv[1:]
+    assert jax.device_count() == 1
+    def place(shape):
+        sharding = parallel.replicated(parallel.make_mesh())
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    step, state = checkpoint.Checkpoints(source, keep=2).restore_latest(
+        {"variables": {"rows": place((16, 3)), "all": place((5,))}}
+    )
+    print(json.dumps([step, jax.tree.map(lambda x: x.tolist(), state)]), flush=True)
+    checkpoints = checkpoint.Checkpoints(target, keep=2)
+    checkpoints.save(step, state, wait=True)
+    # Killed while the next one is being written, right before it is committed.
+    digests.write = lambda path: os.kill(os.getpid(), 9)
+    checkpoints.save(step + 1, state, wait=True)
+"""
+
+
+def test_devices_may_change_and_a_kill_while_saving_costs_one_step(tmp_path, capsys):
+    mesh = parallel.make_mesh()
+    assert mesh.size == 8
+    rows = jax.sharding.NamedSharding(mesh, PartitionSpec(parallel.DATA_AXIS))
+    state = {"variables": {
+        "rows": jax.device_put(np.arange(48.0, dtype=np.float32).reshape(16, 3), rows),
+        "all": jax.device_put(np.arange(5.0, dtype=np.float32) / 3,
+                              parallel.replicated(mesh)),
+    }}
+    source, target = tmp_path / "eight", tmp_path / "one"
+    checkpoint.Checkpoints(source, keep=2).save(4, state, wait=True)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(ONE_DEVICE), source, target],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == -9, done.stderr
+    assert json.loads(done.stdout) == [4, jax.tree.map(lambda x: x.tolist(), state)]
+    assert (target / "5.orbax-checkpoint-tmp").exists()
+
+    checkpoints = checkpoint.Checkpoints(target, keep=2)
+    assert "5.orbax-checkpoint-tmp was never completed" in capsys.readouterr().out
+    step, restored = checkpoints.restore_latest(abstract(state))
+    assert step == 4
+    assert_same(restored, state)
+    assert restored["variables"]["rows"].sharding == rows
+    assert len(restored["variables"]["rows"].addressable_shards) == 8
+    checkpoints.save(5, restored, wait=True)
+    assert checkpoints.steps() == [4, 5]

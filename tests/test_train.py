@@ -1,0 +1,300 @@
+"""The train loop on real digits: learning, resuming, devices, accumulation, stopping."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import digits_cross
+from crossmae_jax import checkpoint, optim, parallel, train
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.objectives.pretrain import Pretrain
+
+ROOT = Path(__file__).parent.parent
+# 96 images a step and 1442 in all: 15.02 steps an epoch.
+TINY = {
+    "epochs": 1.0, "log_every_steps": 4, "baselines": False,
+    "model.size": "W16-D2-H2/4", "model.decoder_dim": 16, "model.decoder_depth": 1,
+    "model.decoder_heads": 2, "optim.warmup_epochs": 0.2, "data.batch_size": 96,
+    "data.image_size": (16, 16), "checkpoint.every_epochs": 0.4,
+}
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """Where the digits are prepared, once for all tests."""
+    return str(tmp_path_factory.mktemp("digits"))
+
+
+def _config(digits_dir, evals=None, **changes):
+    config = digits_cross.get_config()
+    config.update_from_flattened_dict(TINY | {"data.data_dir": digits_dir})
+    config.evals = evals or {}
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return config
+
+
+def _final_state(config, workdir, steps):
+    objective = Pretrain(config)
+    schedule = optim.make_schedule(config, steps_per_epoch=1442 / 96)
+    tx = optim.make_optimizer(config, schedule)
+    abstract = jax.eval_shape(
+        lambda key: train.init_state(objective, tx, key), jax.random.key(0)
+    )
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=2)
+    everywhere = parallel.replicated(parallel.make_mesh())
+    step, state = checkpoints.restore_latest(parallel.with_sharding(abstract, everywhere))
+    checkpoints.close()
+    assert step == steps == state.step
+    return state
+
+
+def _lines(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _assert_same_bits(ours, theirs):
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope="session")
+def finished(digits_dir, tmp_path_factory):
+    """An uninterrupted run of 15 steps on eight devices, with every evaluator."""
+    workdir = tmp_path_factory.mktemp("finished")
+    config = _config(
+        digits_dir, baselines=True,
+        evals=dict(
+            knn=dict(every_epochs=0.5, k=5, temperature=0.07, max_train_images=200),
+            linear=dict(every_epochs=0.0, max_train_images=200),
+            reconstruction=dict(every_epochs=0.0, num_images=3),
+        ),
+    )
+    return workdir, config, train.run(config, workdir)
+
+
+def test_a_run_leaves_what_the_readme_promises(finished):
+    workdir, config, found = finished
+    lines = _lines(workdir)
+    logged = [line for line in lines if "train/loss" in line]
+    # Every 4 steps, at every checkpoint (6 steps), and at the end.
+    assert [line["step"] for line in logged] == [4, 6, 8, 12, 15]
+    for name in ("loss", "loss_trivial", "lr", "grad_norm", "epoch", "bad_images"):
+        assert all(np.isfinite(line[f"train/{name}"]) for line in logged), name
+    assert logged[-1]["train/images_per_second"] > 0
+    assert 0 <= logged[-1]["train/data_wait"] <= 1
+    evaluated = [line["step"] for line in lines if "eval/knn/top1" in line]
+    assert evaluated == [8, 15]
+    assert [line["step"] for line in lines if "eval/linear/top1" in line] == [15]
+    for source in ("eval", "random_init", "pixels"):
+        assert 0 < found[f"{source}/knn/top1"] <= 1
+    assert (workdir / "panels" / "step_00000015.png").stat().st_size > 1000
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["seed"] == config.seed
+    assert json.loads((workdir / "environment.json").read_text())["versions"]["jax"]
+    assert json.loads((workdir / "dataset.json").read_text())["num_images"] == 1442
+
+
+def test_the_rate_logged_is_the_rate_of_the_schedule(finished):
+    workdir, config, _ = finished
+    schedule = optim.make_schedule(config, steps_per_epoch=1442 / 96)
+    for line in _lines(workdir):
+        if "train/lr" in line:  # of the update that led to this step
+            expected = float(schedule(line["step"] - 1))
+            np.testing.assert_allclose(line["train/lr"], expected, rtol=1e-5)
+
+
+def test_a_finished_run_started_again_trains_no_further(finished, capsys):
+    workdir, config, found = finished
+    before = _final_state(config, workdir, 15)
+    again = train.run(config, workdir)
+    assert capsys.readouterr().out.startswith("RESUMED at step 15 of 15")
+    assert again["eval/linear/top1"] == found["eval/linear/top1"]
+    _assert_same_bits(before, _final_state(config, workdir, 15))
+
+
+def test_another_configuration_or_data_set_cannot_go_on_in_a_runs_directory(finished):
+    workdir, config, _ = finished
+    changed = config.copy_and_resolve_references()
+    changed.optim.base_lr, changed.log_every_steps = 1e-6, 7
+    with pytest.raises(ValueError, match="another run; config.json differs") as error:
+        train.run(changed, workdir)
+    assert "optim.base_lr: 0.001 -> 1e-06" in str(error.value).replace("0.0010", "0.001")
+    assert "log_every_steps" not in str(error.value)
+    changed = config.copy_and_resolve_references()
+    changed.data.split = "train[:90%]"
+    with pytest.raises(ValueError, match="another run"):
+        train.run(changed, workdir)
+
+
+def test_checkpoints_that_cannot_be_restored_stop_the_run(digits_dir, tmp_path):
+    config = _config(digits_dir, epochs=0.2, optim__warmup_epochs=0.1)
+    train.run(config, tmp_path)
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(checkpoint.RestoreError, match="checkpoints"):
+        train.run(config, tmp_path)
+
+
+_RUN = """
+import sys
+from tests.test_train import _config
+from crossmae_jax import train
+train.run(_config(sys.argv[1], **eval(sys.argv[3])), sys.argv[2])
+"""
+
+
+def _start(digits_dir, workdir, devices=8, **changes):
+    """Starts a run in a process of its own, with so many devices."""
+    environment = dict(
+        os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        JAX_DEFAULT_MATMUL_PRECISION="highest",
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", _RUN, digits_dir, str(workdir), repr(changes)],
+        cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(finished, digits_dir, tmp_path):
+    reference, config, _ = finished
+    process = _start(digits_dir, tmp_path, log_every_steps=1)
+    while '"step": 2,' not in _read(tmp_path / "metrics.jsonl"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == train.REQUEUE, output
+    assert "FRESH START" in output and "run the same command again" in output
+    steps = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).steps()
+    assert 2 <= steps[-1] < 15, "it was stopped on the way"
+
+    process = _start(digits_dir, tmp_path, log_every_steps=1)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert f"RESUMED at step {steps[-1]} of 15" in output
+    _assert_same_bits(
+        _final_state(config, tmp_path, 15), _final_state(config, reference, 15)
+    )
+    # Each step stands in the metrics once, whatever was written before the stop.
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 16))
+
+
+def _read(path):
+    return path.read_text() if path.exists() else ""
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(finished, digits_dir, tmp_path):
+    reference, config, _ = finished
+    process = _start(digits_dir, tmp_path, log_every_steps=1)
+    while '"step": 8,' not in _read(tmp_path / "metrics.jsonl"):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    train.run(_config(digits_dir, log_every_steps=1), tmp_path)
+    _assert_same_bits(
+        _final_state(config, tmp_path, 15), _final_state(config, reference, 15)
+    )
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 16))
+
+
+def test_one_device_gives_the_numbers_of_eight(finished, digits_dir, tmp_path):
+    reference, _, _ = finished
+    process = _start(digits_dir, tmp_path, devices=1)
+    output = process.communicate()[0]
+    assert process.returncode == 0 and "1 local of 1 devices" in output, output
+    ours = {line["step"]: line for line in _lines(tmp_path)}
+    for line in _lines(reference):
+        if "train/loss" in line:
+            # Sums over the batch are taken in another order; Adam magnifies that.
+            np.testing.assert_allclose(
+                line["train/loss"], ours[line["step"]]["train/loss"], rtol=1e-4
+            )
+
+
+def _step(config, accum_steps):
+    objective = Pretrain(config)
+    tx = optax.sgd(1.0)
+    key = jax.random.key(0, impl="threefry2x32")
+    state = train.init_state(objective, tx, key)
+    step = train.make_train_step(
+        objective, tx, schedule=lambda step: 1.0, key=key, accum_steps=accum_steps
+    )
+    source = sources.make_source(config.data, "train")
+    with pipeline.train_batches(
+        source, config.data, seed=0, start_step=0, num_steps=1
+    ) as batches:
+        batch = parallel.place_batch(parallel.make_mesh(), next(batches))
+    return jax.jit(step)(state, batch)
+
+
+def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(digits_dir):
+    config = _config(digits_dir)
+    whole, logged = _step(config, 1)
+    parts, logged_parts = _step(config, 4)
+    assert parts.step == whole.step == 1
+    for name in ("loss", "loss_trivial", "grad_norm"):
+        np.testing.assert_allclose(logged[name], logged_parts[name], rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        whole.variables, parts.variables,
+    )
+
+
+def test_a_batch_in_parts_trains_through_the_loop(digits_dir, tmp_path):
+    changes = dict(epochs=0.2, optim__warmup_epochs=0.1, log_every_steps=1)
+    train.run(_config(digits_dir, **changes), tmp_path / "whole")
+    train.run(
+        _config(digits_dir, optim__accum_steps=3, **changes), tmp_path / "parts"
+    )
+    for whole, parts in zip(
+        _lines(tmp_path / "whole"), _lines(tmp_path / "parts"), strict=True
+    ):
+        np.testing.assert_allclose(
+            whole["train/loss"], parts["train/loss"], rtol=1e-4
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
+    config = _config(digits_dir, optim__base_lr=1e30, optim__warmup_epochs=0.0)
+    with pytest.raises(FloatingPointError, match="train/loss not finite at step 4"):
+        train.run(config, tmp_path)
+    assert checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).steps() == []
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(objective="pretran"), "Unknown objective 'pretran'. Known: pretrain"),
+    (dict(data__source="folders"), "Unknown data.source 'folders'"),
+    (dict(epochs=0.01), "do not fill one batch of 96"),
+    (dict(data__batch_size=100), "batch_size=100 does not divide over 8 devices"),
+    (dict(optim__accum_steps=5), "does not divide over 8 devices x 5 micro-batches"),
+    (dict(data__channels=3), "config.data.mean has 1 values"),
+    (dict(evals=dict(knn5=dict(every_epochs=0.0))), "Unknown evaluator 'knn5'"),
+])
+def test_bad_settings_stop_the_run_before_it_trains(digits_dir, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train.run(_config(digits_dir, **changes), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_micro_batches_are_spread_over_all_devices():
+    batch = {"x": jnp.arange(16)}
+    parts = train._split(batch, 2)["x"]
+    np.testing.assert_array_equal(parts, [list(range(0, 16, 2)), list(range(1, 16, 2))])
