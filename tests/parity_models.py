@@ -34,7 +34,7 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
     maps = ctor.get("use_fm", [-1])
     mixes = not is_mae and ctor.get("weight_fm", False)
     mask_ratio = forward.get("mask_ratio", 0.75)
-    pred_ratio = mask_ratio if is_mae else forward.get("kept_mask_ratio", mask_ratio)
+    pred_ratio = mask_ratio if is_mae else forward.get("kept_mask_ratio", 0.75)
     size = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
     channels = ctor.get("in_chans", 3)
     return ConfigDict(dict(

@@ -37,6 +37,15 @@ def test_a_wrong_number_fails_the_file(tmp_path, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_weights_that_do_not_fit_fail_the_file(tmp_path, capsys):
+    path = _altered(
+        tmp_path, "mae_norm_mr060.npz",
+        lambda data: data.update({"sd/norm.bias": data["sd/norm.bias"][:-1]}),
+    )
+    assert parity.main([str(path)]) == 1
+    assert "norm.bias: (23,), expected (24,)" in capsys.readouterr().out
+
+
 def test_an_array_that_nobody_compares_fails_the_file(tmp_path):
     path = _altered(
         tmp_path, "mae_norm_mr060.npz", lambda data: data.update(extra=np.zeros(3))

@@ -1,0 +1,82 @@
+"""What happens to images that cannot be decoded: noted, counted, and limited.
+
+One damaged file must not end a run of days, and a damaged data set must not pass
+unnoticed. Every file is written once to `bad_images.jsonl`, one JSON object a line:
+its name, the reason, its index in the source and the sample it was met in.
+"""
+
+import json
+import os
+from typing import NamedTuple
+
+from absl import logging
+
+_UNIT = 10_000  # samples
+
+
+class TooManyBadImages(RuntimeError):
+    """More images than the configuration allows cannot be decoded."""
+
+
+class Bad(NamedTuple):
+    """One image that had to be replaced."""
+
+    name: str
+    reason: str
+    index: int
+    sample: int
+
+
+class BadImages:
+    """Counts and notes bad images, and raises above a share of the samples seen.
+
+    The share is taken of whole epochs (of 10,000 samples where an epoch is longer), the
+    one under way included, so that early luck does not decide. A single file alone
+    never stops a run, unless max_share is 0.
+
+    Args:
+      num_images: how many images the source has.
+      max_share: data.max_bad_share.
+      workdir: where `bad_images.jsonl` goes; nowhere when None.
+    """
+
+    def __init__(self, num_images: int, max_share: float, workdir: str | None):
+        self.count = 0
+        self._seen = 0
+        self._noted: set[int] = set()
+        self._num_images = num_images
+        self._max_share = max_share
+        self._path = None
+        if workdir is not None:
+            self._path = os.path.join(workdir, "bad_images.jsonl")
+
+    def add(self, num_samples: int, bad: list[Bad]) -> None:
+        """Accounts for a batch and the images that were replaced in it."""
+        self._seen += num_samples
+        if not bad:
+            return
+        self.count += len({image.sample for image in bad})
+        for image in bad:
+            if image.index not in self._noted:
+                self._noted.add(image.index)
+                self._note(image)
+        unit = min(self._num_images, _UNIT)
+        judged = -(-self._seen // unit) * unit
+        allowed = self._max_share * judged
+        single = len(self._noted) == 1 and self._max_share > 0
+        if self.count > allowed and not single:
+            where = self._path or "the warnings above"
+            raise TooManyBadImages(
+                f"{self.count} of {self._seen} samples met images that cannot be "
+                f"decoded ({len(self._noted)} files); data.max_bad_share="
+                f"{self._max_share:g} allows {allowed:g} in {judged} samples. The last "
+                f"one is {bad[-1].reason}. All are listed in {where}. Repair or remove "
+                "them, or raise data.max_bad_share."
+            )
+
+    def _note(self, image: Bad) -> None:
+        logging.warning("Replaced an image that cannot be decoded: %s", image.reason)
+        if self._path is not None:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(image._asdict()) + "\n")

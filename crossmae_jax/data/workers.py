@@ -1,0 +1,120 @@
+"""Worker processes: how many, how they start, and that they end with their parent.
+
+Grain maps the numbers 0, 1, 2, ... in worker processes and returns the results in
+order. What Grain leaves to its user is done here:
+
+- Without `absl.app` its flags are unparsed, and reading them raises.
+- Its workers outlive a parent that is killed. Ours wait for the parent's end in a
+  thread, on the pipe that multiprocessing keeps for this; the kernel closes it however
+  the parent dies.
+- Pixels travel through shared memory. Where too little is mounted (containers often
+  have 64 MiB) a worker would die with SIGBUS; here it is counted first.
+- At the end of its input Grain keeps hold of the last results and their shared memory.
+  Ours has no end: the reader closes the iterator when it has what it wants.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+from absl import flags
+
+_SHARED_MEMORY = "/dev/shm"
+# Chunks of a worker that exist at once: being made, in its queue, in Grain's reading
+# thread, and being joined by the parent.
+_CHUNKS_ALIVE = 4
+_ENDLESS = 1 << 62
+_START_PAYS_OFF = 2000  # images; for fewer, threads are done before a process starts
+
+
+def start(
+    load: Callable[[int], Any],
+    *,
+    num_chunks: int,
+    num_images: int,
+    chunk_bytes: int,
+    num_workers: int,
+) -> tuple[int, Iterator[Any]]:
+    """Starts mapping `load` over 0, 1, 2, ...
+
+    Args:
+      load: picklable; runs in the workers, also for numbers that will not be read.
+      num_chunks: how many will be read.
+      num_images: in these chunks together.
+      chunk_bytes: size of a chunk in shared memory.
+      num_workers: data.workers; -1 chooses, 0 means threads of this process.
+
+    Returns:
+      The number of processes (0: threads), and an endless iterator with close().
+    """
+    if num_workers < -1:
+        raise ValueError(
+            f"data.workers={num_workers}; expected -1 (chosen from the CPU count), 0 "
+            "(threads) or a number of processes."
+        )
+    cpus = available_cpus()
+    per_worker = _CHUNKS_ALIVE * chunk_bytes
+    room = num_chunks * per_worker
+    if os.path.isdir(_SHARED_MEMORY):
+        room = shutil.disk_usage(_SHARED_MEMORY).free
+    if num_workers == -1:
+        wanted = max(1, cpus - 1) if num_images >= _START_PAYS_OFF else 0
+        num_workers = min(wanted, room // per_worker)
+    num_workers = min(num_workers, num_chunks)
+    if num_workers * per_worker > room:
+        raise ValueError(
+            f"data.workers={num_workers} needs {num_workers * per_worker >> 20} MiB of "
+            f"shared memory, {_SHARED_MEMORY} has {room >> 20} MiB free. Lower "
+            "data.workers, set it to 0 (threads), or mount more (docker run "
+            "--shm-size=2g)."
+        )
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    # In a worker, the second thread reads from disk while the first decodes.
+    threads = 2 if num_workers else max(2, cpus)
+    dataset = (
+        grain.MapDataset.range(_ENDLESS)
+        .map(load)
+        .to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        )
+    )
+    if num_workers:
+        dataset = dataset.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=1
+            ),
+            worker_init_fn=_begin,
+        )
+    return num_workers, iter(dataset)
+
+
+def available_cpus() -> int:
+    """Counts the CPUs this process may use, its container's quota included."""
+    if hasattr(os, "sched_getaffinity"):
+        cpus = len(os.sched_getaffinity(0))
+    else:
+        cpus = os.cpu_count() or 1
+    if os.path.exists("/sys/fs/cgroup/cpu.max"):
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cpus = min(cpus, max(1, int(quota) // int(period)))
+    return cpus
+
+
+def _begin(index: int, count: int) -> None:
+    """Runs first in every worker."""
+    # Ctrl-C reaches the whole group of processes; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
