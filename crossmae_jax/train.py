@@ -30,6 +30,7 @@ from crossmae_jax import (
     metrics,
     optim,
     parallel,
+    visualize,
     workdir,
 )
 from crossmae_jax.data import pipeline, sources
@@ -302,12 +303,14 @@ def _report(
     """Prints the closing table, and where everything lies."""
     if text := evaluation.table(found):
         print(f"\n{text}\n")
-    if "train/loss" in found:
+    if "train/loss" in found:  # absent when a finished run was started again
         print(
             f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
             f"{found['train/loss_trivial']:.4f}"
         )
+    curve = visualize.loss_curve(directory / metrics.METRICS, directory / "curve.png")
     print(f"metrics      {directory / metrics.METRICS}")
+    print(f"curve        {curve}")
     for path in evaluations.files[-1:]:
         print(f"pictures     {path}")
     print(f"checkpoints  {directory / 'checkpoints'}", flush=True)

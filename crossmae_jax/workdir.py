@@ -6,6 +6,7 @@
     metrics.jsonl       one line per log point; tensorboard/ holds the same
     checkpoints/        what resuming needs
     panels/             reconstructions
+    curve.png           the loss over the steps, drawn at the end
     bad_images.jsonl    images that could not be decoded, if any
 
 A directory with checkpoints belongs to the run that wrote them. Going on with another

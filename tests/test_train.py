@@ -102,6 +102,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     for source in ("eval", "random_init", "pixels"):
         assert 0 < found[f"{source}/knn/top1"] <= 1
     assert (workdir / "panels" / "step_00000015.png").stat().st_size > 1000
+    assert (workdir / "curve.png").stat().st_size > 1000
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text())["seed"] == config.seed
     assert json.loads((workdir / "environment.json").read_text())["versions"]["jax"]

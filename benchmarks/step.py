@@ -1,0 +1,264 @@
+"""Times the compiled training step: images/s, step time, share of peak, compile time.
+
+    python -m benchmarks.step --batch=64 --against=configs/vitb_mae.py \\
+        --config=configs/vitb_cross.py --config=configs/vitb_cross75.py
+
+Several configurations are compiled first and then take turns, a step each, in one
+process: what slows the machine down slows all of them, and a ratio is the median of the
+ratios of neighbouring steps. The step is the one that training runs, on every device;
+images are random and lie on the devices, so that no loader is measured.
+
+GFLOPs are counted (crossmae_jax/cost.py): 3 forward passes, 2 a multiply-add. Memory is
+what the compiler reserves on a device for arguments, results and temporaries. Times are
+taken per step, from the call until its results are there.
+"""
+
+import argparse
+import ast
+import dataclasses
+import datetime
+import os
+import platform
+import runpy
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from crossmae_jax import cost, environment, optim, parallel, train
+from crossmae_jax.objectives import OBJECTIVES
+
+RESULTS = Path(__file__).parent / "results" / "step.md"
+
+# Dense bf16 TFLOP/s of one device as JAX counts them, from the makers' data sheets: for
+# GPUs without sparsity. The first name found in the device's own decides.
+PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5e": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+    "TPU v6e": 918,
+}
+
+
+@dataclasses.dataclass
+class Run:
+    """One configuration, compiled, and the times of its steps in seconds."""
+
+    name: str
+    config: ConfigDict
+    compile_seconds: float
+    memory_bytes: int
+    step: Callable[[], None]
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def load_config(path: str, *, batch_size: int, overrides: list[str]) -> ConfigDict:
+    """Reads a config file and sets some of its values, each written "a.b=value".
+
+    Raises:
+      KeyError: for a setting that the configuration does not have.
+      TypeError: for a value of another type.
+    """
+    config = runpy.run_path(path)["get_config"]().lock()
+    for override in (f"data.batch_size={batch_size}", *overrides):
+        name, _, text = override.partition("=")
+        *parents, key = name.split(".")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        try:
+            node[key] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # a plain word is itself: float32
+            node[key] = text
+    return config
+
+
+def prepare(name: str, config: ConfigDict) -> Run:
+    """Compiles a training step and runs it once."""
+    objective, mesh = OBJECTIVES[config.objective](config), parallel.make_mesh()
+    data = config.data
+    parallel.check_batch_size(
+        data.batch_size, mesh, accum_steps=config.optim.accum_steps
+    )
+    schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
+    tx = optim.make_optimizer(config, schedule)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    everywhere = parallel.replicated(mesh)
+    state = jax.jit(
+        lambda key: train.init_state(objective, tx, key), out_shardings=everywhere
+    )(init_key)
+    shape = (data.batch_size, *data.image_size, data.channels)
+    batch = parallel.place_batch(mesh, {
+        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+        "sample": np.arange(data.batch_size, dtype=np.uint32),
+    })
+    step = jax.jit(
+        train.make_train_step(
+            objective, tx, schedule=schedule, key=step_key,
+            accum_steps=config.optim.accum_steps,
+        ),
+        donate_argnums=0, out_shardings=everywhere,
+    )
+    begin = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+
+    def one_step():
+        nonlocal state
+        state, logged = compiled(state, batch)
+        jax.block_until_ready((state, logged))
+
+    one_step()
+    return Run(
+        name, config, compile_seconds,
+        memory.argument_size_in_bytes + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
+        one_step,
+    )
+
+
+def measure(runs: list[Run], *, num_steps: int) -> None:
+    """Lets the runs take turns, and notes the time of every step."""
+    for _ in range(num_steps):
+        for run in runs:
+            begin = time.perf_counter()
+            run.step()
+            run.seconds.append(time.perf_counter() - begin)
+
+
+def peak_tflops(device_kind: str) -> float | None:
+    """Returns the dense bf16 peak of a device, None if it is not in the table."""
+    for name, peak in PEAK_TFLOPS.items():
+        if name.lower() in device_kind.lower():
+            return peak
+    return None
+
+
+def share_of_peak(run: Run, peak: float | None) -> str:
+    """Returns counted operations over the peak of all devices; bf16 models only."""
+    if peak is None or run.config.model.dtype != "bfloat16":
+        return "unknown"
+    flops = cost.count(run.config).train_flops * run.config.data.batch_size
+    done = flops / statistics.median(run.seconds)
+    return f"{done / (peak * 1e12 * jax.device_count()):.1%}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(runs: list[Run], baseline: Run | None) -> str:
+    """Returns the results as a Markdown table."""
+    peak = peak_tflops(jax.devices()[0].device_kind)
+    head = [
+        "config", "images/s", "step, ms: median (min..max)", "GFLOPs an image",
+        "of peak", "compile, s", "memory, GiB",
+    ]
+    if baseline is not None:
+        head += [f"step / {baseline.name}", f"GFLOPs / {baseline.name}"]
+    lines = [_row(head), _row(["---"] * len(head))]
+    for run in runs:
+        median = statistics.median(run.seconds)
+        flops = cost.count(run.config).train_flops
+        cells = [
+            run.name,
+            f"{run.config.data.batch_size / median:.1f}",
+            f"{median * 1e3:.1f} ({min(run.seconds) * 1e3:.1f}.."
+            f"{max(run.seconds) * 1e3:.1f})",
+            f"{flops / 1e9:.2f}",
+            share_of_peak(run, peak),
+            f"{run.compile_seconds:.1f}",
+            f"{run.memory_bytes / 2**30:.2f}",
+        ]
+        if baseline is not None:
+            pairs = zip(run.seconds, baseline.seconds, strict=True)
+            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+            cells += [
+                f"{ratio:.3f}", f"{flops / cost.count(baseline.config).train_flops:.3f}"
+            ]
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _processor() -> str:
+    """Returns the CPU's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else ())
+        if line.startswith("model name")
+    ]
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
+
+
+def conditions(batch_size: int, num_steps: int, overrides: list[str]) -> str:
+    """Returns what the results depend on: day, machine, versions, settings."""
+    device = jax.devices()[0]
+    kind = _processor() if device.platform == "cpu" else device.device_kind
+    installed = environment.versions()
+    versions = ", ".join(
+        f"{name} {installed[name]}" for name in ("python", "jax", "jaxlib", "flax")
+    )
+    return "\n".join([
+        f"### {datetime.date.today()}, batch {batch_size}, {num_steps} steps in turns",
+        "",
+        f"{jax.device_count()} x {device.platform} ({kind}); {versions}; changed "
+        f"settings: {', '.join(overrides) or 'none'}",
+        "",
+    ])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures the configurations named on the command line and prints a table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument(
+        "--config", action="append", required=True, metavar="FILE",
+        help="configuration to measure; may be given several times",
+    )
+    parser.add_argument(
+        "--against", metavar="FILE", help="configuration to compare the others with"
+    )
+    parser.add_argument("--batch", type=int, required=True, help="global batch size")
+    parser.add_argument("--steps", type=int, default=20, help="steps to time (20)")
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="setting to change in all of them, such as model.dtype=float32",
+    )
+    parser.add_argument(
+        "--write", action="store_true", help=f"append the table to {RESULTS.name}"
+    )
+    args = parser.parse_args(argv)
+
+    paths = ([args.against] if args.against else []) + args.config
+    runs = [
+        prepare(
+            Path(path).stem,
+            load_config(path, batch_size=args.batch, overrides=args.override),
+        )
+        for path in paths
+    ]
+    measure(runs, num_steps=args.steps)
+    text = conditions(args.batch, args.steps, args.override) + "\n"
+    text += table(runs, runs[0] if args.against else None) + "\n"
+    print(text)
+    if args.write:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with RESULTS.open("a") as file:
+            file.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

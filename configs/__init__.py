@@ -1,0 +1,1 @@
+"""Experiments: one file each. None of them imports JAX or the library."""

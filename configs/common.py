@@ -1,0 +1,136 @@
+"""What the experiments share: the recipe of MAE and CrossMAE, as plain dicts.
+
+Every key that the library reads is here, so that a misspelt override is an error.
+A `placeholder` is an unset value (None) of a known type.
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDict:
+    """Returns the recipe of MAE, appendix A.1, and CrossMAE, table 10.
+
+    An experiment adds `model`, `masking`, `data` and `evals`. An evaluator that is not
+    named in `evals` does not run; `every_epochs=0.0` runs it once, at the end.
+    """
+    return ConfigDict(dict(
+        seed=seed,
+        objective="pretrain",
+        epochs=epochs,
+        log_every_steps=50,
+        target=dict(normalize=True),
+        optim=dict(
+            base_lr=1.5e-4,  # for a batch of 256
+            # CrossMAE's factor pred_ratio / mask_ratio; 1 for MAE, which predicts all.
+            lr_scale="pred_over_mask",
+            min_lr=0.0,
+            warmup_epochs=warmup_epochs,
+            weight_decay=0.05,
+            b1=0.9,
+            b2=0.95,
+            clip_norm=placeholder(float),
+            accum_steps=1,
+        ),
+        checkpoint=dict(every_epochs=1.0, keep=2),
+        baselines=False,
+    ))
+
+
+def crossmae(
+    size: str, *, decoder_dim: int, decoder_heads: int, decoder_depth: int = 12
+) -> dict[str, Any]:
+    """Returns CrossMAE's model: cross-attention to a mixture of all feature maps."""
+    return dict(
+        size=size,
+        mlp_ratio=4.0,
+        fusion="inter_block",
+        fusion_maps=placeholder(tuple),  # unset: all blocks
+        fusion_input=True,
+        decoder="cross",
+        decoder_dim=decoder_dim,
+        decoder_depth=decoder_depth,
+        decoder_heads=decoder_heads,
+        decoder_self_attention=False,
+        dtype="bfloat16",
+    )
+
+
+def mae(
+    size: str, *, decoder_dim: int, decoder_heads: int, decoder_depth: int = 8
+) -> dict[str, Any]:
+    """Returns MAE's model: self-attention over visible and mask tokens."""
+    model = crossmae(
+        size, decoder_dim=decoder_dim, decoder_heads=decoder_heads,
+        decoder_depth=decoder_depth,
+    )
+    return model | dict(fusion="last", decoder="mae")
+
+
+def images(
+    *,
+    source: str,
+    image_size: tuple[int, int],
+    batch_size: int,
+    channels: int = 3,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    name: str = "",
+    eval_split: str = "",
+    crop_scale: tuple[float, float] = (0.2, 1.0),
+    flip: bool = True,
+) -> dict[str, Any]:
+    """Returns where images come from and how they are cropped and normalised.
+
+    Args:
+      source: "tfds", "folder" or "digits".
+      mean: per channel, for pixels in 0..1; likewise `std`.
+      crop_scale: share of the image's area that a random crop covers.
+    """
+    return dict(
+        source=source,
+        name=name,  # tfds: the data set, its directory and its splits
+        data_dir=placeholder(str),
+        split="train",
+        eval_split=eval_split,  # "": nothing to evaluate on
+        dir=placeholder(str),  # folder: images to train on, and to evaluate on
+        eval_dir=placeholder(str),
+        image_size=image_size,
+        channels=channels,
+        mean=mean,
+        std=std,
+        batch_size=batch_size,
+        crop_scale=crop_scale,
+        flip=flip,
+        workers=-1,  # -1: chosen from the CPU count; 0: threads of this process
+        max_bad_share=0.001,
+    )
+
+
+def imagenet(*, image_size: tuple[int, int], batch_size: int) -> dict[str, Any]:
+    """Returns ImageNet-1k (ILSVRC 2012), as a TFDS data set."""
+    return images(
+        source="tfds", name="imagenet2012", eval_split="validation",
+        image_size=image_size, batch_size=batch_size,
+    )
+
+
+def panels(*, every_epochs: float = 10.0) -> dict[str, Any]:
+    """Returns the evaluator that draws reconstructions; it needs no labels."""
+    return dict(reconstruction=dict(every_epochs=every_epochs, num_images=8))
+
+
+def knn(*, every_epochs: float = 50.0) -> dict[str, Any]:
+    """Returns the k-NN classifier on frozen features; it needs labels.
+
+    k and temperature as in DINO, arXiv 2104.14294, with k = 20. A tenth of
+    ImageNet is enough to watch a run.
+    """
+    return dict(knn=dict(
+        every_epochs=every_epochs, k=20, temperature=0.07, max_train_images=128_000
+    ))

@@ -1,0 +1,24 @@
+"""MAE, ViT-H/14.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377.
+
+    python -m crossmae_jax.main --config=configs/vith_mae.py \\
+        --workdir=runs/vith_mae --config.data.data_dir=DATA
+
+Published, ImageNet-1k top-1 at 800 epochs: 85.8 fine-tuned (arXiv 2401.14391, table 1).
+At 1600 epochs (--config.epochs=1600): 86.9 fine-tuned, 76.6 linear probe (arXiv
+2111.06377).
+Measured by us: nothing yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    """Returns the experiment."""
+    config = common.pretrain(epochs=800.0, warmup_epochs=40.0)
+    config.model = common.mae("H/14", decoder_dim=512, decoder_heads=16)
+    config.masking = dict(mask_ratio=0.75, pred_ratio=0.75)
+    config.data = common.imagenet(image_size=(224, 224), batch_size=4096)
+    config.evals = common.knn() | common.panels()
+    return config

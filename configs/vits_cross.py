@@ -1,0 +1,22 @@
+"""CrossMAE, ViT-S/16, a third of the masked patches predicted.
+
+Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391.
+
+    python -m crossmae_jax.main --config=configs/vits_cross.py \\
+        --workdir=runs/vits_cross --config.data.data_dir=DATA
+
+Published, ImageNet-1k top-1 at 800 epochs: 79.2 fine-tuned (arXiv 2401.14391, table 1).
+Measured by us: nothing yet.
+"""
+
+from configs import common
+
+
+def get_config():
+    """Returns the experiment."""
+    config = common.pretrain(epochs=800.0, warmup_epochs=40.0)
+    config.model = common.crossmae("S/16", decoder_dim=256, decoder_heads=8)
+    config.masking = dict(mask_ratio=0.75, pred_ratio=0.25)
+    config.data = common.imagenet(image_size=(224, 224), batch_size=4096)
+    config.evals = common.knn() | common.panels()
+    return config

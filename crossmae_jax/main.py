@@ -1,0 +1,109 @@
+"""Training: flags in, `train.run(config, workdir)`.
+
+    python -m crossmae_jax.main --config=configs/vitb_cross.py \\
+        --workdir=runs/vitb_cross --config.optim.base_lr=1e-4
+
+Kept to flags on purpose: everything else can be called from a notebook.
+"""
+
+import difflib
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None,
+    "File in configs/ that describes the experiment. Any of its values can be set: "
+    "--config.optim.base_lr=1e-4.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None,
+    "Directory of this run: checkpoints, metrics, pictures. Given again, the run goes "
+    "on where it stopped.",
+)
+
+
+def _stop(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(2)
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f" Did you mean {close[0]}?"
+    return f" There are: {', '.join(known)}." if known else ""
+
+
+def _config_path(argv: list[str]) -> Path:
+    """Returns the file that --config names; stops if there is none."""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        found = re.fullmatch(r"--?config(?:=(.*))?", argument)
+        if found:
+            path = Path(following if found[1] is None else found[1])
+            break
+    else:
+        _stop(
+            "--config is missing: the file that describes the experiment, such as "
+            "--config=configs/digits_cross.py."
+        )
+    if not path.is_file():
+        siblings = sorted(str(other) for other in path.parent.glob("*.py"))
+        _stop(f"No config file {path}.{_did_you_mean(str(path), siblings)}")
+    return path
+
+
+def _check_settings(argv: list[str], config: ConfigDict) -> None:
+    """Stops at the first `--config.a.b` that the configuration does not have."""
+    for argument in argv:
+        found = re.match(r"--?config\.([^=]+)", argument)
+        node, path = config, "--config"
+        for name in found[1].split(".") if found else ():
+            known = list(node) if isinstance(node, ConfigDict) else []
+            if name not in known:
+                hint = _did_you_mean(name, known)
+                _stop(f"Unknown setting {path}.{name}.{hint}")
+            node, path = node[name], f"{path}.{name}"
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags; a misspelt setting or file ends in a suggestion."""
+    if any(argument.lstrip("-").startswith("help") for argument in argv):
+        return app.parse_flags_with_usage(argv)
+    path = _config_path(argv)
+    # Before the flags are parsed: an unknown setting ends that in a traceback.
+    _check_settings(argv, runpy.run_path(str(path))["get_config"]())
+    rest = app.parse_flags_with_usage(argv)
+    if len(rest) > 1:
+        _stop(
+            f"Unexpected arguments: {' '.join(rest[1:])}. Settings take two dashes and "
+            "an equals sign: --config.optim.base_lr=1e-4."
+        )
+    if not _WORKDIR.value:
+        _stop(
+            "--workdir is missing: the directory of this run, such as "
+            f"--workdir=runs/{path.stem}. Given again, the run goes on where it "
+            "stopped."
+        )
+    return rest
+
+
+def main(argv: list[str]) -> None:
+    """Trains as the flags say."""
+    del argv  # nothing but the program's name: see parse_flags
+    # Libraries report every file they open; a run's own first line says how it starts.
+    logging.set_verbosity(logging.WARNING)
+    # Loader workers import this file anew, and must not import JAX.
+    from crossmae_jax import train
+
+    train.run(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

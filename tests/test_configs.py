@@ -1,0 +1,184 @@
+"""Every file in configs/ is a complete, documented experiment."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from crossmae_jax import cost, optim
+from crossmae_jax.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path for path in (ROOT / "configs").glob("*.py")
+    if path.stem not in ("__init__", "common")
+)
+NAMES = [path.stem for path in FILES]
+
+KEYS = {
+    "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
+    "baselines": bool,
+    "model": {
+        "size": str, "mlp_ratio": float, "fusion": str, "fusion_maps": None,
+        "fusion_input": bool, "decoder": str, "decoder_dim": int, "decoder_depth": int,
+        "decoder_heads": int, "decoder_self_attention": bool, "dtype": str,
+    },
+    "masking": {"mask_ratio": float, "pred_ratio": float},
+    "target": {"normalize": bool},
+    "optim": {
+        "base_lr": float, "min_lr": float, "warmup_epochs": float,
+        "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,
+        "clip_norm": None, "accum_steps": int,
+    },
+    "data": {
+        "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,
+        "dir": None, "eval_dir": None, "image_size": tuple, "channels": int,
+        "mean": tuple, "std": tuple, "batch_size": int, "crop_scale": tuple,
+        "flip": bool, "workers": int, "max_bad_share": float,
+    },
+    "checkpoint": {"every_epochs": float, "keep": int},
+}
+EVALS = {
+    "knn": {
+        "every_epochs": float, "k": int, "temperature": float, "max_train_images": int,
+    },
+    "linear": {"every_epochs": float},
+    "reconstruction": {"every_epochs": float, "num_images": int},
+}
+
+
+def load(path):
+    return runpy.run_path(str(path))["get_config"]()
+
+
+def types_of(config):
+    """Returns the type of every value; None stands for a value that is not set."""
+    return {
+        key: types_of(value) if isinstance(value, ConfigDict)
+        else None if value is None else type(value)
+        for key, value in config.items()
+    }
+
+
+def test_the_experiments_of_the_papers_are_all_there():
+    sizes, kinds = ("vits", "vitb", "vitl", "vith"), ("mae", "cross", "cross75")
+    grid = {f"{size}_{kind}" for size in sizes for kind in kinds}
+    others = {
+        "vitb_cross_448", "digits_cross", "digits_mae", "folder_cross",
+        "folder_cross_knn",
+    }
+    assert set(NAMES) == grid | others
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_config_has_every_key_with_its_type_and_no_other(path):
+    found = types_of(load(path))
+    evals = found.pop("evals")
+    assert found == KEYS
+    assert evals == {name: EVALS[name] for name in evals}
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_config_describes_a_model_and_a_schedule(path):
+    config = load(path)
+    objective = OBJECTIVES[config.objective](config)
+    assert objective.counts == (
+        cost.count(config).num_keep, cost.count(config).num_pred
+    )
+    optim.make_schedule(config, steps_per_epoch=10.0)
+    assert len(config.data.mean) == len(config.data.std) == config.data.channels
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("vit")])
+def test_the_recipe_is_the_papers(name):
+    config = load(ROOT / "configs" / f"{name}.py")
+    size, kind = name.split("_", 1)
+    model = config.model
+    assert model.size == {
+        "vits": "S/16", "vitb": "B/16", "vitl": "L/16", "vith": "H/14"
+    }[size]
+    assert (model.decoder_dim, model.decoder_heads) == (
+        (256, 8) if size == "vits" else (512, 16)
+    )
+    method = ("mae", "last", 8) if kind == "mae" else ("cross", "inter_block", 12)
+    assert (model.decoder, model.fusion, model.decoder_depth) == method
+    assert model.fusion_input and model.fusion_maps is None
+    ratio = 0.75 if kind in ("mae", "cross75") else 0.25
+    assert (config.masking.mask_ratio, config.masking.pred_ratio) == (0.75, ratio)
+    assert config.data.batch_size == 4096
+    # CrossMAE 0.25 at a batch of 4096: 1.5e-4 * 16 / 3.
+    assert optim.peak_lr(config) == pytest.approx(2.4e-3 if ratio == 0.75 else 8e-4)
+    epochs = (400, 20) if kind == "cross_448" else (800, 40)
+    assert (config.epochs, config.optim.warmup_epochs) == epochs
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_a_header_names_paper_command_and_numbers(path):
+    header = path.read_text().split('"""')[1]
+    assert re.search(r"arXiv\s+\d{4}\.\d{5}", header)
+    assert f"--config=configs/{path.stem}.py" in header and "--workdir=" in header
+    assert re.search(r"^Published.*: ", header, re.MULTILINE)
+    assert "Measured by us: " in header
+
+
+def test_configs_import_neither_jax_nor_the_library():
+    code = (
+        "import runpy, sys\n"
+        f"for path in {[str(path) for path in FILES]}:\n"
+        "    runpy.run_path(path)['get_config']()\n"
+        "heavy = {'jax', 'flax', 'crossmae_jax', 'tensorflow_datasets', 'numpy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_two_experiments_share_no_state():
+    first, second = (load(ROOT / "configs" / "digits_cross.py") for _ in range(2))
+    first.model.decoder_depth = 99
+    assert second.model.decoder_depth != 99
+    assert load(ROOT / "configs" / "digits_mae.py").model.decoder_depth != 99
+
+
+def rows():
+    """Returns the cells of docs/configs.md, by config."""
+    lines = (ROOT / "docs" / "configs.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {row[0].strip("`"): row for row in cells if re.fullmatch(r"`\w+`", row[0])}
+
+
+def test_the_table_of_configs_is_complete():
+    assert set(rows()) == set(NAMES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_table_of_configs_states_the_counted_cost(path):
+    counted = cost.count(load(path))
+    assert rows()[path.stem][1:5] == [
+        f"{counted.num_keep} of {counted.num_patches}",
+        str(counted.num_pred),
+        f"{counted.params / 1e6:.2f}",
+        f"{counted.macs / 1e9:.3f}",
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_the_table_of_configs_states_the_published_number_of_the_header(path):
+    header = " ".join(path.read_text().split('"""')[1].split())
+    found = re.search(r"Published, ImageNet-1k top-1[^:]*: ([\d.]+) fine-tuned", header)
+    assert rows()[path.stem][5] == (found[1] if found else "none")
+
+
+def test_common_has_no_function_that_no_experiment_uses():
+    text = "".join(path.read_text() for path in (ROOT / "configs").glob("*.py"))
+    functions = [
+        name for name, value in vars(common).items()
+        if getattr(value, "__module__", None) == common.__name__
+    ]
+    assert functions
+    for name in functions:
+        assert re.search(rf"(?<!def ){name}\(", text), name
