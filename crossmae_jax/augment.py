@@ -22,7 +22,7 @@ def normalize(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "b height width c"]:
-    """Scales to 0..1, then subtracts the mean and divides by the std of each channel."""
+    """Scales to 0..1, subtracts the mean of each channel and divides by its std."""
     channels = images.shape[-1]
     return (
         images.astype(jnp.float32) / 255.0 - _per_channel(mean, channels, "mean")

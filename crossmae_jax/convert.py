@@ -56,6 +56,8 @@ def _listing(title: str, lines: list[str]) -> str:
 def from_torch(state: Mapping[str, np.ndarray], like: Any) -> Any:
     """Returns `state` (a PyTorch state dict of arrays) in our names and layouts.
 
+    Tensors get the model's types: a half-precision file gives float32 parameters.
+
     Args:
       state: tensors under the references' names.
       like: variables of our model, as arrays or `jax.ShapeDtypeStruct`; decides which
@@ -71,7 +73,8 @@ def from_torch(state: Mapping[str, np.ndarray], like: Any) -> Any:
     ours, misshaped = {}, []
     for path, name in names.items():
         if name in state:
-            ours[path] = to_ours(path, np.asarray(state[name]))
+            value = to_ours(path, np.asarray(state[name]))
+            ours[path] = value.astype(expected[path].dtype)
             if ours[path].shape != expected[path].shape:
                 misshaped.append(
                     f"{name}: {ours[path].shape}, expected {expected[path].shape}"

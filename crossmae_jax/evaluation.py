@@ -44,6 +44,12 @@ class Evaluations:
         directory: Path,
         panel_key: jax.Array,
     ):
+        for name, options in config.evals.items():
+            if "every_epochs" not in options:
+                raise ValueError(
+                    f"config.evals.{name} lacks every_epochs: how often it runs, in "
+                    "epochs; 0.0 for the end of training only."
+                )
         self._config, self._sources, self._mesh = config, opened, mesh
         self._directory, self._panel_key = directory, panel_key
         self._num_images = {split: len(source) for split, source in opened.items()}
@@ -129,7 +135,7 @@ class Evaluations:
             with pipeline.eval_batches(
                 self._sources[split], self._config.data, batch_size=size,
                 num_images=num_images, process_index=jax.process_index(),
-                process_count=jax.process_count(),
+                process_count=jax.process_count(), workdir=str(self._directory),
             ) as made:
                 for batch in made:
                     if stop.is_set():

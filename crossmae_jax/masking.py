@@ -15,6 +15,7 @@ sample depends on nothing but the seed and its number: not on the batch, the dev
 the number of hosts. The model never samples; it is handed the `TokenIds`.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,11 @@ class TokenIds(NamedTuple):
     restore: Int[Array, "b n"]
 
 
+def _floor(ratio: float) -> float:
+    """Rounds down to three digits, and off the edge where truncation bites."""
+    return math.floor((ratio - 1e-9) * 1000) / 1000
+
+
 def token_counts(
     num_patches: int, *, mask_ratio: float, pred_ratio: float
 ) -> TokenCounts:
@@ -67,7 +73,7 @@ def token_counts(
     if num_keep < 1:
         raise ValueError(
             f"mask_ratio={mask_ratio} leaves none of {num_patches} patches visible; "
-            f"lower mask_ratio to at most {1 - 1 / num_patches:.4g}."
+            f"lower mask_ratio to {_floor(1 - 1 / num_patches)} or less."
         )
     return TokenCounts(num_keep, num_pred)
 
@@ -75,7 +81,7 @@ def token_counts(
 def token_ids(
     noise: Float[Array, "b n"], *, num_keep: int, num_pred: int
 ) -> TokenIds:
-    """Cuts the order of the noise into ids: the smallest stay visible, the largest are predicted."""
+    """Orders patches by noise: the smallest stay visible, the largest are predicted."""
     num_patches = noise.shape[1]
     shuffle = jnp.argsort(noise, axis=1, stable=True)
     return TokenIds(
@@ -99,12 +105,6 @@ def sample_token_ids(
         return jax.random.uniform(jax.random.fold_in(key, number), (num_patches,))
 
     return token_ids(jax.vmap(noise)(sample), num_keep=num_keep, num_pred=num_pred)
-
-
-def all_token_ids(num_samples: int, num_patches: int) -> TokenIds:
-    """Returns ids with every patch visible and every patch predicted."""
-    every = jnp.tile(jnp.arange(num_patches), (num_samples, 1))
-    return TokenIds(keep=every, pred=every, restore=every)
 
 
 def pred_mask(ids: TokenIds) -> Bool[Array, "b n"]:

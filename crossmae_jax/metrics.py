@@ -42,12 +42,17 @@ def _number(name: str, value: Any) -> int | float:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the lines of later steps, and a last line that a kill cut short."""
+    """Drops what will be written again, and a last line that a kill cut short.
+
+    That is all of the later steps, and the evaluations of this one.
+    """
     kept = []
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            if json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            at, evaluated = values["step"], any("eval/" in name for name in values)
+            if at < step or at == step and not evaluated:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number < len(lines):
@@ -70,7 +75,8 @@ class MetricWriter:
 
     Args:
       resume_step: the step of the checkpoint that the run goes on from; lines of later
-        steps are dropped. None: a fresh start; an earlier `metrics.jsonl` (of a run
+        steps and evaluations of this one are dropped. None: a fresh start; an earlier
+        `metrics.jsonl` (of a run
         that never came to its first checkpoint) becomes `metrics.earlier.jsonl`.
     """
 

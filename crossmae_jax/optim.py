@@ -81,7 +81,8 @@ def make_schedule(
 
     def schedule(step):
         return warmup_cosine(
-            jnp.asarray(step / steps_per_epoch, jnp.float32), peak=peak, min_lr=config.optim.min_lr,
+            jnp.asarray(step / steps_per_epoch, jnp.float32),
+            peak=peak, min_lr=config.optim.min_lr,
             warmup_epochs=config.optim.warmup_epochs, epochs=config.epochs,
         )
 
@@ -89,14 +90,14 @@ def make_schedule(
 
 
 def decay_mask(params: Any) -> Any:
-    """Returns True for the tensors that are decayed: those of two dimensions or more."""
+    """Returns True for the tensors that decay: those of two dimensions or more."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
 def make_optimizer(
     config: ConfigDict, schedule: Callable[[Array], Array]
 ) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping by global norm if `config.optim.clip_norm` is set."""
+    """Returns AdamW, after clipping by global norm if `optim.clip_norm` is set."""
     optim = config.optim
     adamw = optax.adamw(
         schedule, b1=optim.b1, b2=optim.b2, eps=1e-8,

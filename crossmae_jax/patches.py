@@ -57,7 +57,7 @@ def unpatchify(
 def take_tokens(
     tokens: Shaped[Array, "b n d"], ids: Int[Array, "b k"]
 ) -> Shaped[Array, "b k d"]:
-    """Gathers each sample's own tokens. Ids out of range give NaN, never a neighbour."""
+    """Gathers each sample's own tokens. Ids out of range give NaN, not a neighbour."""
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
 
 
@@ -69,11 +69,3 @@ def put_tokens(
     """Replaces each sample's tokens at `ids`; the counterpart of `take_tokens`."""
     rows = jnp.arange(tokens.shape[0])[:, None]
     return tokens.at[rows, ids].set(values)
-
-
-def patch_mask_to_pixels(
-    mask: Shaped[Array, "b n"], *, grid: tuple[int, int], patch_size: int
-) -> Shaped[Array, "b height width 1"]:
-    """Spreads one value a patch over the patch's pixels."""
-    spread = jnp.repeat(mask[:, :, None], patch_size**2, axis=2)
-    return unpatchify(spread, grid=grid, patch_size=patch_size)

@@ -1,4 +1,4 @@
-"""Reads PyTorch checkpoints (`.pth`) without PyTorch and without running what they hold.
+"""Reads PyTorch checkpoints (`.pth`) without PyTorch and without running their code.
 
 A `.pth` file is a zip archive: a pickle that describes objects, and one raw file per
 tensor storage. Unpickling calls whatever the pickle names, so only the names below are
@@ -44,8 +44,8 @@ def _rebuild_tensor(storage, offset, size, stride, *_unused) -> np.ndarray:
         0 not in size and last > storage.size
     ):
         raise pickle.UnpicklingError(
-            f"tensor of size {size} and stride {stride} at {offset} reaches outside its "
-            f"storage of {storage.size} values"
+            f"tensor of size {size} and stride {stride} at {offset} reaches outside "
+            f"its storage of {storage.size} values"
         )
     view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps)
     return view.copy()
@@ -79,6 +79,8 @@ class _Unpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(f"unknown external object {kind!r}")
         if key not in self._storages:
             data = self._archive.read(f"{self._root}/data/{key}")
+            if len(data) < count * np.dtype(dtype).itemsize:
+                raise EOFError(f"storage {key} holds {len(data)} bytes")
             self._storages[key] = np.frombuffer(data, dtype, count=count)
         return self._storages[key]
 
@@ -90,10 +92,12 @@ def read(path: str | Path) -> Any:
       ValueError: if the file is not a zip archive of PyTorch >= 1.6, or names anything
         but tensors, containers and an argument namespace.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"No checkpoint {path}.")
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{path} is not a zip archive as PyTorch >= 1.6 writes; load it in PyTorch "
-            "and save it again with torch.save."
+            f"{path} is not a zip archive as PyTorch >= 1.6 writes: it is cut short "
+            "or older. Copy it again, or load it in PyTorch and save it with torch.save."
         )
     with zipfile.ZipFile(path) as archive:
         roots = [name[: -len("/data.pkl")] for name in archive.namelist()
@@ -103,8 +107,15 @@ def read(path: str | Path) -> Any:
                 f"{path} is a zip archive but not a PyTorch checkpoint: expected one "
                 f"data.pkl inside, found {len(roots)}."
             )
+        order = f"{roots[0]}/byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError(
+                f"{path} was written on a big-endian machine; save it again on another."
+            )
         try:
             return _Unpickler(archive, roots[0]).load()
+        except (KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged: {error}. Copy it again.") from error
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} was refused: {error}. Only tensors, containers and an "

@@ -96,9 +96,8 @@ def make_train_step(
             gradient, logged = jax.grad(loss, has_aux=True)(params, batch)
         else:
             parts = _split(batch, accum_steps)
-            shapes = jax.eval_shape(
-                jax.grad(loss, has_aux=True), params, jax.tree.map(lambda x: x[0], parts)
-            )
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(jax.grad(loss, has_aux=True), params, first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             total, _ = jax.lax.scan(part_gradient, zeros, parts)
             gradient, logged = jax.tree.map(lambda x: x / accum_steps, total)
@@ -116,8 +115,8 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
     bad = [name for name, value in logged.items() if not np.isfinite(value)]
     if bad:
         raise FloatingPointError(
-            f"{', '.join(bad)} not finite at step {step}, still finite at step {since}; "
-            "nothing was saved since. Usual cures: lower config.optim.base_lr, "
+            f"{', '.join(bad)} not finite at step {step}, still finite at step {since};"
+            " nothing was saved since. Usual cures: lower config.optim.base_lr, "
             "config.optim.clip_norm=1.0, config.model.dtype=float32."
         )
 
@@ -168,10 +167,12 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     opened = {"train": sources.make_source(config.data, "train")}
     if held_out := sources.make_source(config.data, "eval"):
         opened["eval"] = held_out
+    if config.log_every_steps < 1:
+        raise ValueError(f"log_every_steps={config.log_every_steps} must be 1 or more.")
     total, steps_per_epoch = _duration(config, len(opened["train"]))
     schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
     tx = optim.make_optimizer(config, schedule)
-    # The kind of key is named: no setting elsewhere can change the numbers of a seed.
+    # The kind of key is named: JAX's default may be set to another elsewhere.
     root = jax.random.key(config.seed, impl="threefry2x32")
     init_key, mask_key, panel_key = jax.random.split(root, 3)
     evaluations = evaluation.Evaluations(
@@ -216,7 +217,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             f"{optim.peak_lr(config):.3g}", flush=True,
         )
 
-        writer = metrics.MetricWriter(directory, resume_step=start if restored else None)
+        writer = metrics.MetricWriter(
+            directory, resume_step=start if restored else None
+        )
         stack.callback(writer.close)
         meter = metrics.SpeedMeter(images_per_step=config.data.batch_size)
         progress = metrics.Progress(total, first_step=start)
@@ -230,12 +233,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         evaluate = functools.partial(
             evaluations.run, writer=writer, progress=progress, stop=stop
         )
-        save_every = max(1, round(config.checkpoint.every_epochs * steps_per_epoch))
+        save_every = _interval(config.checkpoint.every_epochs, steps_per_epoch, total)
         latest: dict[str, float] = {}
         shown: dict[str, float] = {}
         saved = finite_at = start
-        begin = time.perf_counter()
         try:
+            if restored and start < total:  # an evaluation may have been interrupted
+                due = evaluations.due(start, steps_per_epoch)
+                latest |= evaluate(due, state.variables, start)
+            begin = time.perf_counter()
             for step, batch in enumerate(batches, start=start + 1):
                 state, logged = train_step(state, parallel.place_batch(mesh, batch))
                 if step == start + 1:
@@ -274,6 +280,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 latest |= evaluations.baselines(initial, stop=stop)
         except evaluation.Interrupted:
             if saved < (now := int(state.step)):
+                _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
                 checkpoints.save(now, state, wait=True)
             progress.note(
                 f"SIGTERM: step {now} is saved in {directory}; run the same command "
@@ -283,6 +290,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     if jax.process_index() == 0:
         _report(directory, latest, evaluations)
     return latest
+
+
+def _interval(epochs: float, steps_per_epoch: float, total: int) -> int:
+    """Returns a number of steps for a number of epochs; 0 means the end only."""
+    return max(1, round(epochs * steps_per_epoch)) if epochs else total
 
 
 def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:

@@ -66,7 +66,10 @@ def claim(
     if resuming:
         for name, new in ours.items():
             if not (workdir / name).exists():
-                continue
+                raise ValueError(
+                    f"{workdir} holds checkpoints but no {name}, so nobody can tell "
+                    "which run they belong to; give a new --workdir."
+                )
             changed = _differences(json.loads((workdir / name).read_text()), new)
             if changed:
                 raise ValueError(
@@ -78,4 +81,6 @@ def claim(
         return
     workdir.mkdir(parents=True, exist_ok=True)
     for name, new in ours.items():
-        (workdir / name).write_text(json.dumps(new, indent=2) + "\n")
+        temporary = workdir / f"{name}.tmp"
+        temporary.write_text(json.dumps(new, indent=2) + "\n")
+        temporary.replace(workdir / name)

@@ -17,6 +17,7 @@ float64, so trajectories of parameters are held to that.
 import argparse
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -57,29 +58,26 @@ NPZ_CHECKS = {
 def check(path: Path) -> Report:
     """Runs every comparison that a fixture file allows.
 
-    A file that our code refuses (weights that do not fit, ratios that contradict each
-    other) fails with the reason.
-
-    Raises:
-      FileNotFoundError: if the file does not exist.
+    A file that cannot be read, lacks what its kind needs, or is refused by our code
+    (weights that do not fit) fails with the reason.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"No fixture file {path}.")
     report = Report(path.name)
     try:
         _compare(path, report)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, OSError, zipfile.BadZipFile) as error:
         report.failed = True
-        report.lines.append(f"FAIL {error}")
+        report.lines.append(f"FAIL {type(error).__name__}: {error}")
     return report
 
 
 def _compare(path: Path, report: Report) -> None:
+    if not path.exists():
+        raise FileNotFoundError("no such file")
     if path.suffix == ".json":
         data = json.loads(path.read_text())
         if isinstance(data, list) and data and "len_keep" in data[0]:
             parity_files.check_masking_counts(data, report)
-        elif isinstance(data, dict) and "lr_sched" in data:
+        elif isinstance(data, dict) and {"lr_sched", "lr_rule"} & set(data):
             parity_files.check_schedules(data, report)
     elif path.suffix == ".npz":
         kind = _kind(data := parity_files.load_npz(path))
@@ -90,7 +88,7 @@ def _compare(path: Path, report: Report) -> None:
         if expected.exists():
             data = parity_files.load_npz(expected)
             if _kind(data) == "checkpoint":
-                parity_models.check_checkpoint(expected, data, report)
+                parity_models.check_checkpoint(path, data, report)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,7 +33,8 @@ class Report:
             "-" if error is None else f"{error:.2e}"
             for error in (self.worst_output, self.worst_gradient)
         )
-        return "  ".join((f"{self.name:<44}", *(f"{e:>9}" for e in errors), self.status))
+        cells = (f"{error:>9}" for error in errors)
+        return "  ".join((f"{self.name:<44}", *cells, self.status))
 
     def _record(self, what: str, error: float, allowed: float) -> None:
         good = error <= allowed  # False for NaN

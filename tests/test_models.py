@@ -29,7 +29,9 @@ def make_config(**changes):
         target=dict(normalize=True),
         data=dict(image_size=(16, 24), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3),
     ))
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    config.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return config
 
 
@@ -117,7 +119,7 @@ def test_visible_patches_are_encoded_as_if_all_had_been_projected_and_some_dropp
     objective = Pretrain(config)
     variables = objective.init(jax.random.key(0))
     images, ids = _images(config), _ids(objective)
-    every = masking.all_token_ids(2, objective.num_patches).keep
+    every = jnp.tile(jnp.arange(objective.num_patches), (2, 1))
     maps = [
         objective.model.apply(variables, images, keep, method="encode").feature_maps[0]
         for keep in (None, every, ids.keep)

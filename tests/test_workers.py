@@ -57,6 +57,17 @@ def test_forgotten_iterator_ends_its_workers(folder):
     assert not process.is_alive()
 
 
+def test_workers_go_on_when_a_scheduler_signals_the_whole_group(folder):
+    with pipeline.train_batches(
+        folder, config(workers=1), seed=0, start_step=0, num_steps=12
+    ) as batches:
+        next(batches)
+        (process,) = multiprocessing.active_children()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(process.pid, number)
+        assert len(list(batches)) == 11
+
+
 def test_killed_worker_is_an_error_not_a_hang(folder):
     with pipeline.train_batches(
         folder, config(workers=1), seed=0, start_step=0, num_steps=10**9

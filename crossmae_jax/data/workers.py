@@ -110,8 +110,10 @@ def available_cpus() -> int:
 
 def _begin(index: int, count: int) -> None:
     """Runs first in every worker."""
-    # Ctrl-C reaches the whole group of processes; the parent decides what it means.
+    # Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the parent
+    # decides what they mean, and needs its workers until it has.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

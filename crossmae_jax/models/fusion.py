@@ -22,7 +22,7 @@ from crossmae_jax.models import layers
 def resolve_maps(
     blocks: tuple[int, ...] | None, *, depth: int, include_input: bool
 ) -> tuple[int, ...]:
-    """Returns positions in `Encoded.feature_maps` (0 is the encoder input, 1 block 0, ...).
+    """Returns positions in `Encoded.feature_maps`: 0 is the encoder input, 1 block 0.
 
     Args:
       blocks: block numbers, in any order, negative ones counted from the end; None

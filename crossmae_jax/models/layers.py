@@ -8,6 +8,8 @@ sqrt(2) than that of separate ones.
 
 `dtype` is the compute type. Parameters, norms and softmax stay float32; norms take the
 variance of centred values, since E[x^2] - E[x]^2 cancels when activations have a mean.
+With bfloat16 everything else is bfloat16, the residual stream and the gradients of
+matrix products included (PyTorch's autocast keeps the residual stream in float32).
 """
 
 from typing import Any
@@ -120,7 +122,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention from queries to a context, and MLP (arXiv 2401.14391, section 3.2).
+    """Cross-attention to a context, and MLP (arXiv 2401.14391, section 3.2).
 
     The context is used as it comes: it is normed where it is made. With
     `self_attention` the queries first attend to each other (the paper's ablation).

@@ -1,6 +1,6 @@
 """The masked image model: encoder, fusion, decoder.
 
-    visible patches -> encoder -> fusion -> decoder -> a vector for every patch asked for
+    visible patches -> encoder -> fusion -> decoder -> a vector for each patch asked
 
 MAE is fusion "last" with decoder "mae"; CrossMAE is fusion "inter_block" with decoder
 "cross"; "last" with "cross" is CrossMAE's ablation with the encoder's last map only.

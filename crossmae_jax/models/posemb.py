@@ -14,7 +14,7 @@ import numpy as np
 
 
 def sincos(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """Returns the table `[1 + rows * columns, dim]`, class row first, patches in raster order.
+    """Returns the table `[1 + n, dim]`: class row, then patches in raster order.
 
     Raises:
       ValueError: if `dim` is not a multiple of 4.

@@ -1,10 +1,9 @@
 """Vision transformer on any subset of an image's patches.
 
 The encoder of MAE and CrossMAE, and with `ids_keep=None` the plain ViT of every
-downstream task: one class. A patch is cut out, projected, given the position of its
-place, and dropped if not visible. Since a patch's projection depends on no other, only
-the visible ones are cut and projected: the same numbers as projecting all of them and
-dropping three quarters, as the references do, at a quarter of the work.
+downstream task: one class. Since a patch's projection depends on no other, only the
+visible ones are projected and given their positions: the same numbers as projecting all
+of them and dropping three quarters, as the references do, at a quarter of the work.
 
 The class token comes first and is never masked. Position tables are fixed and live in
 the "constants" collection, so that no optimiser can touch them.
@@ -40,7 +39,7 @@ SIZES = {
 
 
 def parse_size(size: str) -> tuple[Size, int]:
-    """Reads "B/16", or "W96-D6-H4/2" for width 96, depth 6, heads 4, and the patch size.
+    """Reads "B/16", or "W96-D6-H4/2": width 96, depth 6, heads 4, patches of 2.
 
     Raises:
       ValueError: if the name is unknown or malformed.

@@ -3,8 +3,7 @@
     init(key) -> variables
     loss(variables, batch, key) -> (scalar, dict of scalars to log)
     predict(variables, batch) -> dict with "features" [b d]
-
-and, for objectives that reconstruct, `reconstruct(variables, batch, key)`.
+    reconstruct(variables, batch, key) -> pictures, masks and errors
 """
 
 from crossmae_jax.objectives.pretrain import Pretrain

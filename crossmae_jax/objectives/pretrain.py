@@ -118,10 +118,14 @@ class Pretrain:
     ) -> dict[str, Float[Array, "b d"]]:
         """Returns features of whole images: all patches visible, no key, no masking.
 
-        "features" is the mean over patch tokens of the encoder's output.
+        "features" is the mean over patch tokens of the encoder's output, or of the last
+        feature map that the decoder uses: blocks behind it are not trained.
         """
         images = self.normalize(batch)
-        tokens = self.model.apply(variables, images, method="encode").tokens
+        encoded = self.model.apply(variables, images, method="encode")
+        tokens = encoded.tokens
+        if self.model.fusion is not None:
+            tokens = encoded.feature_maps[self.model.fusion.maps[-1]]
         return {"features": tokens[:, 1:].astype(jnp.float32).mean(1)}
 
     def reconstruct(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 def attention(
     q: Float[Array, "b q h d"], k: Float[Array, "b k h d"], v: Float[Array, "b k h d"]
 ) -> Float[Array, "b q h d"]:
-    """Each query's mean of the values, weighted by its softmaxed products with the keys."""
+    """Averages the values for each query, weighted by its products with the keys."""
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(logits * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
     out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32)

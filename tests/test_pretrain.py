@@ -1,0 +1,114 @@
+"""The objective: loss, features of whole images, reconstructions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crossmae_jax import losses, masking, patches
+from crossmae_jax.objectives.pretrain import Pretrain
+from tests.test_models import MAE, make_config
+
+
+def _batch(config, num=3):
+    shape = (num, *config.data.image_size, config.data.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return {
+        "image": jnp.asarray(images), "sample": jnp.arange(num, dtype=jnp.uint32)
+    }
+
+
+def _objective(**changes):
+    objective = Pretrain(make_config(**changes))
+    return objective, objective.init(jax.random.key(0)), _batch(objective.config)
+
+
+def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
+    objective, variables, batch = _objective(**MAE)
+    encoded = objective.model.apply(
+        variables, objective.normalize(batch), method="encode"
+    )
+    assert encoded.tokens.shape == (3, 1 + 24, 16)
+    found = objective.predict(variables, batch)["features"]
+    np.testing.assert_allclose(found, encoded.tokens[:, 1:].mean(1), atol=1e-6)
+    np.testing.assert_array_equal(
+        found, objective.predict(variables, batch)["features"]
+    )
+
+
+def test_features_come_from_the_last_block_that_is_trained():
+    objective, variables, batch = _objective(model__fusion_maps=(0, 1))
+    encoded = objective.model.apply(
+        variables, objective.normalize(batch), method="encode"
+    )
+    expected = encoded.feature_maps[2][:, 1:].mean(1)
+    found = objective.predict(variables, batch)["features"]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_the_loss_depends_on_sample_numbers_and_not_on_places_in_the_batch():
+    objective, variables, batch = _objective()
+    key = jax.random.key(1)
+    turned = jax.tree.map(lambda x: x[::-1], batch)
+    loss = objective.loss(variables, batch, key)[0]
+    np.testing.assert_allclose(objective.loss(variables, turned, key)[0], loss, rtol=1e-5)
+    moved = batch | {"sample": batch["sample"] + 3}
+    assert abs(objective.loss(variables, moved, key)[0] - loss) > 1e-4
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
+    objective, variables, batch = _objective(
+        target__normalize=normalize, masking__pred_ratio=0.75
+    )
+    images, key = objective.normalize(batch), jax.random.key(1)
+    _, logged = objective.loss(variables, batch, key)
+    values = patches.patchify(images, patch_size=4)
+    ids = objective.sample(key, batch["sample"])
+    chosen = patches.take_tokens(values, ids.pred)
+    variance = float(chosen.var(-1).mean())
+    expected = (48 - 1) / 48 if normalize else variance
+    np.testing.assert_allclose(logged["loss_trivial"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, MAE], ids=["cross", "mae"])
+def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes):
+    objective, variables, batch = _objective(**changes)
+    key = jax.random.key(1)
+    found = objective.reconstruct(variables, batch, key)
+    assert (found.mask.sum(1) == 24 - 6).all()
+
+    images = objective.normalize(batch)
+    ids = masking.sample_token_ids(
+        key, batch["sample"], num_patches=24, num_keep=6, num_pred=18
+    )
+    pred = objective.model.apply(variables, images, ids)
+    target = patches.take_tokens(objective.target(images), ids.pred)
+    np.testing.assert_allclose(found.mse, losses.mse(pred, target), rtol=1e-5)
+
+    def cut(image):
+        return patches.patchify(image, patch_size=4)
+
+    hidden = found.mask[:, :, None]
+    image, prediction, pasted = map(cut, (found.image, found.prediction, found.pasted))
+    np.testing.assert_allclose(found.image, batch["image"] / 255, atol=1e-6)
+    np.testing.assert_allclose(
+        jnp.where(hidden, 0.5, prediction), 0.5, atol=1e-6, err_msg="the mean colour"
+    )
+    np.testing.assert_allclose(
+        pasted, jnp.where(hidden, prediction, image), atol=1e-6
+    )
+
+
+def test_a_perfect_prediction_is_the_image():
+    objective, variables, batch = _objective(target__normalize=True)
+    images = objective.normalize(batch)
+
+    class Oracle:
+        def apply(self, _variables, _images, ids):
+            return patches.take_tokens(objective.target(images), ids.pred)
+
+    objective.model = Oracle()
+    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    np.testing.assert_allclose(found.mse, 0.0, atol=1e-10)
+    np.testing.assert_allclose(found.pasted, found.image, atol=1e-5)
