@@ -16,7 +16,7 @@ from configs import common
 
 def get_config():
     """Returns the experiment."""
-    config = common.pretrain(epochs=50.0, warmup_epochs=5.0)
+    config = common.pretrain(epochs=60.0, warmup_epochs=6.0)
     config.log_every_steps = 10
     config.model = common.crossmae(
         "W64-D4-H4/2", decoder_dim=64, decoder_heads=4, decoder_depth=2
