@@ -16,14 +16,14 @@ from configs import common
 
 def get_config():
     """Returns the experiment."""
-    config = common.pretrain(epochs=60.0, warmup_epochs=6.0)
+    config = common.pretrain(epochs=52.0, warmup_epochs=5.0)
     config.log_every_steps = 10
     config.model = common.crossmae(
         "W64-D4-H4/2", decoder_dim=64, decoder_heads=4, decoder_depth=2
     )
     config.model.dtype = "float32"
     config.masking = dict(mask_ratio=0.75, pred_ratio=0.5)
-    config.optim.base_lr = 1e-2
+    config.optim.base_lr = 1.2e-2
     config.optim.lr_scale = "none"
     config.data = common.images(
         source="digits", image_size=(16, 16), batch_size=128, channels=1,

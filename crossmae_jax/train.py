@@ -36,7 +36,7 @@ from crossmae_jax import (
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives import OBJECTIVES
 
-REQUEUE = 75  # exit status after SIGTERM: saved, run the same command again
+REQUEUE = 75  # exit status when stopped: saved, run the same command again
 
 
 @flax.struct.dataclass
@@ -123,21 +123,23 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM into an event; the second ends the process at once."""
+    """Turns the first SIGTERM or Ctrl-C into an event; a second has its usual effect."""
     requested = threading.Event()
 
     def handle(number, _frame):
         requested.set()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, previous[number])
 
     if threading.current_thread() is not threading.main_thread():
         yield requested  # handlers can be set in the main thread only (notebooks)
         return
-    previous = signal.signal(signal.SIGTERM, handle)
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number in numbers:
+            signal.signal(number, previous[number])
 
 
 def _objective(config: ConfigDict) -> Any:
@@ -151,8 +153,8 @@ def _objective(config: ConfigDict) -> Any:
 def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
-    Goes on from the newest checkpoint in the directory if there is one. SIGTERM makes
-    it save and exit with status 75: run the same command again to go on.
+    Goes on from the newest checkpoint in the directory if there is one. SIGTERM and
+    Ctrl-C make it save and exit with status 75: run the same command again to go on.
 
     Raises:
       ValueError: if configuration, data or directory contradict each other.
@@ -283,7 +285,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
                 checkpoints.save(now, state, wait=True)
             progress.note(
-                f"SIGTERM: step {now} is saved in {directory}; run the same command "
+                f"stopped: step {now} is saved in {directory}; run the same command "
                 "again to go on"
             )
             raise SystemExit(REQUEUE) from None

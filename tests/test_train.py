@@ -134,7 +134,7 @@ def test_another_configuration_or_data_set_cannot_go_on_in_a_runs_directory(fini
     changed.optim.base_lr, changed.log_every_steps = 1e-6, 7
     with pytest.raises(ValueError, match="another run; config.json differs") as error:
         train.run(changed, workdir)
-    assert "optim.base_lr: 0.01 -> 1e-06" in str(error.value)
+    assert "optim.base_lr: 0.012 -> 1e-06" in str(error.value)
     assert "log_every_steps" not in str(error.value)
     changed = config.copy_and_resolve_references()
     changed.data.split = "train[:90%]"
@@ -174,13 +174,16 @@ def _start(digits_dir, workdir, devices=8, **changes):
     )
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_bits(finished, digits_dir, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
+    finished, digits_dir, tmp_path, number
+):
     reference, config, _ = finished
     process = _start(digits_dir, tmp_path, log_every_steps=1)
     while '"step": 2,' not in _read(tmp_path / "metrics.jsonl"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output = process.communicate()[0]
     assert process.returncode == train.REQUEUE, output
     assert "FRESH START" in output and "run the same command again" in output
