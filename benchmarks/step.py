@@ -62,7 +62,7 @@ class Run:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def load_config(path: str, *, batch_size: int, overrides: list[str]) -> ConfigDict:
+def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
     """Reads a config file and sets some of its values, each written "a.b=value".
 
     Raises:
@@ -70,7 +70,7 @@ def load_config(path: str, *, batch_size: int, overrides: list[str]) -> ConfigDi
       TypeError: for a value of another type.
     """
     config = runpy.run_path(path)["get_config"]().lock()
-    for override in (f"data.batch_size={batch_size}", *overrides):
+    for override in overrides:
         name, _, text = override.partition("=")
         *parents, key = name.split(".")
         node = config
@@ -154,7 +154,8 @@ def share_of_peak(run: Run, peak: float | None) -> str:
     return f"{done / (peak * 1e12 * jax.device_count()):.1%}"
 
 
-def _row(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
+    """Returns a line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -167,7 +168,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
     ]
     if baseline is not None:
         head += [f"step / {baseline.name}", f"GFLOPs / {baseline.name}"]
-    lines = [_row(head), _row(["---"] * len(head))]
+    lines = [row(head), row(["---"] * len(head))]
     for run in runs:
         median = statistics.median(run.seconds)
         flops = cost.count(run.config).train_flops
@@ -187,7 +188,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
             cells += [
                 f"{ratio:.3f}", f"{flops / cost.count(baseline.config).train_flops:.3f}"
             ]
-        lines.append(_row(cells))
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -202,7 +203,7 @@ def _processor() -> str:
     return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()}"
 
 
-def conditions(batch_size: int, num_steps: int, overrides: list[str]) -> str:
+def conditions(overrides: list[str], what: str) -> str:
     """Returns what the results depend on: day, machine, versions, settings."""
     device = jax.devices()[0]
     kind = _processor() if device.platform == "cpu" else device.device_kind
@@ -211,7 +212,7 @@ def conditions(batch_size: int, num_steps: int, overrides: list[str]) -> str:
         f"{name} {installed[name]}" for name in ("python", "jax", "jaxlib", "flax")
     )
     return "\n".join([
-        f"### {datetime.date.today()}, batch {batch_size}, {num_steps} steps in turns",
+        f"### {datetime.date.today()}, {what}",
         "",
         f"{jax.device_count()} x {device.platform} ({kind}); {versions}; changed "
         f"settings: {', '.join(overrides) or 'none'}",
@@ -242,16 +243,18 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
 
+    overrides = [f"data.batch_size={args.batch}", *args.override]
     paths = ([args.against] if args.against else []) + args.config
     runs = [
         prepare(
             Path(path).stem,
-            load_config(path, batch_size=args.batch, overrides=args.override),
+            load_config(path, overrides=overrides),
         )
         for path in paths
     ]
     measure(runs, num_steps=args.steps)
-    text = conditions(args.batch, args.steps, args.override) + "\n"
+    what = f"batch {args.batch}, {args.steps} steps in turns"
+    text = conditions(args.override, what) + "\n"
     text += table(runs, runs[0] if args.against else None) + "\n"
     print(text)
     if args.write:

@@ -25,6 +25,7 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         epochs=epochs,
         log_every_steps=50,
         target=dict(normalize=True),
+        loss=dict(thrown_weight=1.0),  # against 1 for patches that were decoded
         optim=dict(
             base_lr=1.5e-4,  # for a batch of 256
             # CrossMAE's factor pred_ratio / mask_ratio; 1 for MAE, which predicts all.
@@ -57,6 +58,9 @@ def crossmae(
         decoder_depth=decoder_depth,
         decoder_heads=decoder_heads,
         decoder_self_attention=False,
+        aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
+            kind="none", kernel_size=7, visible="encoder", rewrites_retained=False
+        ),
         dtype="bfloat16",
     )
 
@@ -69,7 +73,28 @@ def mae(
         size, decoder_dim=decoder_dim, decoder_heads=decoder_heads,
         decoder_depth=decoder_depth,
     )
+    model["aggregator"]["visible"] = "decoder"
     return model | dict(fusion="last", decoder="mae")
+
+
+def masking(
+    *,
+    mask_ratio: float = 0.75,
+    pred_ratio: float,
+    throw_ratio: float = 0.0,
+    retain: str = "random",
+) -> dict[str, Any]:
+    """Returns how many patches are hidden, predicted and thrown, all of all patches.
+
+    Args:
+      throw_ratio: left out of the decoder. Without an aggregator they are not predicted
+        either: plain throwing.
+      retain: which masked patches the decoder keeps, "random" or "furthest".
+    """
+    return dict(
+        mask_ratio=mask_ratio, pred_ratio=pred_ratio, throw_ratio=throw_ratio,
+        retain=retain,
+    )
 
 
 def images(

@@ -22,7 +22,7 @@ def get_config():
         "W64-D4-H4/2", decoder_dim=64, decoder_heads=4, decoder_depth=2
     )
     config.model.dtype = "float32"
-    config.masking = dict(mask_ratio=0.75, pred_ratio=0.5)
+    config.masking = common.masking(pred_ratio=0.5)
     config.optim.base_lr = 1.2e-2
     config.optim.lr_scale = "none"
     config.data = common.images(

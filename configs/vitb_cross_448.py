@@ -17,7 +17,7 @@ def get_config():
     """Returns the experiment."""
     config = common.pretrain(epochs=400.0, warmup_epochs=20.0)
     config.model = common.crossmae("B/16", decoder_dim=512, decoder_heads=16)
-    config.masking = dict(mask_ratio=0.75, pred_ratio=0.25)
+    config.masking = common.masking(pred_ratio=0.25)
     config.data = common.imagenet(image_size=(448, 448), batch_size=4096)
     config.evals = common.knn() | common.panels()
     return config

@@ -16,7 +16,7 @@ def get_config():
     """Returns the experiment."""
     config = common.pretrain(epochs=800.0, warmup_epochs=40.0)
     config.model = common.crossmae("S/16", decoder_dim=256, decoder_heads=8)
-    config.masking = dict(mask_ratio=0.75, pred_ratio=0.25)
+    config.masking = common.masking(pred_ratio=0.25)
     config.data = common.imagenet(image_size=(224, 224), batch_size=4096)
     config.evals = common.knn() | common.panels()
     return config

@@ -9,8 +9,15 @@ from jaxtyping import Array, Float
 
 
 def mse(
-    pred: Float[Array, "b q t"], target: Float[Array, "b q t"]
+    pred: Float[Array, "b q t"],
+    target: Float[Array, "b q t"],
+    weights: Float[Array, "q"] | None = None,
 ) -> Float[Array, "b"]:
-    """Mean squared error over an example's patches and values, in float32."""
+    """Mean squared error over an example's patches and values, in float32.
+
+    With `weights` of the patches their weighted mean.
+    """
     error = pred.astype(jnp.float32) - target.astype(jnp.float32)
-    return jnp.mean(error**2, axis=(1, 2))
+    if weights is None:
+        return jnp.mean(error**2, axis=(1, 2))
+    return jnp.sum(jnp.mean(error**2, axis=2) * weights[None], axis=1) / weights.sum()

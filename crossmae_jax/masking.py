@@ -1,14 +1,22 @@
 """Which patches the encoder sees and which the decoder predicts. Masks are data.
 
-Of N patches, with mask ratio p and prediction ratio gamma (both fractions of ALL
-patches; CrossMAE, arXiv 2401.14391, section 3.3), one random permutation is cut into
+Of N patches, one random permutation is cut by fractions of ALL patches: mask ratio p,
+prediction ratio gamma (CrossMAE, arXiv 2401.14391, section 3.3) and throwing ratio t
+(PR-MIM, arXiv 2411.15746, section 3.1):
 
-    visible   = int(N (1 - p))            the encoder's input, in shuffled order
-    skipped   = int(N (p - gamma))        neither seen nor predicted
-    predicted = N - visible - skipped     the decoder's queries, in raster order
+    visible    = int(N (1 - p))        the encoder's input, in shuffled order
+    skipped    = int(N (p - gamma))    neither seen nor predicted
+    thrown     = round(N t)            masked, and kept from the decoder
+    predicted  = what remains          retained: the decoder's queries, in raster order
 
 `int` truncates in double precision, as the PyTorch references do: 100 patches at
-p = 0.9 leave 9 visible, not 10. MAE (arXiv 2111.06377) is gamma = p.
+p = 0.9 leave 9 visible, not 10. MAE (arXiv 2111.06377) is gamma = p, t = 0. An
+aggregator (models/aggregator.py) predicts the thrown patches as well; without one they
+are skipped ones under another name: gamma = 0.75, t = 0.5 decodes the very patches of
+gamma = 0.25, t = 0.
+
+The retained patches are random ones, or the greedy `furthest` choice among all masked
+ones (PR-MIM, section 3.3), which covers the image evenly.
 
 Every sample draws from its own key, `fold_in(key, sample number)`, so the mask of a
 sample depends on nothing but the seed and its number: not on the batch, the device or
@@ -24,10 +32,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 
 class TokenCounts(NamedTuple):
-    """How many patches of an image stay visible and how many are predicted."""
+    """How many patches of an image stay visible, are decoded, and are thrown."""
 
     num_keep: int
     num_pred: int
+    num_thrown: int
 
 
 class TokenIds(NamedTuple):
@@ -35,13 +44,13 @@ class TokenIds(NamedTuple):
 
     Attributes:
       keep: visible patches, in the order in which the encoder sees them.
-      pred: patches to predict, in raster order.
-      restore: inverse of the shuffle: place of each patch in (keep, removed).
+      pred: patches that the decoder predicts, in raster order.
+      thrown: masked patches kept from the decoder, in raster order.
     """
 
     keep: Int[Array, "b v"]
     pred: Int[Array, "b q"]
-    restore: Int[Array, "b n"]
+    thrown: Int[Array, "b t"]
 
 
 def _floor(ratio: float) -> float:
@@ -50,16 +59,22 @@ def _floor(ratio: float) -> float:
 
 
 def token_counts(
-    num_patches: int, *, mask_ratio: float, pred_ratio: float
+    num_patches: int,
+    *,
+    mask_ratio: float,
+    pred_ratio: float,
+    throw_ratio: float = 0.0,
 ) -> TokenCounts:
-    """Returns the numbers of visible and of predicted patches.
+    """Returns the numbers of visible, decoded and thrown patches.
 
     Raises:
-      ValueError: if more would be predicted than was masked, or if nothing is left to
-        see or to predict.
+      ValueError: if more would be predicted or thrown than was masked, or if nothing
+        is left to see or to decode.
     """
     num_keep = int(num_patches * (1 - mask_ratio))
-    num_pred = num_patches - num_keep - int(num_patches * (mask_ratio - pred_ratio))
+    num_skip = int(num_patches * (mask_ratio - pred_ratio))
+    num_thrown = round(num_patches * throw_ratio)
+    num_pred = num_patches - num_keep - num_skip - num_thrown
     if not 0 < mask_ratio < 1:
         raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1.")
     if pred_ratio > mask_ratio:
@@ -75,39 +90,106 @@ def token_counts(
             f"mask_ratio={mask_ratio} leaves none of {num_patches} patches visible; "
             f"lower mask_ratio to {_floor(1 - 1 / num_patches)} or less."
         )
-    return TokenCounts(num_keep, num_pred)
+    if throw_ratio < 0:
+        raise ValueError(f"throw_ratio={throw_ratio} must be 0 or more.")
+    if throw_ratio > mask_ratio:
+        raise ValueError(
+            f"throw_ratio={throw_ratio} throws {num_thrown} of {num_patches} patches "
+            f"but mask_ratio={mask_ratio} removes only {num_patches - num_keep}. Both "
+            "are fractions of all patches; lower throw_ratio."
+        )
+    if num_pred < 1:
+        raise ValueError(
+            f"throw_ratio={throw_ratio} throws {num_thrown} of {num_patches} patches, "
+            f"and pred_ratio={pred_ratio} predicts {num_pred + num_thrown}: none is "
+            "left to decode. Lower throw_ratio or raise pred_ratio."
+        )
+    return TokenCounts(num_keep, num_pred, num_thrown)
+
+
+def furthest(
+    candidates: Int[Array, "b m"], first: Int[Array, "b"], *, num: int, columns: int
+) -> Int[Array, "b num"]:
+    """Chooses candidates that lie far from each other: greedy furthest-point sampling.
+
+    From `first` on, the candidate whose nearest chosen one is furthest away is added
+    (Euclidean distance of grid positions). Among equals the first in the list is
+    taken, and on a grid there are many: give the candidates in random order, or the
+    choice leans to the top left.
+
+    Args:
+      candidates: patch numbers of each sample.
+      first: position in the list of the patch to begin with.
+      num: how many to choose.
+      columns: patches in a row of the grid.
+
+    Returns:
+      Positions in the list, in the order of choice.
+    """
+    row, column = candidates // columns, candidates % columns
+    positions = jnp.arange(candidates.shape[1])[None]
+
+    def add(i, carry):
+        chosen, distance = carry
+        # The coordinates of the newest by a masked sum: cheaper than a gather.
+        newest = positions == jax.lax.dynamic_index_in_dim(chosen, i - 1, axis=1)
+        there = (
+            jnp.where(newest, x, 0).sum(1, keepdims=True) for x in (row, column)
+        )
+        squared = sum((x - y) ** 2 for x, y in zip((row, column), there, strict=True))
+        distance = jnp.minimum(distance, squared)
+        return chosen.at[:, i].set(distance.argmax(1)), distance
+
+    far = jnp.full(candidates.shape, jnp.iinfo(candidates.dtype).max)
+    chosen = jnp.zeros((candidates.shape[0], num), first.dtype).at[:, 0].set(first)
+    return jax.lax.fori_loop(1, num, add, (chosen, far))[0]
 
 
 def token_ids(
-    noise: Float[Array, "b n"], *, num_keep: int, num_pred: int
+    noise: Float[Array, "b n"], counts: TokenCounts, *, columns: int | None = None
 ) -> TokenIds:
-    """Orders patches by noise: the smallest stay visible, the largest are predicted."""
-    num_patches = noise.shape[1]
+    """Orders patches by noise: the smallest stay visible, the largest are decoded.
+
+    Args:
+      columns: patches in a row of the grid; then the decoded patches are not those of
+        the largest noise but the `furthest` ones of all masked, in the order of noise.
+    """
+    num_keep, num_pred, num_thrown = counts
     shuffle = jnp.argsort(noise, axis=1, stable=True)
+    masked = shuffle[:, num_keep:]
+    if columns is not None:
+        chosen = furthest(
+            masked, jnp.zeros_like(masked[:, 0]), num=num_pred, columns=columns
+        )
+        rows = jnp.arange(masked.shape[0])[:, None]
+        is_chosen = jnp.zeros(masked.shape, bool).at[rows, chosen].set(True)
+        last = jnp.argsort(is_chosen, axis=1, stable=True)
+        masked = jnp.take_along_axis(masked, last, axis=1)
+    start = masked.shape[1] - num_pred
     return TokenIds(
         keep=shuffle[:, :num_keep],
-        pred=jnp.sort(shuffle[:, num_patches - num_pred :], axis=1),
-        restore=jnp.argsort(shuffle, axis=1),
+        pred=jnp.sort(masked[:, start:], axis=1),
+        thrown=jnp.sort(masked[:, start - num_thrown : start], axis=1),
     )
 
 
 def sample_token_ids(
     key: Key[Array, ""],
     sample: UInt[Array, "b"],
+    counts: TokenCounts,
     *,
     num_patches: int,
-    num_keep: int,
-    num_pred: int,
+    columns: int | None = None,
 ) -> TokenIds:
-    """Samples ids for each sample number from its own key."""
+    """Samples ids for each sample number from its own key; `columns` as above."""
 
     def noise(number):
         return jax.random.uniform(jax.random.fold_in(key, number), (num_patches,))
 
-    return token_ids(jax.vmap(noise)(sample), num_keep=num_keep, num_pred=num_pred)
+    return token_ids(jax.vmap(noise)(sample), counts, columns=columns)
 
 
-def pred_mask(ids: TokenIds) -> Bool[Array, "b n"]:
-    """Returns True where a patch is predicted, and so counts in the loss."""
-    rows = jnp.arange(ids.pred.shape[0])[:, None]
-    return jnp.zeros(ids.restore.shape, bool).at[rows, ids.pred].set(True)
+def mask_of(ids: Int[Array, "b k"], *, num_patches: int) -> Bool[Array, "b n"]:
+    """Returns True at the given patches of each sample."""
+    rows = jnp.arange(ids.shape[0])[:, None]
+    return jnp.zeros((ids.shape[0], num_patches), bool).at[rows, ids].set(True)

@@ -26,12 +26,16 @@ _GAP, _HEADER, _LINE = 12, 70, 24
 
 @runtime_checkable
 class Reconstruction(Protocol):
-    """Images in 0..1, and which of their patches were hidden from the encoder."""
+    """Images in 0..1, and which of their patches were hidden from the encoder.
+
+    `thrown` are the hidden ones that the decoder did not see either.
+    """
 
     image: Float[np.ndarray, "b height width c"]
     prediction: Float[np.ndarray, "b height width c"]
     pasted: Float[np.ndarray, "b height width c"]
     mask: Bool[np.ndarray, "b n"]
+    thrown: Bool[np.ndarray, "b n"]
 
 
 def caption(*, normalize: bool) -> str:
@@ -54,7 +58,9 @@ def reconstruction_panel(
     """Draws a row per image: original, masked, prediction, prediction with the input.
 
     Patches that a column leaves out have one flat colour: in the second column the
-    hidden ones, in the third the visible ones. One channel is drawn in grey, three in
+    hidden ones, in the third the visible ones. Where patches were thrown, the third
+    column becomes two: decoded patches, and those put together from their neighbours.
+    One channel is drawn in grey, three in
     colour; of any other number the first three, or the first one of two.
 
     Args:
@@ -70,7 +76,10 @@ def reconstruction_panel(
     num, height, width, channels = images.shape
     if num == 0:
         raise ValueError("A panel of 0 images; give at least one valid image.")
-    hidden = _pixel_mask(np.asarray(pictures.mask), height, width)
+    hidden, thrown = (
+        _pixel_mask(np.asarray(mask), height, width)
+        for mask in (pictures.mask, pictures.thrown)
+    )
     original, prediction, pasted = (
         _drawable(np.asarray(array))
         for array in (images, pictures.prediction, pictures.pasted)
@@ -78,12 +87,19 @@ def reconstruction_panel(
     blank = np.asarray(
         _LEFT_OUT_OF_COLOUR if channels >= 3 else _LEFT_OUT_OF_GREY, np.float32
     )
+    predictions = {"prediction\n(hidden patches)": hidden}
+    if thrown.any():
+        predictions = {
+            "prediction\n(decoded patches)": hidden & ~thrown,
+            "prediction\n(thrown patches)": thrown,
+        }
     columns = {
         _shown_channels("original", channels): original,
         "masked\n(the model's input)": np.where(hidden, blank, original),
-        "prediction\n(hidden patches)": np.where(hidden, prediction, blank),
-        "prediction\n+ visible patches": pasted,
-    }
+    } | {
+        title: np.where(shown, prediction, blank)
+        for title, shown in predictions.items()
+    } | {"prediction\n+ visible patches": pasted}
 
     factor = max(1, round(_ENLARGED / max(height, width)))
     factor = min(factor, _LARGEST / max(height, width))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from tests import parity_files, parity_models
+from tests import parity_files, parity_models, parity_prmim
 from tests.parity_report import Report
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -32,6 +32,8 @@ def _kind(data) -> str:
     """Names the kind of an `.npz` file by the arrays it holds."""
     config = json.loads(str(data["config"])) if "config" in data else {}
     reference = config.get("class", "")
+    if {"dec_vis", "dec_ret"} <= set(data):
+        return "progressive reconstruction"
     ours = reference.startswith(("models_mae.", "models_cross."))
     if any(name.startswith("patches/") for name in data):
         return "pixels"
@@ -52,6 +54,7 @@ NPZ_CHECKS = {
     "trajectory": parity_models.check_trajectory,
     "checkpoint": parity_models.check_checkpoint,
     "model": parity_models.check_model,
+    "progressive reconstruction": parity_prmim.check_reconstruction,
 }
 
 
@@ -77,6 +80,8 @@ def _compare(path: Path, report: Report) -> None:
         data = json.loads(path.read_text())
         if isinstance(data, list) and data and "len_keep" in data[0]:
             parity_files.check_masking_counts(data, report)
+        elif isinstance(data, list) and data and "retained_positions" in data[0]:
+            parity_prmim.check_furthest(data, report)
         elif isinstance(data, dict) and {"lr_sched", "lr_rule"} & set(data):
             parity_files.check_schedules(data, report)
     elif path.suffix == ".npz":

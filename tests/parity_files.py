@@ -88,7 +88,7 @@ def token_counts(num_patches: int, mask_ratio: float, pred_ratio: float):
         )
     num_keep = int(num_patches * (1 - mask_ratio))
     num_skip = int(num_patches * (mask_ratio - pred_ratio))
-    return masking.TokenCounts(num_keep, num_patches - num_keep - num_skip)
+    return masking.TokenCounts(num_keep, num_patches - num_keep - num_skip, 0)
 
 
 def check_masking_counts(rows: list[dict], report: Report) -> None:
@@ -97,7 +97,7 @@ def check_masking_counts(rows: list[dict], report: Report) -> None:
         counts = token_counts(row["L"], row["mask_ratio"], row["kept_mask_ratio"])
         report.exact(
             f"{row['L']} patches at {row['mask_ratio']}/{row['kept_mask_ratio']}",
-            counts, (row["len_keep"], row["n_predicted"]),
+            counts, (row["len_keep"], row["n_predicted"], 0),
         )
 
 

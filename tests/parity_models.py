@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
+from configs import common
 from crossmae_jax import convert, masking, optim, patches, torch_file
 from crossmae_jax.models import vit
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -53,10 +54,14 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
             decoder_heads=ctor["decoder_num_heads"],
             decoder_self_attention=bool(ctor.get("self_attn", False)),
             mlp_ratio=ctor.get("mlp_ratio", 4.0), dtype="float32",
+            aggregator=dict(kind="none"),
         ),
         # Above the mask ratio: see `token_counts`.
-        masking=dict(mask_ratio=mask_ratio, pred_ratio=min(pred_ratio, mask_ratio)),
+        masking=common.masking(
+            mask_ratio=mask_ratio, pred_ratio=min(pred_ratio, mask_ratio)
+        ),
         asked_pred_ratio=pred_ratio,
+        loss=dict(thrown_weight=1.0),
         target=dict(normalize=bool(ctor.get("norm_pix_loss", False))),
         optim=dict(
             b1=0.9, b2=0.95, weight_decay=0.05,
@@ -97,20 +102,26 @@ def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     """Returns every activation that a fixture may hold, under the fixture's names."""
     config, model = objective.config, objective.model
     is_mae = config.model.decoder == "mae"
-    every = jnp.tile(jnp.arange(objective.num_patches), (images.shape[0], 1))
-    asked = ids._replace(pred=every) if is_mae else ids
     pred, state = model.apply(
-        variables, images, asked,
+        variables, images, ids,
         capture_intermediates=_stored, mutable=["intermediates"],
     )
     seen = state["intermediates"]
     encoded = seen["encoder"]["__call__"][0]
     depth = config.model.decoder_depth
-    target = patches.take_tokens(objective.target(images), asked.pred)
+    target = objective.target(images)
+    if is_mae:  # the reference predicts visible patches, too
+        head = nn.apply(lambda model, x: model.decoder.head(x), model)
+        visible = head(variables, seen["decoder"]["__call__"][0].visible)
+        pred = patches.put_tokens(jnp.zeros_like(target), ids.pred, pred)
+        pred = patches.put_tokens(pred, ids.keep, visible)
+    else:
+        target = patches.take_tokens(target, ids.pred)
     outputs = {
         "pred": pred, "target": target, "latent": encoded.tokens,
         "encoder_input": encoded.feature_maps[0],
-        "mask": masking.pred_mask(ids), "ids_restore": ids.restore,
+        "mask": masking.mask_of(ids.pred, num_patches=objective.num_patches),
+        "ids_restore": ids.keep,
         "loss": objective.masked_loss(variables, images, ids)[0],
     }
     if not is_mae:
@@ -132,8 +143,12 @@ def _compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> Non
     for name in sorted(outputs.keys() & data.keys()):
         if name == "loss":
             report.loss(name, outputs[name], data[name])
-        elif name in ("mask", "ids_restore"):
+        elif name == "mask":
             report.exact(name, outputs[name], data[name])
+        elif name == "ids_restore":  # of the visible patches: no other order matters
+            keep = np.asarray(outputs[name])
+            place = np.take_along_axis(data[name], keep, axis=1)
+            report.exact(name, place, np.arange(keep.shape[1])[None] + 0 * keep)
         else:
             report.output(name, outputs[name], data[name])
 
@@ -143,7 +158,7 @@ def check_model(_path: Path, data: Data, report: Report) -> None:
     config = make_config(json.loads(str(data["config"])))
     objective, variables = _load(config, _prefixed(data, "sd/"))
     images = jnp.asarray(nhwc(data["imgs"]))
-    ids = masking.token_ids(jnp.asarray(data["noise"]), **objective.counts._asdict())
+    ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
 
     outputs = jax.jit(lambda v, x, i: _outputs(objective, v, x, i))(
         variables, images, ids
@@ -201,7 +216,7 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
 
     @jax.jit
     def evaluate(params, noise):
-        ids = masking.token_ids(noise, **objective.counts._asdict())
+        ids = masking.token_ids(noise, objective.counts)
         return jax.value_and_grad(
             lambda p: objective.masked_loss({**variables, "params": p}, images, ids)[0]
         )(params)
@@ -263,7 +278,7 @@ def check_checkpoint(path: Path, data: Data, report: Report) -> None:
     state = torch_file.read(path)["model"]
     objective, variables = _load(config, state)
     images = jnp.asarray(nhwc(data["imgs"]))
-    ids = masking.token_ids(jnp.asarray(data["noise"]), **objective.counts._asdict())
+    ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
     outputs = dict(_outputs(objective, variables, images, ids))
     for pooling in ("gap", "cls"):
         if f"finetune_tokens_{pooling}" in data:

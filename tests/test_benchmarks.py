@@ -33,12 +33,12 @@ def test_the_peak_is_found_by_the_name_that_jax_gives_a_device(kind, peak):
 def test_an_override_that_does_not_exist_is_refused():
     with pytest.raises(KeyError, match='Did you mean "dtype"'):
         step.load_config(
-            "configs/digits_cross.py", batch_size=8, overrides=["model.dtyp=float32"]
+            "configs/digits_cross.py", overrides=["model.dtyp=float32"]
         )
 
 
 def test_the_share_of_peak_is_of_all_devices_and_of_bf16_only():
-    config = step.load_config("configs/digits_cross.py", batch_size=8, overrides=TINY)
+    config = step.load_config("configs/digits_cross.py", overrides=["data.batch_size=8", *TINY])
     run = step.Run("x", config, 1.0, 1, lambda: None, seconds=[0.5, 1.0, 9.0])
     operations = cost.count(config).train_flops * 8
     peak = operations / 1e12 / jax.device_count() * 4  # TFLOP/s: a quarter is used
@@ -79,7 +79,7 @@ def test_configurations_take_turns_and_are_compared_pair_by_pair(monkeypatch, ca
 
 
 def test_the_table_is_appended_to_the_results(monkeypatch, tmp_path, capsys):
-    config = step.load_config("configs/digits_cross.py", batch_size=8, overrides=[])
+    config = step.load_config("configs/digits_cross.py", overrides=["data.batch_size=8"])
     monkeypatch.setattr(step, "RESULTS", tmp_path / "results" / "step.md")
     monkeypatch.setattr(
         step, "prepare",

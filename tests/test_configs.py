@@ -27,9 +27,15 @@ KEYS = {
         "size": str, "mlp_ratio": float, "fusion": str, "fusion_maps": None,
         "fusion_input": bool, "decoder": str, "decoder_dim": int, "decoder_depth": int,
         "decoder_heads": int, "decoder_self_attention": bool, "dtype": str,
+        "aggregator": {
+            "kind": str, "kernel_size": int, "visible": str, "rewrites_retained": bool,
+        },
     },
-    "masking": {"mask_ratio": float, "pred_ratio": float},
+    "masking": {
+        "mask_ratio": float, "pred_ratio": float, "throw_ratio": float, "retain": str,
+    },
     "target": {"normalize": bool},
+    "loss": {"thrown_weight": float},
     "optim": {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,

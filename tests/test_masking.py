@@ -7,7 +7,7 @@ import pytest
 
 from crossmae_jax import masking
 
-COUNTS = dict(num_patches=196, num_keep=49, num_pred=49)
+COUNTS = masking.TokenCounts(num_keep=49, num_pred=49, num_thrown=0)
 
 
 def _ids(sample, seed=0, **counts):

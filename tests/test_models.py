@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
+from configs import common
 from crossmae_jax import convert, masking, patches
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -24,9 +25,13 @@ def make_config(**changes):
             fusion_maps=config_dict.placeholder(tuple), fusion_input=True,
             decoder="cross", decoder_dim=8, decoder_depth=2, decoder_heads=2,
             decoder_self_attention=False, mlp_ratio=2.0, dtype="float32",
+            aggregator=dict(
+                kind="none", kernel_size=3, visible="encoder", rewrites_retained=False
+            ),
         ),
-        masking=dict(mask_ratio=0.75, pred_ratio=0.25),
+        masking=common.masking(pred_ratio=0.25),
         target=dict(normalize=True),
+        loss=dict(thrown_weight=1.0),
         data=dict(image_size=(16, 24), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3),
     ))
     config.update_from_flattened_dict(
@@ -42,10 +47,9 @@ def _images(config, seed=0, num=2):
 
 def _ids(objective, num=2, num_pred=None):
     counts = objective.counts
-    return masking.sample_token_ids(
+    return objective.sample(
         jax.random.key(1), jnp.arange(num, dtype=jnp.uint32),
-        num_patches=objective.num_patches, num_keep=counts.num_keep,
-        num_pred=num_pred or counts.num_pred,
+        counts._replace(num_pred=num_pred or counts.num_pred),
     )
 
 

@@ -79,12 +79,11 @@ def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes)
     assert (found.mask.sum(1) == 24 - 6).all()
 
     images = objective.normalize(batch)
-    ids = masking.sample_token_ids(
-        key, batch["sample"], num_patches=24, num_keep=6, num_pred=18
-    )
+    ids = objective.sample(key, batch["sample"], masking.TokenCounts(6, 18, 0))
     pred = objective.model.apply(variables, images, ids)
     target = patches.take_tokens(objective.target(images), ids.pred)
-    np.testing.assert_allclose(found.mse, losses.mse(pred, target), rtol=1e-5)
+    error = found.error.sum(1) / 18
+    np.testing.assert_allclose(error, losses.mse(pred, target), rtol=1e-5)
 
     def cut(image):
         return patches.patchify(image, patch_size=4)
@@ -105,10 +104,15 @@ def test_a_perfect_prediction_is_the_image():
     images = objective.normalize(batch)
 
     class Oracle:
+        aggregator = None
+
         def apply(self, _variables, _images, ids):
             return patches.take_tokens(objective.target(images), ids.pred)
 
+        def predicted(self, ids):
+            return ids.pred
+
     objective.model = Oracle()
     found = objective.reconstruct(variables, batch, jax.random.key(1))
-    np.testing.assert_allclose(found.mse, 0.0, atol=1e-10)
+    np.testing.assert_allclose(found.error, 0.0, atol=1e-10)
     np.testing.assert_allclose(found.pasted, found.image, atol=1e-5)

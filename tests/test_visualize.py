@@ -17,6 +17,7 @@ class Pictures(NamedTuple):
     prediction: np.ndarray
     pasted: np.ndarray
     mask: np.ndarray
+    thrown: np.ndarray
 
 
 def pictures(num=2, height=8, width=8, channels=1):
@@ -27,7 +28,7 @@ def pictures(num=2, height=8, width=8, channels=1):
     hidden[:, : width // 2] = True
     mask = np.tile(hidden[::4, ::4].reshape(1, -1), (num, 1))
     pasted = np.where(hidden[None, :, :, None], prediction, image)
-    return Pictures(image, prediction, pasted, mask)
+    return Pictures(image, prediction, pasted, mask, np.zeros_like(mask))
 
 
 def cells(path, num, height, width):

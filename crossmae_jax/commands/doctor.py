@@ -23,9 +23,15 @@ def _config(batch_size: int):
             size="W64-D1-H2/8", mlp_ratio=4.0, fusion="inter_block", fusion_maps=None,
             fusion_input=True, decoder="cross", decoder_dim=32, decoder_depth=1,
             decoder_heads=2, decoder_self_attention=False, dtype="bfloat16",
+            aggregator=dict(
+                kind="conv", kernel_size=3, visible="encoder", rewrites_retained=False
+            ),
         ),
-        masking=dict(mask_ratio=0.75, pred_ratio=0.25),
+        masking=dict(
+            mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.5, retain="furthest"
+        ),
         target=dict(normalize=True),
+        loss=dict(thrown_weight=1.0),
         optim=dict(weight_decay=0.05, b1=0.9, b2=0.95, clip_norm=1.0),
         data=dict(
             image_size=(32, 32), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3,

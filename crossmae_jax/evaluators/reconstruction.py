@@ -13,6 +13,8 @@ import numpy as np
 from crossmae_jax import visualize
 from crossmae_jax.evaluators import features
 
+_SHOWN = 8  # rows of a panel
+
 
 def evaluate(
     reconstruct: Callable[[features.Batch], visualize.Reconstruction],
@@ -22,10 +24,11 @@ def evaluate(
     *,
     caption: str,
 ) -> dict[str, float]:
-    """Writes the panel of a few images to `path` and returns the mean "mse".
+    """Writes a panel of the first images to `path`; returns the errors of all.
 
-    The error is the training loss on ALL hidden patches of the valid images, in the
-    space of the targets. The first process writes the picture; all must call this.
+    "mse" is the mean squared error of ALL hidden patches of the valid images, in the
+    space of the targets; where some were thrown, "mse_retained" and "mse_thrown" tell
+    them apart. The first process writes the picture; all must call this.
     """
     pictures = []
     for batch in batches:
@@ -34,5 +37,11 @@ def evaluate(
         pictures.append(jax.tree.map(lambda array: array[valid], picture))
     pictures = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pictures)
     if jax.process_index() == 0:
-        visualize.reconstruction_panel(pictures, path, caption=caption)
-    return {"mse": float(np.mean(pictures.mse, dtype=np.float64))}
+        shown = jax.tree.map(lambda array: array[:_SHOWN], pictures)
+        visualize.reconstruction_panel(shown, path, caption=caption)
+    groups = {"mse": pictures.mask}
+    if pictures.thrown.any():
+        groups["mse_retained"] = pictures.mask & ~pictures.thrown
+        groups["mse_thrown"] = pictures.thrown
+    error = pictures.error.astype(np.float64)
+    return {name: float(error[group].mean()) for name, group in groups.items()}

@@ -52,13 +52,17 @@ class CrossDecoder(nn.Module):
 
     def __call__(
         self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
-    ) -> Float[Array, "b q t"]:
+    ) -> layers.Decoded:
         if len(context) == 1:
             context = context * self.depth
         x = self.queries(ids.pred)
         for block, seen in zip(self.decoder_blocks, context, strict=True):
             x = block(x, seen)
-        return self.decoder_pred(self.decoder_norm(x))
+        return layers.Decoded(x, visible=None)
+
+    def head(self, tokens: Float[Array, "b q d"]) -> Float[Array, "b q t"]:
+        """Turns tokens into patch vectors."""
+        return self.decoder_pred(self.decoder_norm(tokens))
 
     def queries(self, ids_pred: Int[Array, "b q"]) -> Float[Array, "b q d"]:
         """Returns mask token plus position of each patch to predict."""

@@ -1,9 +1,10 @@
 """MAE's decoder: self-attention over visible and mask tokens together.
 
-The encoder's tokens are projected to decoder width, the mask token fills every other
-place, positions are added to all, and blocks of self-attention run over the whole image
-(MAE, arXiv 2111.06377, section 3 and appendix A.1). Only the patches asked for are read
-out; what they say depends on all tokens, so reading fewer saves no attention.
+The encoder's tokens are projected to decoder width, a mask token stands for each patch
+to predict, positions are added to all, and blocks of self-attention run over them (MAE,
+arXiv 2111.06377, section 3 and appendix A.1). MAE asks for all masked patches. Patches
+that are not asked for are not there: plain throwing (PR-MIM, arXiv 2411.15746, section
+3.1). Attention does not depend on the order of tokens: class, visible, masked.
 """
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.models import layers, posemb
 
 
@@ -26,32 +27,38 @@ class MAEDecoder(nn.Module):
     mlp_ratio: float = 4.0
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
-    ) -> Float[Array, "b q t"]:
-        (encoded,) = context
-        pos_embed = self.variable(
+    def setup(self):
+        self.decoder_pos_embed = self.variable(
             "constants", "decoder_pos_embed",
             lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
-        ).value
-        mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
-
-        x = layers.dense(self.dim, self.dtype, name="decoder_embed")(encoded)
-        cls_token, visible = x[:, :1], x[:, 1:]
-        num_masked = ids.restore.shape[1] - visible.shape[1]
-        masked = jnp.broadcast_to(
-            mask_token.astype(self.dtype), (x.shape[0], num_masked, self.dim)
         )
-        shuffled = jnp.concatenate([visible, masked], axis=1)
-        x = patches.take_tokens(shuffled, ids.restore)  # b n e, raster order
-        x = jnp.concatenate([cls_token, x], axis=1)
-        x = x + pos_embed[None].astype(self.dtype)
+        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.decoder_embed = layers.dense(self.dim, self.dtype)
+        self.decoder_blocks = [
+            layers.Block(self.num_heads, self.mlp_ratio, self.dtype)
+            for _ in range(self.depth)
+        ]
+        self.decoder_norm = layers.layer_norm(self.dtype)
+        self.decoder_pred = layers.dense(self.out_dim, self.dtype)
 
-        for i in range(self.depth):
-            x = layers.Block(
-                self.num_heads, self.mlp_ratio, self.dtype, name=f"decoder_blocks_{i}"
-            )(x)
-        x = patches.take_tokens(x[:, 1:], ids.pred)  # b q e
-        x = layers.layer_norm(self.dtype, name="decoder_norm")(x)
-        return layers.dense(self.out_dim, self.dtype, name="decoder_pred")(x)
+    def __call__(
+        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
+    ) -> layers.Decoded:
+        (encoded,) = context
+        table = self.decoder_pos_embed.value
+        embedded = self.decoder_embed(encoded)
+        cls_token = embedded[:, :1] + table[None, :1].astype(self.dtype)
+        position = jnp.take(table[1:], ids.keep, axis=0)
+        visible = embedded[:, 1:] + position.astype(self.dtype)
+        position = jnp.take(table[1:], ids.pred, axis=0)
+        masked = (self.mask_token + position).astype(self.dtype)
+
+        x = jnp.concatenate([cls_token, visible, masked], axis=1)
+        for block in self.decoder_blocks:
+            x = block(x)
+        num_keep = ids.keep.shape[1]
+        return layers.Decoded(x[:, 1 + num_keep :], visible=x[:, 1 : 1 + num_keep])
+
+    def head(self, tokens: Float[Array, "b q d"]) -> Float[Array, "b q t"]:
+        """Turns tokens into patch vectors."""
+        return self.decoder_pred(self.decoder_norm(tokens))

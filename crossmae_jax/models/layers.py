@@ -12,7 +12,7 @@ With bfloat16 everything else is bfloat16, the residual stream and the gradients
 matrix products included (PyTorch's autocast keeps the residual stream in float32).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import jax
@@ -24,6 +24,18 @@ from jaxtyping import Array, Float, Shaped
 from crossmae_jax.ops import attention as attention_ops
 
 token_init = nn.initializers.normal(stddev=0.02)
+
+
+class Decoded(NamedTuple):
+    """What a decoder's last block returns, before the norm and linear of its `head`.
+
+    Attributes:
+      pred: tokens of the patches to predict.
+      visible: tokens of the visible patches, from a decoder that has them.
+    """
+
+    pred: Float[Array, "b q d"]
+    visible: Float[Array, "b v d"] | None
 
 
 def dense(features: int, dtype: DTypeLike, **kwargs: Any) -> nn.Dense:

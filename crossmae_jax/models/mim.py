@@ -1,9 +1,12 @@
-"""The masked image model: encoder, fusion, decoder.
+"""The masked image model: encoder, fusion, decoder, and for PR-MIM an aggregator.
 
-    visible patches -> encoder -> fusion -> decoder -> a vector for each patch asked
+    visible patches -> encoder -> fusion -> decoder ------------> head -> patch vectors
+                                               `-> aggregator ---^
 
 MAE is fusion "last" with decoder "mae"; CrossMAE is fusion "inter_block" with decoder
 "cross"; "last" with "cross" is CrossMAE's ablation with the encoder's last map only.
+PR-MIM is either of them with an aggregator, which predicts the patches that were thrown
+from the decoder.
 """
 
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from crossmae_jax import masking, patches
-from crossmae_jax.models import fusion, vit
+from crossmae_jax.models import aggregator, fusion, layers, vit
 from crossmae_jax.models.decoder_cross import CrossDecoder
 from crossmae_jax.models.decoder_mae import MAEDecoder
 
@@ -25,21 +28,47 @@ class MaskedImageModel(nn.Module):
 
     Attributes:
       fusion: None hands the decoder the encoder's normed tokens as its only context.
+      aggregator: None leaves thrown patches out.
     """
 
     encoder: vit.ViT
     fusion: fusion.InterBlockAttention | None
     decoder: CrossDecoder | MAEDecoder
+    aggregator: aggregator.Aggregator | None
 
     def __call__(
         self, images: Float[Array, "b height width c"], ids: masking.TokenIds
-    ) -> Float[Array, "b q t"]:
+    ) -> Float[Array, "b p t"]:
+        """Returns a vector for each of the patches `predicted(ids)`."""
         encoded = self.encoder(images, ids.keep)
         if self.fusion is None:
             context = (encoded.tokens,)
         else:
             context = self.fusion(encoded.feature_maps)
-        return self.decoder(context, ids)
+        return self.complete(self.decoder(context, ids), context[-1], ids)
+
+    def complete(
+        self,
+        decoded: layers.Decoded,
+        encoded: Float[Array, "b k e"] | None,
+        ids: masking.TokenIds,
+    ) -> Float[Array, "b p t"]:
+        """Turns decoder tokens, and with an aggregator their neighbours, into patches.
+
+        Args:
+          encoded: what the decoder's last block attends to; of use to an aggregator
+            that takes its visible neighbours from the encoder.
+        """
+        tokens = decoded.pred
+        if self.aggregator is not None:
+            tokens = self.aggregator(decoded, encoded, ids)
+        return self.decoder.head(tokens)
+
+    def predicted(self, ids: masking.TokenIds) -> Int[Array, "b p"]:
+        """Returns the patches that are predicted, in the order of the predictions."""
+        if self.aggregator is None:
+            return ids.pred
+        return jnp.concatenate([ids.pred, ids.thrown], axis=1)
 
     def encode(
         self,
@@ -53,6 +82,25 @@ class MaskedImageModel(nn.Module):
 def _choice(kind: str, name: str, known) -> None:
     if name not in known:
         raise ValueError(f"Unknown {kind} {name!r}. Known: {', '.join(sorted(known))}.")
+
+
+def _check_aggregator(model: ConfigDict) -> None:
+    options = model.aggregator
+    _choice("aggregator", options.kind, ("none", *aggregator.AGGREGATORS))
+    if options.kind == "none":
+        return
+    _choice("aggregator.visible", options.visible, aggregator.VISIBLE)
+    if options.visible == "decoder" and model.decoder != "mae":
+        raise ValueError(
+            f"aggregator.visible='decoder' needs a decoder with outputs at visible "
+            f"places, but decoder={model.decoder!r} has none; set "
+            "config.model.aggregator.visible='encoder' or 'zeros'."
+        )
+    if options.kernel_size < 1 or options.kernel_size % 2 == 0:
+        raise ValueError(
+            f"aggregator.kernel_size={options.kernel_size} has no middle; take an odd "
+            "number, such as 7."
+        )
 
 
 def build(config: ConfigDict) -> MaskedImageModel:
@@ -80,7 +128,9 @@ def build(config: ConfigDict) -> MaskedImageModel:
             f"decoder_dim={model.decoder_dim} does not divide into "
             f"decoder_heads={model.decoder_heads}."
         )
+    _check_aggregator(model)
     size, patch_size = vit.parse_size(model.size)
+    grid = patches.grid_size(image_size, patch_size)
     dtype, mlp_ratio = jnp.dtype(model.dtype), model.mlp_ratio
     mixes = model.fusion == "inter_block"
     extra = {} if model.decoder == "mae" else {
@@ -102,7 +152,12 @@ def build(config: ConfigDict) -> MaskedImageModel:
             dim=model.decoder_dim, depth=model.decoder_depth,
             num_heads=model.decoder_heads,
             out_dim=patch_size**2 * config.data.channels,
-            grid=patches.grid_size(image_size, patch_size),
-            mlp_ratio=mlp_ratio, dtype=dtype, **extra,
+            grid=grid, mlp_ratio=mlp_ratio, dtype=dtype, **extra,
         ),
+        aggregator=aggregator.Aggregator(
+            kind=model.aggregator.kind, dim=model.decoder_dim, grid=grid,
+            kernel_size=model.aggregator.kernel_size, num_heads=model.decoder_heads,
+            mlp_ratio=mlp_ratio, visible=model.aggregator.visible,
+            rewrites_retained=model.aggregator.rewrites_retained, dtype=dtype,
+        ) if model.aggregator.kind != "none" else None,
     )

@@ -1,8 +1,10 @@
-"""Masked image pre-training: MAE (arXiv 2111.06377) and CrossMAE (arXiv 2401.14391).
+"""Masked image pre-training: MAE (arXiv 2111.06377), CrossMAE (arXiv 2401.14391) and,
+on either of them, PR-MIM (arXiv 2411.15746).
 
     normalise -> sample tokens -> model -> target -> loss
 
-The loss is the mean squared error over the predicted patches, in float32. Beside it
+The loss is the mean squared error over the predicted patches, in float32: those that
+were decoded and, where an aggregator predicts them, those that were thrown. Beside it
 stands the loss of a trivial predictor, the mean of each patch: about 1.0 for
 standardised targets. A model at that level has learnt nothing.
 """
@@ -22,17 +24,20 @@ Batch = dict[str, Array]
 
 
 class Reconstruction(NamedTuple):
-    """Pictures in 0..1, where they were masked, and the loss on the masked patches.
+    """Pictures in 0..1, which patches were masked, and how wrong each was predicted.
 
     `prediction` is grey where the patch was visible; in `pasted` the visible patches
-    are copied from the input.
+    are copied from the input. `thrown` are those that an aggregator predicted; without
+    one there are none. `error` is the mean squared error of each patch, 0 at visible
+    ones.
     """
 
     image: Float[Array, "b height width c"]
     prediction: Float[Array, "b height width c"]
     pasted: Float[Array, "b height width c"]
     mask: Bool[Array, "b n"]
-    mse: Float[Array, "b"]
+    thrown: Bool[Array, "b n"]
+    error: Float[Array, "b n"]
 
 
 class Pretrain:
@@ -40,7 +45,7 @@ class Pretrain:
 
     Attributes:
       model: the Flax module; give it images and token ids.
-      counts: how many patches are seen and predicted in training.
+      counts: how many patches are seen, decoded and thrown in training.
 
     Raises:
       ValueError: if the configuration contradicts itself.
@@ -57,12 +62,39 @@ class Pretrain:
             self.num_patches,
             mask_ratio=config.masking.mask_ratio,
             pred_ratio=config.masking.pred_ratio,
+            throw_ratio=config.masking.throw_ratio,
         )
+        self._check_throwing()
         # Mean and std are checked against the channels here, not in the first step.
         shape = (1, *self.image_size, config.data.channels)
         jax.eval_shape(
             self.normalize, {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
         )
+
+    def _check_throwing(self) -> None:
+        options, (_, num_pred, num_thrown) = self.config.masking, self.counts
+        if options.retain not in ("furthest", "random"):
+            raise ValueError(
+                f"Unknown masking.retain {options.retain!r}. Known: furthest, random."
+            )
+        num_masked = self.num_patches - self.counts.num_keep
+        if options.retain == "furthest" and num_pred == num_masked:
+            raise ValueError(
+                f"masking.retain='furthest' chooses among the masked patches, but all "
+                f"{num_masked} of them are decoded; set config.masking.throw_ratio "
+                "above 0, or retain='random'."
+            )
+        if self.model.aggregator is not None and num_thrown == 0:
+            raise ValueError(
+                f"aggregator.kind={self.config.model.aggregator.kind!r} predicts the "
+                f"thrown patches, but throw_ratio={options.throw_ratio} throws none; "
+                "set config.masking.throw_ratio above 0, or kind='none'."
+            )
+        if self.config.loss.thrown_weight <= 0:
+            raise ValueError(
+                f"loss.thrown_weight={self.config.loss.thrown_weight} must be above 0; "
+                "to leave thrown patches out, set config.model.aggregator.kind='none'."
+            )
 
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""
@@ -77,10 +109,21 @@ class Pretrain:
             batch["image"], mean=tuple(data.mean), std=tuple(data.std)
         )
 
-    def sample(self, key: Key[Array, ""], sample: Array) -> masking.TokenIds:
-        """Draws each sample's visible and predicted patches from its number."""
+    def sample(
+        self,
+        key: Key[Array, ""],
+        sample: Array,
+        counts: masking.TokenCounts | None = None,
+    ) -> masking.TokenIds:
+        """Draws each sample's visible, decoded and thrown patches from its number.
+
+        Args:
+          counts: how many of each; those of training if not given.
+        """
+        furthest = self.config.masking.retain == "furthest"
         return masking.sample_token_ids(
-            key, sample, num_patches=self.num_patches, **self.counts._asdict()
+            key, sample, counts or self.counts, num_patches=self.num_patches,
+            columns=self.grid[1] if furthest else None,
         )
 
     def target(
@@ -107,11 +150,32 @@ class Pretrain:
         ids: masking.TokenIds,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the loss of normalised images under given token ids."""
-        pred = self.model.apply(variables, images, ids)  # b q t
-        target = patches.take_tokens(self.target(images), ids.pred)
+        return self.prediction_loss(
+            self.model.apply(variables, images, ids), images, ids
+        )
+
+    def prediction_loss(
+        self,
+        pred: Float[Array, "b p t"],
+        images: Float[Array, "b height width c"],
+        ids: masking.TokenIds,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the loss of predictions for the patches `model.predicted(ids)`."""
+        target = patches.take_tokens(self.target(images), self.model.predicted(ids))
         patch_mean = jnp.broadcast_to(target.mean(-1, keepdims=True), target.shape)
-        trivial = losses.mse(patch_mean, target)
-        return losses.mse(pred, target).mean(), {"loss_trivial": trivial.mean()}
+        logged = {"loss_trivial": losses.mse(patch_mean, target).mean()}
+        if self.model.aggregator is None:
+            return losses.mse(pred, target).mean(), logged
+        num_pred, num_thrown = ids.pred.shape[1], ids.thrown.shape[1]
+        weights = jnp.concatenate([
+            jnp.ones(num_pred), jnp.full(num_thrown, self.config.loss.thrown_weight)
+        ])
+        for name, part in (
+            ("retained", slice(None, num_pred)), ("thrown", slice(num_pred, None))
+        ):
+            error = losses.mse(pred[:, part], target[:, part])
+            logged[f"loss_{name}"] = error.mean()
+        return losses.mse(pred, target, weights).mean(), logged
 
     def predict(
         self, variables: Variables, batch: Batch
@@ -131,25 +195,31 @@ class Pretrain:
     def reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
     ) -> Reconstruction:
-        """Decodes every masked patch, however few are decoded in training.
+        """Predicts every masked patch, however few are predicted in training.
 
-        With standardised targets a prediction is turned back into pixels with the mean
-        and standard deviation of the TRUE patch: colours and contrast then come from
-        the image, not from the model. `mse` is the loss over all masked patches.
+        All are decoded; with an aggregator as many as in training, and the others are
+        thrown. With standardised targets a prediction is turned back into pixels with
+        the mean and standard deviation of the TRUE patch: colours and contrast then
+        come from the image, not from the model.
         """
         images = self.normalize(batch)
-        num_keep = self.counts.num_keep
-        ids = masking.sample_token_ids(
-            key, batch["sample"], num_patches=self.num_patches, num_keep=num_keep,
-            num_pred=self.num_patches - num_keep,
+        num_keep, num_pred, _ = self.counts
+        num_masked = self.num_patches - num_keep
+        if self.model.aggregator is None:
+            num_pred = num_masked
+        ids = self.sample(
+            key, batch["sample"],
+            masking.TokenCounts(num_keep, num_pred, num_masked - num_pred),
         )
+        predicted = self.model.predicted(ids)
         pred = self.model.apply(variables, images, ids).astype(jnp.float32)
         values = patches.patchify(images, patch_size=self.patch_size)
-        target = patches.take_tokens(self.target(images), ids.pred)
+        target = patches.take_tokens(self.target(images), predicted)
         pixels = targets.to_pixels(
-            pred, patches.take_tokens(values, ids.pred),
+            pred, patches.take_tokens(values, predicted),
             normalize=self.config.target.normalize,
         )
+        error = jnp.mean((pred - target) ** 2, axis=-1, keepdims=True)
         data = self.config.data
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
 
@@ -163,8 +233,11 @@ class Pretrain:
 
         return Reconstruction(
             image=picture(values),
-            prediction=picture(patches.put_tokens(mean_patch, ids.pred, pixels)),
-            pasted=picture(patches.put_tokens(values, ids.pred, pixels)),
-            mask=masking.pred_mask(ids),
-            mse=losses.mse(pred, target),
+            prediction=picture(patches.put_tokens(mean_patch, predicted, pixels)),
+            pasted=picture(patches.put_tokens(values, predicted, pixels)),
+            mask=masking.mask_of(predicted, num_patches=self.num_patches),
+            thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
+            error=patches.put_tokens(
+                jnp.zeros((*error.shape[:1], self.num_patches, 1)), predicted, error
+            )[:, :, 0],
         )

@@ -1,0 +1,128 @@
+"""Trains the cells of an ablation with several seeds; prints means and spreads.
+
+    python -m benchmarks.ablation table2 --config=configs/digits_mae.py \\
+        --workdir=runs/table2
+
+Grids, each a set of overrides of the config:
+
+    table2       throwing ratio x progressive reconstruction x furthest sampling
+                 (PR-MIM, arXiv 2411.15746, table 2)
+    aggregators  what predicts the thrown patches, at ratio 0.5 (table 12)
+    visible      what a conv aggregator finds at visible places, at ratio 0.5
+
+Runs lie in WORKDIR/CELL/seed_N. One that is finished is not trained again, so a table
+that was interrupted goes on, and several processes may each take a seed.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from pathlib import Path
+
+from benchmarks import step
+from crossmae_jax import train
+
+_CONV = "model.aggregator.kind=conv"
+
+
+def _table2() -> dict[str, list[str]]:
+    cells = {"nothing thrown": []}
+    for ratio, progressive, retain in itertools.product(
+        (0.25, 0.5, 0.65), (False, True), ("random", "furthest")
+    ):
+        method = "progressive" if progressive else "plain"
+        cells[f"{ratio:g} {method} {retain}"] = [
+            f"masking.throw_ratio={ratio}", f"masking.retain={retain}",
+            *([_CONV] if progressive else []),
+        ]
+    return cells
+
+
+GRIDS = {
+    "table2": _table2(),
+    "aggregators": {
+        kind: ["masking.throw_ratio=0.5", f"model.aggregator.kind={kind}"]
+        for kind in ("none", "conv", "pool", "transformer", "convnext")
+    },
+    "visible": {"nothing thrown": [], "plain": ["masking.throw_ratio=0.5"]} | {
+        visible: [
+            "masking.throw_ratio=0.5", _CONV, f"model.aggregator.visible={visible}"
+        ]
+        for visible in ("zeros", "encoder")
+    },
+}
+
+COLUMNS = {
+    "eval/knn/top1": ("k-NN top-1, %", 100),
+    "eval/linear/top1": ("linear top-1, %", 100),
+    "eval/reconstruction/mse": ("error of masked patches", 1),
+    "eval/reconstruction/mse_thrown": ("of thrown ones", 1),
+}
+
+
+def run(
+    path: str, overrides: list[str], *, seed: int, directory: Path
+) -> dict[str, float]:
+    """Trains and evaluates one cell with one seed, or reads what it found before."""
+    done = directory / "found.json"
+    if not done.exists():
+        overrides = [f"seed={seed}", "baselines=False", *overrides]
+        found = train.run(step.load_config(path, overrides=overrides), directory)
+        done.write_text(json.dumps(found))
+    return json.loads(done.read_text())
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Returns a row per cell: mean over the seeds, and their standard deviation."""
+    columns = {
+        key: title for key, title in COLUMNS.items()
+        if any(key in one for runs in found.values() for one in runs)
+    }
+    lines = [
+        step.row(["cell", *(title for title, _ in columns.values()), "seeds"]),
+        step.row(["---"] * (len(columns) + 2)),
+    ]
+    for cell, runs in found.items():
+        cells = []
+        for key, (_, factor) in columns.items():
+            values = [factor * one[key] for one in runs if key in one]
+            digits = 1 if factor == 100 else 4
+            text = f"{statistics.mean(values):.{digits}f}" if values else "-"
+            if len(values) > 1:
+                text += f" ± {statistics.stdev(values):.{digits}f}"
+            cells.append(text)
+        lines.append(step.row([cell, *cells, str(len(runs))]))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is missing and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("grid", choices=GRIDS)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="setting to change in every cell",
+    )
+    args = parser.parse_args(argv)
+    found = {
+        cell: [
+            run(
+                args.config, [*args.override, *overrides], seed=seed,
+                directory=args.workdir / cell.replace(" ", "_") / f"seed_{seed}",
+            )
+            for seed in args.seeds
+        ]
+        for cell, overrides in GRIDS[args.grid].items()
+    }
+    print(step.conditions(args.override, f"{args.grid} of {args.config}"))
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""PR-MIM: the thrown patches' features, put together from those of their neighbours.
+
+Progressive reconstruction (arXiv 2411.15746, section 3.2): the decoder works on few of
+the masked patches, and all of them supervise the model.
+
+    decoded tokens -> grid, zeros at thrown places -> aggregator -> thrown tokens
+
+after the last decoder block and before the norm and the linear layer, which thrown and
+decoded patches share. The class token takes no part and no positions are added. The
+paper's aggregator is one depth-wise convolution: it mixes places, not channels. What
+the paper compares it with (table 12 and text) can be chosen by name:
+
+    conv         depth-wise k x k convolution with bias
+    pool         mean over k x k places, those with zeros and those outside included
+    transformer  one decoder block over the grid; positions are added, for without
+                 them all thrown places would be one and the same token
+    convnext     depth-wise k x k, norm, MLP, and a residual (arXiv 2201.03545)
+
+The paper does not say whether retained places keep the decoder's token; here they do,
+unless `rewrites_retained`. Nor does it give the convolution's initial values; here they
+keep the variance (LeCun normal), the bias is zero.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from crossmae_jax import masking, patches
+from crossmae_jax.models import layers, posemb
+from crossmae_jax.ops import depthwise
+
+
+class DepthwiseConv(nn.Module):
+    """One filter per channel, with bias."""
+
+    kernel_size: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        side, dim = self.kernel_size, x.shape[-1]
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (side, side, 1, dim)
+        )
+        bias = self.param("bias", nn.initializers.zeros_init(), (dim,))
+        out = depthwise.depthwise_conv(x, kernel[:, :, 0].astype(self.dtype))
+        return out + bias.astype(self.dtype)[None, None, None]
+
+
+class AveragePool(nn.Module):
+    """Mean over a window, without parameters."""
+
+    kernel_size: int
+
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        return nn.avg_pool(x, (self.kernel_size, self.kernel_size), padding="SAME")
+
+
+class GridTransformer(nn.Module):
+    """A transformer block over all places of the grid."""
+
+    num_heads: int
+    mlp_ratio: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        _, height, width, dim = x.shape
+        position = posemb.sincos((height, width), dim)[None, 1:]
+        tokens = x.reshape(-1, height * width, dim) + position.astype(self.dtype)
+        block = layers.Block(self.num_heads, self.mlp_ratio, self.dtype, name="block")
+        return block(tokens).reshape(x.shape)
+
+
+class ConvNeXt(nn.Module):
+    """A ConvNeXt block, without layer scale: it is the only one."""
+
+    kernel_size: int
+    mlp_ratio: float
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+        _, height, width, dim = x.shape
+        mixed = DepthwiseConv(self.kernel_size, self.dtype, name="conv")(x)
+        tokens = mixed.reshape(-1, height * width, dim)
+        tokens = layers.layer_norm(self.dtype, name="norm")(tokens)
+        tokens = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")(tokens)
+        return x + tokens.reshape(x.shape)
+
+
+AGGREGATORS = ("conv", "convnext", "pool", "transformer")
+VISIBLE = ("decoder", "encoder", "zeros")
+
+
+class Aggregator(nn.Module):
+    """Makes the thrown patches' tokens of those around them.
+
+    Attributes:
+      kind: one of `AGGREGATORS`.
+      visible: what lies at visible places: the decoder's outputs there ("decoder"), the
+        features that its last block attends to, projected ("encoder"), or "zeros".
+      rewrites_retained: retained places take the aggregator's output, too.
+    """
+
+    kind: str
+    dim: int
+    grid: tuple[int, int]
+    kernel_size: int
+    num_heads: int
+    mlp_ratio: float
+    visible: str
+    rewrites_retained: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        if self.kind == "conv":
+            self.mixer = DepthwiseConv(self.kernel_size, self.dtype)
+        elif self.kind == "pool":
+            self.mixer = AveragePool(self.kernel_size)
+        elif self.kind == "transformer":
+            self.mixer = GridTransformer(self.num_heads, self.mlp_ratio, self.dtype)
+        else:
+            self.mixer = ConvNeXt(self.kernel_size, self.mlp_ratio, self.dtype)
+        if self.visible == "encoder":
+            self.visible_embed = layers.dense(self.dim, self.dtype)
+
+    def __call__(
+        self,
+        decoded: layers.Decoded,
+        encoded: Float[Array, "b k e"] | None,
+        ids: masking.TokenIds,
+    ) -> Float[Array, "b p d"]:
+        """Returns the tokens of `ids.pred`, then those of `ids.thrown`.
+
+        Args:
+          decoded: the decoder's tokens.
+          encoded: class and visible tokens that the decoder's last block attends to.
+        """
+        visible = None
+        if self.visible == "decoder":
+            visible = decoded.visible
+        elif self.visible == "encoder":
+            visible = self.visible_embed(encoded[:, 1:])
+        mixed = self.mixer(self.lay_out(decoded.pred, visible, ids))
+        mixed = mixed.reshape(-1, self.grid[0] * self.grid[1], self.dim)
+        retained = decoded.pred
+        if self.rewrites_retained:
+            retained = patches.take_tokens(mixed, ids.pred)
+        thrown = patches.take_tokens(mixed, ids.thrown)
+        return jnp.concatenate([retained, thrown], axis=1)
+
+    def lay_out(
+        self,
+        retained: Float[Array, "b q d"],
+        visible: Float[Array, "b v d"] | None,
+        ids: masking.TokenIds,
+    ) -> Float[Array, "b h w d"]:
+        """Puts tokens at their places on the grid, zeros elsewhere."""
+        places = jnp.zeros(
+            (retained.shape[0], self.grid[0] * self.grid[1], self.dim), self.dtype
+        )
+        places = patches.put_tokens(places, ids.pred, retained)
+        if visible is not None:
+            places = patches.put_tokens(places, ids.keep, visible)
+        return places.reshape(-1, *self.grid, self.dim)
