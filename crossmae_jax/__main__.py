@@ -12,6 +12,7 @@ import sys
 
 COMMANDS = {
     "train": "crossmae_jax.commands.train",
+    "cost": "crossmae_jax.commands.cost",
     "data": "crossmae_jax.commands.data",
     "doctor": "crossmae_jax.commands.doctor",
 }

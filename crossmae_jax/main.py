@@ -10,6 +10,7 @@ import difflib
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -29,7 +30,8 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def _stop(message: str) -> NoReturn:
+def stop(message: str) -> NoReturn:
+    """Ends the program over a wrong command line, and says what is wrong."""
     print(message, file=sys.stderr)
     sys.exit(2)
 
@@ -49,49 +51,75 @@ def _config_path(argv: list[str]) -> Path:
             path = Path(following if found[1] is None else found[1])
             break
     else:
-        _stop(
+        stop(
             "--config is missing: the file that describes the experiment, such as "
             "--config=configs/digits_cross.py."
         )
+    return path
+
+
+def load_config(path: Path) -> ConfigDict:
+    """Reads a config file; stops if there is none."""
     if not path.is_file():
         siblings = sorted(str(other) for other in path.parent.glob("*.py"))
-        _stop(f"No config file {path}.{_did_you_mean(str(path), siblings)}")
-    return path
+        stop(f"No config file {path}.{_did_you_mean(str(path), siblings)}")
+    try:
+        names = runpy.run_path(str(path))
+    except SyntaxError as error:
+        stop(f"Not Python: {error.filename}, line {error.lineno}: {error.msg}.")
+    if "get_config" not in names:
+        stop(
+            f"{path} has no function get_config; name a file that describes an "
+            "experiment, such as configs/digits_cross.py."
+        )
+    return names["get_config"]()
 
 
 def _check_settings(argv: list[str], config: ConfigDict) -> None:
     """Stops at the first `--config.a.b` that the configuration does not have."""
     for argument in argv:
-        found = re.match(r"--?config\.([^=]+)", argument)
+        found = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         node, path = config, "--config"
         for name in found[1].split(".") if found else ():
             known = list(node) if isinstance(node, ConfigDict) else []
             if name not in known:
                 hint = _did_you_mean(name, known)
-                _stop(f"Unknown setting {path}.{name}.{hint}")
+                stop(f"Unknown setting {path}.{name}.{hint}")
             node, path = node[name], f"{path}.{name}"
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parses the flags; a misspelt setting or file ends in a suggestion."""
-    if any(argument.lstrip("-").startswith("help") for argument in argv):
-        return app.parse_flags_with_usage(argv)
+def parse_config(argv: list[str], parse: Callable[[list[str]], list[str]]) -> Path:
+    """Parses flags of which one is --config, and returns the file that it names.
+
+    A misspelt setting or file ends in a suggestion.
+
+    Args:
+      parse: sets the flags and returns the arguments that are none.
+    """
     path = _config_path(argv)
     # Before the flags are parsed: an unknown setting ends that in a traceback.
-    _check_settings(argv, runpy.run_path(str(path))["get_config"]())
-    rest = app.parse_flags_with_usage(argv)
+    _check_settings(argv, load_config(path))
+    rest = parse(argv)
     if len(rest) > 1:
-        _stop(
+        stop(
             f"Unexpected arguments: {' '.join(rest[1:])}. Settings take two dashes and "
             "an equals sign: --config.optim.base_lr=1e-4."
         )
+    return path
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags of training."""
+    if any(argument.lstrip("-").startswith("help") for argument in argv):
+        return app.parse_flags_with_usage(argv)
+    path = parse_config(argv, app.parse_flags_with_usage)
     if not _WORKDIR.value:
-        _stop(
+        stop(
             "--workdir is missing: the directory of this run, such as "
             f"--workdir=runs/{path.stem}. Given again, the run goes on where it "
             "stopped."
         )
-    return rest
+    return argv[:1]
 
 
 def main(argv: list[str]) -> None:
@@ -100,9 +128,17 @@ def main(argv: list[str]) -> None:
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
-    from crossmae_jax import train
+    from crossmae_jax import checkpoint, environment, train
+    from crossmae_jax.data import bad_images, transforms
 
-    train.run(_CONFIG.value, _WORKDIR.value)
+    try:
+        train.run(_CONFIG.value, _WORKDIR.value)
+    # Each of them says what to do. Other errors are bugs, and keep their traceback.
+    except (
+        train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
+        bad_images.TooManyBadImages, transforms.ChannelMismatch,
+    ) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,8 @@ def test_the_experiments_of_the_papers_are_all_there():
     sizes, kinds = ("vits", "vitb", "vitl", "vith"), ("mae", "cross", "cross75")
     grid = {f"{size}_{kind}" for size in sizes for kind in kinds}
     others = {
-        "vitb_cross_448", "digits_cross", "digits_mae", "folder_cross",
+        "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
+        "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
         "folder_cross_knn",
     }
     assert set(NAMES) == grid | others
@@ -93,9 +94,8 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
 def test_a_config_describes_a_model_and_a_schedule(path):
     config = load(path)
     objective = OBJECTIVES[config.objective](config)
-    assert objective.counts == (
-        cost.count(config).num_keep, cost.count(config).num_pred
-    )
+    counted = cost.count(config)
+    assert objective.counts == (counted.num_keep, counted.num_pred, counted.num_thrown)
     optim.make_schedule(config, steps_per_epoch=10.0)
     assert len(config.data.mean) == len(config.data.std) == config.data.channels
 
@@ -111,14 +111,20 @@ def test_the_recipe_is_the_papers(name):
     assert (model.decoder_dim, model.decoder_heads) == (
         (256, 8) if size == "vits" else (512, 16)
     )
-    method = ("mae", "last", 8) if kind == "mae" else ("cross", "inter_block", 12)
+    mae, progressive = kind.startswith("mae"), kind.endswith("prmim")
+    method = ("mae", "last", 8) if mae else ("cross", "inter_block", 12)
     assert (model.decoder, model.fusion, model.decoder_depth) == method
     assert model.fusion_input and model.fusion_maps is None
-    ratio = 0.75 if kind in ("mae", "cross75") else 0.25
+    ratio = 0.75 if mae or progressive or kind == "cross75" else 0.25
     assert (config.masking.mask_ratio, config.masking.pred_ratio) == (0.75, ratio)
     assert config.data.batch_size == 4096
     # CrossMAE 0.25 at a batch of 4096: 1.5e-4 * 16 / 3.
     assert optim.peak_lr(config) == pytest.approx(2.4e-3 if ratio == 0.75 else 8e-4)
+    thrown = (0.5, "furthest", "conv") if progressive else (0.0, "random", "none")
+    assert (
+        config.masking.throw_ratio, config.masking.retain, model.aggregator.kind
+    ) == thrown
+    assert model.aggregator.visible == ("decoder" if mae else "encoder")
     epochs = (400, 20) if kind == "cross_448" else (800, 40)
     assert (config.epochs, config.optim.warmup_epochs) == epochs
 
@@ -166,7 +172,9 @@ def test_the_table_of_configs_states_the_counted_cost(path):
     counted = cost.count(load(path))
     assert rows()[path.stem][1:5] == [
         f"{counted.num_keep} of {counted.num_patches}",
-        str(counted.num_pred),
+        str(counted.num_pred) + (
+            f" + {counted.num_thrown} thrown" if counted.num_thrown else ""
+        ),
         f"{counted.params / 1e6:.2f}",
         f"{counted.macs / 1e9:.3f}",
     ]
