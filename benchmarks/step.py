@@ -17,6 +17,7 @@ import argparse
 import ast
 import dataclasses
 import datetime
+import difflib
 import os
 import platform
 import runpy
@@ -68,19 +69,45 @@ def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
     Raises:
       KeyError: for a setting that the configuration does not have.
       TypeError: for a value of another type.
+      ValueError: for an override without a value.
     """
     config = runpy.run_path(path)["get_config"]().lock()
     for override in overrides:
-        name, _, text = override.partition("=")
-        *parents, key = name.split(".")
-        node = config
-        for parent in parents:
-            node = node[parent]
-        try:
-            node[key] = ast.literal_eval(text)
-        except (SyntaxError, ValueError):  # a plain word is itself: float32
-            node[key] = text
+        _set(config, override)
     return config
+
+
+def _set(config: ConfigDict, override: str) -> None:
+    """Sets one value, written "a.b=value"."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"{override!r} has no value; write {name}=VALUE.")
+    parent, old = None, config
+    for key in name.split("."):
+        known = list(old) if isinstance(old, ConfigDict) else []
+        if key not in known:
+            raise KeyError(f"Unknown setting {name}.{_suggestion(key, known)}")
+        parent, old = old, old[key]
+    if isinstance(old, ConfigDict):
+        raise KeyError(f"{name} is a group of settings.{_suggestion('', list(old))}")
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):  # a plain word is itself: float32
+        value = text
+    try:
+        parent[key] = value
+    except TypeError:
+        example = "" if old is None else f", such as {old!r}"
+        raise TypeError(
+            f"{name}={value!r} is of type {type(value).__name__}; give one of type "
+            f"{parent.get_type(key).__name__}{example}."
+        ) from None
+
+
+def _suggestion(word: str, known: list[str]) -> str:
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f" Did you mean {close[0]!r} instead of {word!r}?"
+    return f" There are: {', '.join(known)}." if known else ""
 
 
 def prepare(name: str, config: ConfigDict) -> Run:
@@ -93,22 +120,16 @@ def prepare(name: str, config: ConfigDict) -> Run:
     schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
     tx = optim.make_optimizer(config, schedule)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    everywhere = parallel.replicated(mesh)
-    state = jax.jit(
-        lambda key: train.init_state(objective, tx, key), out_shardings=everywhere
-    )(init_key)
+    init, step = train.compile_steps(
+        objective, tx, mesh, schedule=schedule, key=step_key,
+        accum_steps=config.optim.accum_steps,
+    )
+    state = init(init_key)
     shape = (data.batch_size, *data.image_size, data.channels)
     batch = parallel.place_batch(mesh, {
         "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
         "sample": np.arange(data.batch_size, dtype=np.uint32),
     })
-    step = jax.jit(
-        train.make_train_step(
-            objective, tx, schedule=schedule, key=step_key,
-            accum_steps=config.optim.accum_steps,
-        ),
-        donate_argnums=0, out_shardings=everywhere,
-    )
     begin = time.perf_counter()
     compiled = step.lower(state, batch).compile()
     compile_seconds = time.perf_counter() - begin
@@ -245,12 +266,16 @@ def main(argv: list[str] | None = None) -> None:
 
     overrides = [f"data.batch_size={args.batch}", *args.override]
     paths = ([args.against] if args.against else []) + args.config
+    configs = [load_config(path, overrides=[]) for path in paths]
+    try:
+        for config in configs:
+            for override in overrides:
+                _set(config, override)
+    except (KeyError, TypeError, ValueError) as error:
+        parser.exit(2, f"error: {error.args[0]}\n")
     runs = [
-        prepare(
-            Path(path).stem,
-            load_config(path, overrides=overrides),
-        )
-        for path in paths
+        prepare(Path(path).stem, config)
+        for path, config in zip(paths, configs, strict=True)
     ]
     measure(runs, num_steps=args.steps)
     what = f"batch {args.batch}, {args.steps} steps in turns"

@@ -54,7 +54,7 @@ class Evaluations:
         self._directory, self._panel_key = directory, panel_key
         self._num_images = {split: len(source) for split, source in opened.items()}
         evaluators.check(
-            config.evals, num_images=self._num_images,
+            config.evals.to_dict(), num_images=self._num_images,
             num_classes=opened["train"].num_classes,
         )
         self._predict = jax.jit(objective.predict)

@@ -39,6 +39,10 @@ from crossmae_jax.objectives import OBJECTIVES
 REQUEUE = 75  # exit status when stopped: saved, run the same command again
 
 
+class SetupError(ValueError):
+    """Settings, data and directory do not fit each other; nothing was trained."""
+
+
 @flax.struct.dataclass
 class TrainState:
     """Everything that changes from step to step."""
@@ -111,6 +115,28 @@ def make_train_step(
     return step
 
 
+def compile_steps(
+    objective: Any,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    schedule: Callable[[Array], Array],
+    key: Key[Array, ""],
+    accum_steps: int = 1,
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
+
+    The state lies whole on every device. A step takes the memory of the state that it
+    is given, which cannot be used any more.
+    """
+    everywhere = parallel.replicated(mesh)
+    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
+    step = make_train_step(
+        objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
+    )
+    return init, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+
 def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
     bad = [name for name, value in logged.items() if not np.isfinite(value)]
     if bad:
@@ -122,8 +148,17 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
 
 
 @contextlib.contextmanager
+def _setting_up() -> Iterator[None]:
+    """Marks a ValueError as the user's to cure; anywhere else it is a bug."""
+    try:
+        yield
+    except ValueError as error:
+        raise SetupError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM or Ctrl-C into an event; a second has its usual effect."""
+    """Turns the first SIGTERM or Ctrl-C into an event; a second acts as usual."""
     requested = threading.Event()
 
     def handle(number, _frame):
@@ -157,54 +192,56 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     Ctrl-C make it save and exit with status 75: run the same command again to go on.
 
     Raises:
-      ValueError: if configuration, data or directory contradict each other.
+      SetupError: if configuration, data or directory contradict each other.
+      AcceleratorError: if JAX leaves the machine's accelerator idle.
+      RestoreError: if there are checkpoints, but none that can be restored.
       FloatingPointError: if the loss is no longer finite.
     """
     directory = Path(directory)
     environment.check_accelerator()
-    objective, mesh = _objective(config), parallel.make_mesh()
-    parallel.check_batch_size(
-        config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
-    )
-    opened = {"train": sources.make_source(config.data, "train")}
-    if held_out := sources.make_source(config.data, "eval"):
-        opened["eval"] = held_out
-    if config.log_every_steps < 1:
-        raise ValueError(f"log_every_steps={config.log_every_steps} must be 1 or more.")
-    total, steps_per_epoch = _duration(config, len(opened["train"]))
-    schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
-    tx = optim.make_optimizer(config, schedule)
-    # The kind of key is named: JAX's default may be set to another elsewhere.
-    root = jax.random.key(config.seed, impl="threefry2x32")
-    init_key, mask_key, panel_key = jax.random.split(root, 3)
-    evaluations = evaluation.Evaluations(
-        config, objective, opened, mesh=mesh, directory=directory, panel_key=panel_key
-    )
-    everywhere = parallel.replicated(mesh)
-    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
-    train_step = jax.jit(
-        make_train_step(
-            objective, tx, schedule=schedule, key=mask_key,
-            accum_steps=config.optim.accum_steps,
-        ),
-        donate_argnums=0, out_shardings=everywhere,
+    with _setting_up():
+        objective, mesh = _objective(config), parallel.make_mesh()
+        parallel.check_batch_size(
+            config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
+        )
+        opened = {"train": sources.make_source(config.data, "train")}
+        if held_out := sources.make_source(config.data, "eval"):
+            opened["eval"] = held_out
+        if config.log_every_steps < 1:
+            raise ValueError(
+                f"log_every_steps={config.log_every_steps} must be 1 or more."
+            )
+        total, steps_per_epoch = _duration(config, len(opened["train"]))
+        schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
+        tx = optim.make_optimizer(config, schedule)
+        # The kind of key is named: JAX's default may be set to another elsewhere.
+        root = jax.random.key(config.seed, impl="threefry2x32")
+        init_key, mask_key, panel_key = jax.random.split(root, 3)
+        evaluations = evaluation.Evaluations(
+            config, objective, opened, mesh=mesh, directory=directory,
+            panel_key=panel_key,
+        )
+    init, train_step = compile_steps(
+        objective, tx, mesh, schedule=schedule, key=mask_key,
+        accum_steps=config.optim.accum_steps,
     )
 
     with contextlib.ExitStack() as stack:
-        checkpoints = checkpoint.Checkpoints(
-            directory / "checkpoints", keep=config.checkpoint.keep
-        )
-        stack.callback(checkpoints.close)
-        workdir.claim(
-            directory, config, resuming=bool(checkpoints.steps()),
-            dataset={
-                "num_images": len(opened["train"]),
-                "fingerprint": opened["train"].fingerprint,
-            },
-        )
-        restored = checkpoints.restore_latest(
-            parallel.with_sharding(jax.eval_shape(init, init_key), everywhere)
-        )
+        with _setting_up():
+            checkpoints = checkpoint.Checkpoints(
+                directory / "checkpoints", keep=config.checkpoint.keep
+            )
+            stack.callback(checkpoints.close)
+            workdir.claim(
+                directory, config, resuming=bool(checkpoints.steps()),
+                dataset={
+                    "num_images": len(opened["train"]),
+                    "fingerprint": opened["train"].fingerprint,
+                },
+            )
+        restored = checkpoints.restore_latest(parallel.with_sharding(
+            jax.eval_shape(init, init_key), parallel.replicated(mesh)
+        ))
         if restored is None:
             print(f"FRESH START in {directory}", flush=True)
             start, state = 0, init(init_key)
@@ -219,18 +256,19 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             f"{optim.peak_lr(config):.3g}", flush=True,
         )
 
-        writer = metrics.MetricWriter(
-            directory, resume_step=start if restored else None
-        )
-        stack.callback(writer.close)
-        meter = metrics.SpeedMeter(images_per_step=config.data.batch_size)
-        progress = metrics.Progress(total, first_step=start)
-        stack.callback(progress.close)
-        batches = stack.enter_context(pipeline.train_batches(
-            opened["train"], config.data, seed=config.seed, start_step=start,
-            num_steps=total - start, process_index=jax.process_index(),
-            process_count=jax.process_count(), workdir=str(directory),
-        ))
+        with _setting_up():
+            writer = metrics.MetricWriter(
+                directory, resume_step=start if restored else None
+            )
+            stack.callback(writer.close)
+            meter = metrics.SpeedMeter(images_per_step=config.data.batch_size)
+            progress = metrics.Progress(total, first_step=start)
+            stack.callback(progress.close)
+            batches = stack.enter_context(pipeline.train_batches(
+                opened["train"], config.data, seed=config.seed, start_step=start,
+                num_steps=total - start, process_index=jax.process_index(),
+                process_count=jax.process_count(), workdir=str(directory),
+            ))
         stop = stack.enter_context(_stop_requests())
         evaluate = functools.partial(
             evaluations.run, writer=writer, progress=progress, stop=stop

@@ -31,14 +31,55 @@ def test_the_peak_is_found_by_the_name_that_jax_gives_a_device(kind, peak):
 
 
 def test_an_override_that_does_not_exist_is_refused():
-    with pytest.raises(KeyError, match='Did you mean "dtype"'):
+    with pytest.raises(KeyError, match="Did you mean 'dtype'"):
         step.load_config(
             "configs/digits_cross.py", overrides=["model.dtyp=float32"]
         )
+    with pytest.raises(TypeError, match="optim.base_lr='fast' is of type str"):
+        step.load_config("configs/digits_cross.py", overrides=["optim.base_lr=fast"])
+
+
+def test_overrides_are_numbers_tuples_or_plain_words_and_the_last_one_counts():
+    config = step.load_config("configs/digits_cross.py", overrides=[
+        "model.dtype=bfloat16", "optim.clip_norm=3", "data.image_size=(8, 16)",
+        "seed=1", "seed=2",
+    ])
+    assert config.model.dtype == "bfloat16" and config.optim.clip_norm == 3.0
+    assert config.data.image_size == (8, 16) and config.seed == 2
+
+
+WRONG_OVERRIDES = {
+    "model.dtyp=float32":
+        "Unknown setting model.dtyp. Did you mean 'dtype' instead of 'dtyp'?",
+    "modle.dtype=float32":
+        "Unknown setting modle.dtype. Did you mean 'model' instead of 'modle'?",
+    "evals.umap.k=1":
+        "Unknown setting evals.umap.k. There are: knn, linear, reconstruction.",
+    "seed.x=1": "Unknown setting seed.x.",
+    "masking=0.5": "masking is a group of settings. There are: mask_ratio, pred_ratio, "
+        "retain, throw_ratio.",
+    "optim.base_lr=fast": "optim.base_lr='fast' is of type str; give one of type "
+        "float, such as 0.012.",
+    "optim.clip_norm=big":
+        "optim.clip_norm='big' is of type str; give one of type float.",
+    "model.dtype": "'model.dtype' has no value; write model.dtype=VALUE.",
+}
+
+
+@pytest.mark.parametrize("override", WRONG_OVERRIDES)
+def test_a_wrong_override_ends_in_one_line_with_what_to_do(override, capsys):
+    with pytest.raises(SystemExit) as caught:
+        step.main([
+            "--config=configs/digits_cross.py", "--batch=8", f"--override={override}"
+        ])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"error: {WRONG_OVERRIDES[override]}\n"
 
 
 def test_the_share_of_peak_is_of_all_devices_and_of_bf16_only():
-    config = step.load_config("configs/digits_cross.py", overrides=["data.batch_size=8", *TINY])
+    config = step.load_config(
+        "configs/digits_cross.py", overrides=["data.batch_size=8", *TINY]
+    )
     run = step.Run("x", config, 1.0, 1, lambda: None, seconds=[0.5, 1.0, 9.0])
     operations = cost.count(config).train_flops * 8
     peak = operations / 1e12 / jax.device_count() * 4  # TFLOP/s: a quarter is used
@@ -79,7 +120,9 @@ def test_configurations_take_turns_and_are_compared_pair_by_pair(monkeypatch, ca
 
 
 def test_the_table_is_appended_to_the_results(monkeypatch, tmp_path, capsys):
-    config = step.load_config("configs/digits_cross.py", overrides=["data.batch_size=8"])
+    config = step.load_config(
+        "configs/digits_cross.py", overrides=["data.batch_size=8"]
+    )
     monkeypatch.setattr(step, "RESULTS", tmp_path / "results" / "step.md")
     monkeypatch.setattr(
         step, "prepare",

@@ -134,6 +134,53 @@ def test_both_ways_to_train_hand_over_the_same_settings(program):
     assert config["model"]["fusion_maps"] == [0, -1]
 
 
+@pytest.mark.parametrize("program", [["crossmae_jax.main"], ["crossmae_jax", "train"]])
+def test_settings_that_contradict_each_other_end_without_a_traceback(program, tmp_path):
+    found = run(
+        "-m", *program, CONFIG, f"--workdir={tmp_path}/run",
+        "--config.data.batch_size=0",
+    )
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1].startswith("error: batch_size=0 does not div")
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# The train loop ends with each of the errors that the first argument names.
+FAILING = """
+import sys
+from crossmae_jax import checkpoint, environment, main, train
+from crossmae_jax.data import bad_images, transforms
+
+names, sys.argv = sys.argv[1].split(), sys.argv[1:]
+main.parse_flags(sys.argv)
+for name in names:
+    error = eval(name)("what was wrong")
+    def fail(config, workdir):
+        raise error
+    train.run = fail
+    try:
+        main.main([])
+    except BaseException as caught:
+        print(name, "is a bug" if caught is error else repr(caught))
+"""
+
+
+def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
+    for_users = [
+        "train.SetupError", "environment.AcceleratorError", "checkpoint.MismatchError",
+        "bad_images.TooManyBadImages", "transforms.ChannelMismatch",
+    ]
+    bugs = ["ValueError", "RuntimeError", "FloatingPointError"]
+    found = run(
+        "-c", FAILING, " ".join(for_users + bugs), CONFIG, f"--workdir={tmp_path}"
+    )
+    assert found.stdout.splitlines() == [
+        *(f"{name} SystemExit('error: what was wrong')" for name in for_users),
+        *(f"{name} is a bug" for name in bugs),
+    ], found.stderr
+
+
 def test_the_flags_can_be_imported_without_jax():
     # A loader worker imports the main module of the process that started it.
     code = "import sys, crossmae_jax.main\nassert 'jax' not in sys.modules"

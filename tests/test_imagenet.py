@@ -6,6 +6,7 @@ with 7 training and 4 validation images of ours. From the JPEGs in it the tars a
 again, and prepared by our command.
 """
 
+import errno
 import io
 import json
 import os
@@ -243,6 +244,33 @@ def test_stock_builder_is_restored_afterwards(tars, tmp_path):
         assert shuffle.tf.io.gfile.GFile is open
         raise RuntimeError
     assert (shuffle.tf, tfds.core.utils.png_to_jpeg) == before
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet2012"])
+def test_a_place_that_cannot_be_written_is_one_line(name, tars, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    arguments = [f"--data_dir={tmp_path}/file/sets"]
+    if name == "imagenet2012":
+        arguments.append(f"--manual_dir={tars}")
+    assert command.main(["prepare", name, *arguments]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: [Errno 20] Not a directory: ")
+    assert f"{tmp_path}/file" in error and "--data_dir can be written" in error
+
+
+def test_a_disk_that_fills_up_is_one_line(tars, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "bucket")
+
+    # Where the stock builder's shuffler, deep inside, writes to disk.
+    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 500)
+    monkeypatch.setattr(shuffle._Bucket, "add", full)
+    assert command.main([
+        "prepare", "imagenet2012", f"--manual_dir={tars}", f"--data_dir={tmp_path}"
+    ]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "No space left on device" in error
+    assert "its disk has room" in error
 
 
 def test_front_door_prepares_and_reports_errors(tmp_path):

@@ -132,7 +132,7 @@ def test_another_configuration_or_data_set_cannot_go_on_in_a_runs_directory(fini
     workdir, config, _ = finished
     changed = config.copy_and_resolve_references()
     changed.optim.base_lr, changed.log_every_steps = 1e-6, 7
-    with pytest.raises(ValueError, match="another run; config.json differs") as error:
+    with pytest.raises(train.SetupError, match="another run; config.json di") as error:
         train.run(changed, workdir)
     assert "optim.base_lr: 0.012 -> 1e-06" in str(error.value)
     assert "log_every_steps" not in str(error.value)
@@ -250,6 +250,28 @@ def _step(config, accum_steps):
     return jax.jit(step)(state, batch)
 
 
+def test_compiled_steps_hold_the_state_whole_everywhere_and_reuse_its_memory():
+    class Square:
+        def init(self, key):
+            return {"params": {"w": jax.random.normal(key, (8,))}}
+
+        def loss(self, variables, batch, key):
+            return jnp.mean((variables["params"]["w"] - batch["x"]) ** 2), {}
+
+    mesh, key = parallel.make_mesh(), jax.random.key(0)
+    init, step = train.compile_steps(
+        Square(), optax.sgd(1.0), mesh, schedule=lambda step: 1.0, key=key
+    )
+    state = init(key)
+    before = np.asarray(state.variables["params"]["w"]).copy()
+    new, _ = step(state, parallel.place_batch(mesh, {"x": np.zeros(8)}))
+    # The gradient of the mean of w^2 over 8 entries is w / 4.
+    np.testing.assert_allclose(new.variables["params"]["w"], 0.75 * before, rtol=1e-6)
+    for leaf in jax.tree.leaves(new):
+        assert leaf.sharding.is_equivalent_to(parallel.replicated(mesh), leaf.ndim)
+    assert state.variables["params"]["w"].is_deleted()
+
+
 def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(digits_dir):
     config = _config(digits_dir)
     whole, logged = _step(config, 1)
@@ -294,13 +316,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     (dict(log_every_steps=0), "log_every_steps=0 must be 1 or more"),
     (dict(evals=dict(knn=dict(k=5))), "config.evals.knn lacks every_epochs"),
     (dict(evals=dict(knn5=dict(every_epochs=0.0))), "Unknown evaluator 'knn5'"),
+    (dict(evals=dict(linear=dict(every_epochs=0.0, l2=0.1))), "Unknown option 'l2'"),
+    (dict(evals=dict(knn=dict(every_epochs=0.0, k=2000, temperature=0.07))),
+     "k=2000 neighbours of 1442 training images"),
+    (dict(seed=-1), "seed=-1; expected 0 or more"),
+    (dict(checkpoint__keep=0), "keep=0 checkpoints"),
 ])
 def test_bad_settings_stop_the_run_before_it_trains(
     digits_dir, tmp_path, changes, message
 ):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(train.SetupError, match=message):
         train.run(_config(digits_dir, **changes), tmp_path)
-    assert not (tmp_path / "metrics.jsonl").exists()
+    assert _read(tmp_path / "metrics.jsonl") == ""
+
+
+def test_an_error_inside_the_step_is_not_blamed_on_the_settings(
+    digits_dir, tmp_path, monkeypatch
+):
+    def broken(*_):
+        raise ValueError("einsum: the subscripts do not fit")
+
+    monkeypatch.setattr(Pretrain, "loss", broken)
+    with pytest.raises(ValueError, match="subscripts") as caught:
+        train.run(_config(digits_dir), tmp_path)
+    assert caught.type is ValueError
 
 
 def test_micro_batches_are_spread_over_all_devices():

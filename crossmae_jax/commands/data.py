@@ -31,6 +31,13 @@ def main(argv: list[str]) -> int:
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(
+            f"error: {error}. Nothing was prepared; see that the directories exist, "
+            "that --data_dir can be written, and that its disk has room.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def _prepare(arguments: argparse.Namespace) -> int:

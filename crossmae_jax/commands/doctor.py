@@ -60,14 +60,8 @@ def _train_one_step() -> str:
 
     tx = optim.make_optimizer(config, schedule)
     key = jax.random.key(0, impl="threefry2x32")
-    everywhere = parallel.replicated(mesh)
-    state = jax.jit(
-        lambda key: train.init_state(objective, tx, key), out_shardings=everywhere
-    )(key)
-    step = jax.jit(
-        train.make_train_step(objective, tx, schedule=schedule, key=key),
-        donate_argnums=0, out_shardings=everywhere,
-    )
+    init, step = train.compile_steps(objective, tx, mesh, schedule=schedule, key=key)
+    state = init(key)
     size = config.data.batch_size // jax.process_count()
     first = size * jax.process_index()
     noise = np.random.default_rng(jax.process_index())

@@ -6,6 +6,7 @@ and the files that it wrote. Adding one is a function and a row in `EVALUATORS`.
 """
 
 import dataclasses
+import inspect
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -71,7 +72,10 @@ class Evaluation:
 
 
 def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Result]:
-    """Turns a function of train and test features into an evaluator."""
+    """Turns a function of train and test features into an evaluator.
+
+    Its options are those of the function, and `max_train_images`.
+    """
 
     def evaluator(
         evaluation: Evaluation, *, max_train_images: int | None = None, **options: Any
@@ -79,7 +83,20 @@ def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Resu
         train = evaluation.features_of("train", max_train_images)
         return Result(evaluate(train, evaluation.features_of("eval"), **options))
 
+    first, *_ = inspect.signature(evaluator).parameters.values()
+    evaluator.__signature__ = inspect.Signature(
+        [first, *_options(evaluator).values(), *_options(evaluate).values()]
+    )
     return evaluator
+
+
+def _options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the options of a function: what it takes by name only."""
+    return {
+        name: parameter
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
 
 
 def _reconstruction(evaluation: Evaluation, *, num_images: int) -> Result:
@@ -109,24 +126,29 @@ def run(name: str, evaluation: Evaluation, options: Mapping[str, Any]) -> Result
 
 
 def check(
-    names: Iterable[str], *, num_images: Mapping[str, int], num_classes: int
+    evals: Mapping[str, Mapping[str, Any]],
+    *,
+    num_images: Mapping[str, int],
+    num_classes: int,
 ) -> None:
     """Finds out before the training what could not be evaluated after it.
 
     Args:
-      names: the keys of `config.evals`.
+      evals: `config.evals`, the options of each evaluator by its name.
       num_images: how many images each split holds, "train" and, if it exists, "eval".
       num_classes: of the data set; 0 if it has no labels.
 
     Raises:
-      ValueError: for an evaluator that does not exist or lacks labels or a split.
+      ValueError: for an evaluator or an option that does not exist, an option that is
+        missing, more neighbours than images, or a lack of labels or of a split.
     """
-    for name in names:
+    for name, options in evals.items():
         if name not in EVALUATORS:
             raise ValueError(
                 f"Unknown evaluator {name!r} in config.evals. "
                 f"Known: {', '.join(sorted(EVALUATORS))}."
             )
+        _check_options(name, options)
         if name not in _NEED_LABELS:
             continue
         if num_classes == 0:
@@ -141,6 +163,36 @@ def check(
                 "evaluation split. Set data.eval_split (tfds) or data.eval_dir "
                 f"(folder), or take {name} out of config.evals."
             )
+        if name == "knn":
+            _check_neighbours(num_images["train"], options)
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = _options(EVALUATORS[name])
+    for option in options:
+        if option not in known and option != "every_epochs":
+            raise ValueError(
+                f"Unknown option {option!r} in config.evals.{name}. Known: "
+                f"{', '.join(sorted([*known, 'every_epochs']))}; correct it or take it "
+                "out."
+            )
+    for option, parameter in known.items():
+        if option not in options and parameter.default is parameter.empty:
+            raise ValueError(
+                f"config.evals.{name} lacks the option {option!r}, which has no "
+                "default; add it to the configuration."
+            )
+
+
+def _check_neighbours(num_train: int, options: Mapping[str, Any]) -> None:
+    k, limit = options["k"], options.get("max_train_images")
+    bank = num_train if limit is None else min(limit, num_train)
+    if not 1 <= k <= bank:
+        otherwise = f", or raise max_train_images={limit}" if bank < num_train else ""
+        raise ValueError(
+            f"config.evals.knn.k={k} neighbours of {bank} training images; choose "
+            f"1 <= k <= {bank}{otherwise}."
+        )
 
 
 def table(rows: Mapping[str, Mapping[str, float]]) -> str:
