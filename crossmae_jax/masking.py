@@ -127,22 +127,31 @@ def furthest(
       Positions in the list, in the order of choice.
     """
     row, column = candidates // columns, candidates % columns
-    positions = jnp.arange(candidates.shape[1])[None]
+    position = jnp.broadcast_to(jnp.arange(candidates.shape[1])[None], candidates.shape)
+    largest = jnp.iinfo(candidates.dtype).max
 
-    def add(i, carry):
-        chosen, distance = carry
-        # The coordinates of the newest by a masked sum: cheaper than a gather.
-        newest = positions == jax.lax.dynamic_index_in_dim(chosen, i - 1, axis=1)
-        there = (
-            jnp.where(newest, x, 0).sum(1, keepdims=True) for x in (row, column)
-        )
-        squared = sum((x - y) ** 2 for x, y in zip((row, column), there, strict=True))
+    def further(a, b):
+        """Picks the larger distance, among equal ones the earlier position."""
+        keep = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
+        return tuple(jnp.where(keep, x, y) for x, y in zip(a, b, strict=True))
+
+    def add(carry, _):
+        (newest, its_row, its_column), distance = carry
+        squared = (row - its_row[:, None]) ** 2 + (column - its_column[:, None]) ** 2
         distance = jnp.minimum(distance, squared)
-        return chosen.at[:, i].set(distance.argmax(1)), distance
+        # One reduction brings the coordinates along; looking them up takes as long.
+        _, *following = jax.lax.reduce(
+            (distance, position, row, column),
+            tuple(jnp.full((), x, row.dtype) for x in (-1, largest, 0, 0)),
+            further, dimensions=(1,),
+        )
+        return (tuple(following), distance), newest
 
-    far = jnp.full(candidates.shape, jnp.iinfo(candidates.dtype).max)
-    chosen = jnp.zeros((candidates.shape[0], num), first.dtype).at[:, 0].set(first)
-    return jax.lax.fori_loop(1, num, add, (chosen, far))[0]
+    is_first = position == first[:, None]
+    places = (jnp.where(is_first, x, 0).sum(1) for x in (row, column))
+    start = (first, *places), jnp.full_like(candidates, largest)
+    _, chosen = jax.lax.scan(add, start, length=num)
+    return chosen.T
 
 
 def token_ids(

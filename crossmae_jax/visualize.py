@@ -6,11 +6,12 @@ Figures are made without pyplot: nothing global is opened and no display is need
 import json
 import pathlib
 import textwrap
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Shaped
-from matplotlib import figure
+from jaxtyping import Bool, Float, Int, Shaped
+from matplotlib import colors, figure, patches
 
 _DPI = 100
 # What a column leaves out must not look like part of the image: blue among greys, grey
@@ -22,6 +23,8 @@ _INK = "#222222"
 # ones shrunk to the second; a column stays wide enough for its title.
 _ENLARGED, _LARGEST, _COLUMN = 200, 448, 190
 _GAP, _HEADER, _LINE = 12, 70, 24
+# What becomes of a patch, and its colour. Told apart in grey, too.
+_GROUPS = {"visible": "#f2d16b", "decoded": "#1f5fa8", "thrown": "#d9d9d9"}
 
 
 @runtime_checkable
@@ -36,6 +39,15 @@ class Reconstruction(Protocol):
     pasted: Float[np.ndarray, "b height width c"]
     mask: Bool[np.ndarray, "b n"]
     thrown: Bool[np.ndarray, "b n"]
+
+
+@runtime_checkable
+class TokenIds(Protocol):
+    """Patch numbers of each sample that are seen, decoded and thrown."""
+
+    keep: Int[np.ndarray, "b v"]
+    pred: Int[np.ndarray, "b q"]
+    thrown: Int[np.ndarray, "b t"]
 
 
 def caption(*, normalize: bool) -> str:
@@ -134,6 +146,49 @@ def reconstruction_panel(
     drawing.text(
         _GAP / total_width, footer / total_height, "\n".join(lines),
         ha="left", va="top", fontsize=12, linespacing=1.3, color=_INK,
+    )
+    return _save(drawing, path)
+
+
+def sampling_panel(
+    choices: Mapping[str, TokenIds], path: str | pathlib.Path, *, grid: tuple[int, int]
+) -> pathlib.Path:
+    """Draws which patches are visible, decoded and thrown: a row per choice.
+
+    Patches that are none of them are white: neither seen nor predicted.
+
+    Example:
+      sampling_panel({"random": ids, "furthest": others}, "panel.png", grid=(14, 14))
+
+    Returns:
+      The path of the PNG; its folder is made if need be.
+    """
+    colours = [colors.to_rgb(colour) for colour in _GROUPS.values()]
+    num = max(len(ids.keep) for ids in choices.values())
+    drawing = figure.Figure(
+        figsize=(1 + 2 * num, 0.6 + 2.1 * len(choices) * grid[0] / grid[1]), dpi=_DPI,
+        facecolor="white", layout="constrained",
+    )
+    panels = drawing.subplots(len(choices), num, squeeze=False)
+    for (name, ids), row in zip(choices.items(), panels, strict=True):
+        for sample, axes in enumerate(row):
+            cells = np.ones((grid[0] * grid[1], 3))
+            if sample < len(ids.keep):
+                for group, colour in zip((ids.keep, ids.pred, ids.thrown), colours):
+                    cells[np.asarray(group[sample])] = colour
+            axes.imshow(cells.reshape(*grid, 3), interpolation="nearest")
+            axes.set_xticks(np.arange(grid[1] + 1) - 0.5, labels=[])
+            axes.set_yticks(np.arange(grid[0] + 1) - 0.5, labels=[])
+            axes.grid(color="white", linewidth=1)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        row[0].set_ylabel(name, fontsize=13, color=_INK)
+    drawing.legend(
+        handles=[
+            patches.Patch(color=colour, label=group)
+            for group, colour in _GROUPS.items()
+        ],
+        loc="outside upper center", ncols=len(_GROUPS), frameon=False, fontsize=12,
     )
     return _save(drawing, path)
 

@@ -1,0 +1,224 @@
+"""Progressive reconstruction: what is put where, what is read, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from crossmae_jax import losses, masking, patches
+from crossmae_jax.models import aggregator, layers
+from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.ops import depthwise
+from tests.test_models import MAE, make_config
+
+GRID = (4, 6)
+THROWN = dict(masking__pred_ratio=0.75, masking__throw_ratio=0.5)
+CROSS = dict(THROWN, model__aggregator__kind="conv")
+MAE_CONV = dict(
+    MAE, masking__throw_ratio=0.5, model__aggregator__kind="conv",
+    model__aggregator__visible="decoder",
+)
+
+
+def _inputs(seed=0, num=2, dim=8, encoder_dim=16):
+    ids = masking.sample_token_ids(
+        jax.random.key(seed), jnp.arange(num, dtype=jnp.uint32),
+        masking.TokenCounts(6, 6, 12), num_patches=24,
+    )
+    rng = np.random.default_rng(seed)
+    retained, visible = (
+        jnp.asarray(rng.normal(size=(num, 6, dim)), jnp.float32) for _ in range(2)
+    )
+    encoded = jnp.asarray(rng.normal(size=(num, 7, encoder_dim)), jnp.float32)
+    return layers.Decoded(retained, visible=visible), encoded, ids
+
+
+def _aggregator(kind="conv", visible="decoder", **changes):
+    return aggregator.Aggregator(**dict(
+        kind=kind, dim=8, grid=GRID, kernel_size=3, num_heads=2, mlp_ratio=2.0,
+        visible=visible,
+    ) | changes)
+
+
+@pytest.mark.parametrize("side", [3, 7, 11])
+@pytest.mark.parametrize("grid", [(4, 6), (14, 14), (1, 5)])
+def test_depthwise_conv_is_flaxs_and_so_are_its_gradients(side, grid):
+    rng = np.random.default_rng(0)
+    x, weight = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, *grid, 3), (side, side, 1, 3))
+    )
+    conv = nn.Conv(3, (side, side), feature_group_count=3, use_bias=False)
+
+    def square(f):
+        return jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1))
+
+    expected = square(lambda x, w: conv.apply({"params": {"kernel": w}}, x))(x, weight)
+    for ours in (
+        depthwise.depthwise_conv, depthwise._convolution, depthwise._product
+    ):
+        found = square(lambda x, w: ours(x, w[:, :, 0]))(x, weight)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours():
+    decoded, encoded, ids = _inputs()
+    module = _aggregator()
+    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    out = module.apply(variables, decoded, encoded, ids)
+    np.testing.assert_array_equal(out[:, :6], decoded.pred)
+
+    weight = np.asarray(variables["params"]["mixer"]["kernel"])[:, :, 0]
+    for sample in range(2):
+        grid = np.zeros((24, 8), np.float32)
+        grid[ids.pred[sample]] = decoded.pred[sample]
+        grid[ids.keep[sample]] = decoded.visible[sample]
+        padded = np.pad(grid.reshape(*GRID, 8), ((1, 1), (1, 1), (0, 0)))
+        for place, token in zip(ids.thrown[sample], out[sample, 6:], strict=True):
+            row, column = divmod(int(place), GRID[1])
+            window = padded[row : row + 3, column : column + 3]
+            np.testing.assert_allclose(token, (window * weight).sum((0, 1)), atol=1e-5)
+
+
+def test_retained_places_can_be_rewritten():
+    decoded, encoded, ids = _inputs()
+    module = _aggregator(rewrites_retained=True)
+    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    out = module.apply(variables, decoded, encoded, ids)
+    mixed = module.bind(variables).mixer(
+        module.lay_out(decoded.pred, decoded.visible, ids)
+    )
+    mixed = mixed.reshape(2, 24, 8)
+    np.testing.assert_allclose(
+        out[:, :6], patches.take_tokens(mixed, ids.pred), atol=1e-6
+    )
+    kept = _aggregator().apply(variables, decoded, encoded, ids)
+    np.testing.assert_array_equal(out[:, 6:], kept[:, 6:])
+
+
+@pytest.mark.parametrize("visible", aggregator.VISIBLE)
+def test_visible_places_hold_what_was_asked_for(visible):
+    decoded, encoded, ids = _inputs()
+    module = _aggregator(visible=visible)
+    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+
+    def thrown(decoded, encoded):
+        return module.apply(variables, decoded, encoded, ids)[:, 6:]
+
+    moved = {
+        "decoder": thrown(decoded._replace(visible=decoded.visible + 1), encoded),
+        "encoder": thrown(decoded, encoded.at[:, 1:].add(1)),
+        "class token": thrown(decoded, encoded.at[:, 0].add(1)),
+    }
+    before = thrown(decoded, encoded)
+    changed = {name for name, after in moved.items() if (after != before).any()}
+    assert changed == {visible} - {"zeros"}
+
+
+def test_every_thrown_place_is_another_one_to_the_transformer():
+    """Zeros without a position would all give one token."""
+    decoded, encoded, ids = _inputs()
+    module = _aggregator("transformer")
+    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    thrown = np.asarray(module.apply(variables, decoded, encoded, ids)[0, 6:])
+    assert np.unique(thrown.round(4), axis=0).shape[0] == 12
+
+
+@pytest.mark.parametrize("changes", [
+    CROSS, dict(CROSS, model__aggregator__visible="zeros"), MAE_CONV,
+    *(dict(MAE_CONV, model__aggregator__kind=kind)
+      for kind in ("pool", "transformer", "convnext")),
+    dict(MAE_CONV, model__aggregator__rewrites_retained=True),
+    dict(MAE_CONV, masking__retain="furthest"),
+    dict(MAE_CONV, model__dtype="bfloat16"),
+], ids=str)
+def test_every_masked_patch_is_predicted_and_everything_learns(changes):
+    objective = Pretrain(make_config(**changes))
+    variables = objective.init(jax.random.key(0))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
+    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    predicted = objective.model.predicted(ids)
+    hidden = masking.mask_of(predicted, num_patches=24)
+    assert (hidden == ~masking.mask_of(ids.keep, num_patches=24)).all()
+    assert objective.model.apply(variables, images, ids).shape == (2, 18, 48)
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda p: objective.masked_loss(
+            {**variables, "params": p}, images, ids)[0])(params)
+
+    for path, value in jax.tree_util.tree_leaves_with_path(
+        gradient(variables["params"])
+    ):
+        assert jnp.abs(value).max() > 0, jax.tree_util.keystr(path)
+
+
+def test_the_loss_weighs_the_groups():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
+    for weight in (1.0, 0.25):
+        objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
+        variables = objective.init(jax.random.key(0))
+        ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+        loss, logged = objective.masked_loss(variables, images, ids)
+        expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
+        np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
+        pred = objective.model.apply(variables, images, ids)
+        target = patches.take_tokens(
+            objective.target(images), objective.model.predicted(ids)
+        )
+        thrown = losses.mse(pred[:, 6:], target[:, 6:]).mean()
+        np.testing.assert_allclose(logged["loss_thrown"], thrown, rtol=1e-5)
+
+
+def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
+    objective = Pretrain(make_config(**dict(MAE, masking__throw_ratio=0.5)))
+    variables = objective.init(jax.random.key(0))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
+    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    pred = objective.model.apply(variables, images, ids)
+    assert pred.shape[1] == 6
+    # Those that stay see fewer others than when every masked patch is there.
+    everything = ids._replace(pred=jnp.sort(jnp.concatenate([ids.pred, ids.thrown], 1)))
+    full = objective.model.apply(variables, images, everything)
+    place = jax.vmap(jnp.searchsorted)(everything.pred, ids.pred)
+    assert jnp.abs(patches.take_tokens(full, place) - pred).max() > 1e-3
+    # And which patches were thrown makes no difference to them.
+    other = ids._replace(thrown=ids.thrown[:, ::-1])
+    np.testing.assert_array_equal(objective.model.apply(variables, images, other), pred)
+
+
+def test_reconstruction_throws_as_many_as_training_does_and_says_which():
+    objective = Pretrain(make_config(**dict(CROSS, masking__retain="furthest")))
+    variables = objective.init(jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
+    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 12).all()
+    assert (found.mask | ~found.thrown).all()
+    assert ((found.error > 0) == found.mask).all()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(CROSS, model__aggregator__kind="mean"),
+     "Unknown aggregator 'mean'. Known: conv, convnext, none, pool, transformer."),
+    (dict(CROSS, model__aggregator__kernel_size=4),
+     "aggregator.kernel_size=4 has no middle; take an odd number"),
+    (dict(CROSS, model__aggregator__kernel_size=-1), "kernel_size=-1 has no middle"),
+    (dict(CROSS, model__aggregator__visible="decoder"),
+     "decoder='cross' has none; set config.model.aggregator.visible='encoder'"),
+    (dict(CROSS, model__aggregator__visible="ones"),
+     "Unknown aggregator.visible 'ones'. Known: decoder, encoder, zeros."),
+    (dict(CROSS, masking__throw_ratio=0.0), "but throw_ratio=0.0 throws none"),
+    (dict(THROWN, masking__retain="nearest"), "Unknown masking.retain 'nearest'"),
+    (dict(MAE, masking__retain="furthest"),
+     "but all 18 of them are decoded; set config.masking.throw_ratio above 0"),
+    (dict(CROSS, masking__throw_ratio=0.75), "none is left to decode"),
+    (dict(CROSS, masking__throw_ratio=0.8), "throws 19 of 24 patches but mask_ratio"),
+    (dict(CROSS, loss__thrown_weight=0.0), "loss.thrown_weight=0.0 must be above 0"),
+])
+def test_what_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ValueError) as error:
+        Pretrain(make_config(**changes))
+    assert message in str(error.value)
