@@ -15,16 +15,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from benchmarks import step
 from crossmae_jax.objectives import OBJECTIVES
 
 
-def measure_choice(path: str, retain: str, *, batch: int, repeats: int) -> list[float]:
+def measure_choice(
+    config: ConfigDict, retain: str, *, batch: int, repeats: int
+) -> list[float]:
     """Returns the seconds of each repetition of choosing a batch's tokens."""
-    config = step.load_config(path, overrides=[f"masking.retain={retain}"])
-    objective = OBJECTIVES[config.objective](config)
-    choose = jax.jit(objective.sample)
+    config = config.copy_and_resolve_references()
+    config.masking.retain = retain
+    choose = jax.jit(OBJECTIVES[config.objective](config).sample)
     key = jax.random.key(0, impl="threefry2x32")
     seconds = []
     for i in range(repeats + 1):
@@ -65,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     print(step.row(["---"] * 3))
     for retain in ("random", "furthest"):
         seconds = measure_choice(
-            args.config, retain, batch=args.batch, repeats=args.steps
+            run.config, retain, batch=args.batch, repeats=args.steps
         )
         median = statistics.median(seconds)
         print(step.row([

@@ -170,8 +170,7 @@ def token_ids(
         chosen = furthest(
             masked, jnp.zeros_like(masked[:, 0]), num=num_pred, columns=columns
         )
-        rows = jnp.arange(masked.shape[0])[:, None]
-        is_chosen = jnp.zeros(masked.shape, bool).at[rows, chosen].set(True)
+        is_chosen = mask_of(chosen, num_patches=masked.shape[1])
         last = jnp.argsort(is_chosen, axis=1, stable=True)
         masked = jnp.take_along_axis(masked, last, axis=1)
     start = masked.shape[1] - num_pred
@@ -200,5 +199,8 @@ def sample_token_ids(
 
 def mask_of(ids: Int[Array, "b k"], *, num_patches: int) -> Bool[Array, "b n"]:
     """Returns True at the given patches of each sample."""
-    rows = jnp.arange(ids.shape[0])[:, None]
-    return jnp.zeros((ids.shape[0], num_patches), bool).at[rows, ids].set(True)
+
+    def mask(ids):
+        return jnp.zeros(num_patches, bool).at[ids].set(True, unique_indices=True)
+
+    return jax.vmap(mask)(ids)

@@ -5,6 +5,7 @@ layout of MAE (arXiv 2111.06377). Patches are numbered in raster order.
 """
 
 import einops
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
@@ -66,6 +67,13 @@ def put_tokens(
     ids: Int[Array, "b k"],
     values: Shaped[Array, "b k d"],
 ) -> Shaped[Array, "b n d"]:
-    """Replaces each sample's tokens at `ids`; the counterpart of `take_tokens`."""
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    return tokens.at[rows, ids].set(values)
+    """Replaces each sample's tokens at `ids`; the counterpart of `take_tokens`.
+
+    A sample's ids must differ from each other: gradients count on it.
+    """
+
+    def put(tokens, ids, values):
+        return tokens.at[ids].set(values, unique_indices=True)
+
+    # Not one scatter with row numbers: across devices that gathers the whole batch.
+    return jax.vmap(put)(tokens, ids, values)

@@ -27,7 +27,7 @@ def gradient_deviation(
     reference: Any,
     variants: Mapping[str, Any],
     variables: Mapping[str, Any],
-    batches: Iterable[Mapping[str, Array]],
+    batches: Iterable[Mapping[str, Any]],
     key: Key[Array, ""],
 ) -> dict[str, GradientDeviation]:
     """Compares the encoder's gradients of other objectives with a reference's.

@@ -136,7 +136,7 @@ def test_every_thrown_place_is_another_one_to_the_transformer():
 ], ids=str)
 def test_every_masked_patch_is_predicted_and_everything_learns(changes):
     objective = Pretrain(make_config(**changes))
-    variables = objective.init(jax.random.key(0))
+    variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
     predicted = objective.model.predicted(ids)
@@ -159,7 +159,7 @@ def test_the_loss_weighs_the_groups():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     for weight in (1.0, 0.25):
         objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
-        variables = objective.init(jax.random.key(0))
+        variables = jax.jit(objective.init)(jax.random.key(0))
         ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
         loss, logged = objective.masked_loss(variables, images, ids)
         expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
@@ -174,7 +174,7 @@ def test_the_loss_weighs_the_groups():
 
 def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     objective = Pretrain(make_config(**dict(MAE, masking__throw_ratio=0.5)))
-    variables = objective.init(jax.random.key(0))
+    variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
     pred = objective.model.apply(variables, images, ids)
@@ -191,7 +191,7 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
 
 def test_reconstruction_throws_as_many_as_training_does_and_says_which():
     objective = Pretrain(make_config(**dict(CROSS, masking__retain="furthest")))
-    variables = objective.init(jax.random.key(0))
+    variables = jax.jit(objective.init)(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
     found = objective.reconstruct(variables, batch, jax.random.key(1))

@@ -20,7 +20,8 @@ def _batch(config, num=3):
 
 def _objective(**changes):
     objective = Pretrain(make_config(**changes))
-    return objective, objective.init(jax.random.key(0)), _batch(objective.config)
+    variables = jax.jit(objective.init)(jax.random.key(0))
+    return objective, variables, _batch(objective.config)
 
 
 def test_features_are_the_mean_of_patch_tokens_without_the_class_token():

@@ -24,7 +24,7 @@ def trained():
         {"image": jnp.asarray(part), "sample": jnp.arange(4 * i, 4 * i + 4).astype("u4")}
         for i, part in enumerate(images)
     ]
-    return Pretrain(config).init(jax.random.key(0)), batches
+    return jax.jit(Pretrain(config).init)(jax.random.key(0)), batches
 
 
 def test_the_same_objective_does_not_deviate_but_another_mask_does(trained):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import NamedTuple
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -142,3 +143,43 @@ def test_pictures_need_neither_pyplot_nor_jax():
     ).stdout.split()
     assert "crossmae_jax.visualize" in loaded
     assert not {"matplotlib.pyplot", "jax"} & set(loaded)
+
+
+def test_thrown_patches_have_a_column_of_their_own(tmp_path):
+    whole = pictures(num=1)
+    thrown = np.zeros_like(whole.mask)
+    thrown[:, 2] = True  # lower left; the upper left one was decoded
+    path = visualize.reconstruction_panel(
+        whole._replace(thrown=thrown), tmp_path / "p.png", caption=""
+    )
+    drawn = matplotlib.image.imread(path)[..., :3]
+    left = [12 + i * (200 + 12) for i in range(5)]
+    assert drawn.shape[1] == left[-1] + 200 + 12
+    decoded, put_together = (
+        [drawn[70 + row, left[column] + 50] for row in (50, 150)] for column in (2, 3)
+    )
+    predicted, blank = np.full(3, 0.9), drawn[70 + 50, left[1] + 50]
+    for found, expected in zip(
+        (*decoded, *put_together), (predicted, blank, blank, predicted), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1 / 255)
+
+
+class Ids(NamedTuple):
+    keep: np.ndarray
+    pred: np.ndarray
+    thrown: np.ndarray
+
+
+def test_the_sampling_panel_colours_every_patch_by_its_group(tmp_path):
+    ids = Ids(*(np.array([[i], [3 - i]]) for i in range(3)))
+    path = visualize.sampling_panel(
+        {"random": ids, "furthest": ids}, tmp_path / "new" / "p.png", grid=(2, 2)
+    )
+    drawn = matplotlib.image.imread(path)[..., :3]
+    for colour in ("#f2d16b", "#1f5fa8", "#d9d9d9"):
+        target = matplotlib.colors.to_rgb(colour)
+        share = (np.abs(drawn - target).max(-1) < 0.01).mean()
+        assert share > 0.05, f"a patch of each group, in four grids: {colour}"
+    # Patches that are in no group are white, like the paper.
+    assert (drawn > 0.99).all(-1).mean() > 0.2

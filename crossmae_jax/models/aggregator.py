@@ -158,10 +158,10 @@ class Aggregator(nn.Module):
         ids: masking.TokenIds,
     ) -> Float[Array, "b h w d"]:
         """Puts tokens at their places on the grid, zeros elsewhere."""
-        places = jnp.zeros(
-            (retained.shape[0], self.grid[0] * self.grid[1], self.dim), self.dtype
-        )
-        places = patches.put_tokens(places, ids.pred, retained)
+        ids_present, tokens = ids.pred, retained
         if visible is not None:
-            places = patches.put_tokens(places, ids.keep, visible)
+            ids_present = jnp.concatenate([ids.keep, ids.pred], axis=1)
+            tokens = jnp.concatenate([visible, retained], axis=1)
+        shape = (tokens.shape[0], self.grid[0] * self.grid[1], self.dim)
+        places = patches.put_tokens(jnp.zeros(shape, self.dtype), ids_present, tokens)
         return places.reshape(-1, *self.grid, self.dim)

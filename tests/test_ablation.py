@@ -1,0 +1,115 @@
+"""The ablation and its follow-ups: real short runs, read back, tabulated."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import ablation, compile, gradients, sampling, step
+from crossmae_jax import parallel, train
+from tests.test_benchmarks import TINY
+
+SHORT = [*TINY, "model.dtype=float32", "epochs=0.3", "optim.warmup_epochs=0.1"]
+CONFIG = "configs/digits_mae.py"
+KINDS = ("none", "conv")
+
+
+def cells(text, first):
+    """Returns the cells of the table's rows whose first cell matches."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("|")]
+    return [row for row in rows if re.fullmatch(first, row[0])]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two cells, trained for three steps with two seeds, and how they were called."""
+    directory = tmp_path_factory.mktemp("ablation")
+    arguments = ["aggregators", f"--config={CONFIG}", f"--workdir={directory}"]
+    arguments += ["--seeds", "3", "5"] + [f"--override={change}" for change in SHORT]
+    grid = ablation.GRIDS["aggregators"]
+    with pytest.MonkeyPatch.context() as patch:
+        few = {kind: grid[kind] for kind in KINDS}
+        patch.setitem(ablation.GRIDS, "aggregators", few)
+        ablation.main(arguments)
+        yield directory, arguments
+
+
+def test_every_cell_is_trained_with_every_seed_and_evaluated(runs):
+    directory, _ = runs
+    for kind in KINDS:
+        for seed in (3, 5):
+            run = directory / kind / f"seed_{seed}"
+            config = json.loads((run / "config.json").read_text())
+            assert config["model"]["aggregator"]["kind"] == kind
+            assert config["masking"]["throw_ratio"] == 0.5
+            assert config["seed"] == seed and not config["baselines"]
+            found = json.loads((run / "found.json").read_text())
+            assert found["train/loss"] > 0 and 0 <= found["eval/knn/top1"] <= 1
+            assert ("eval/reconstruction/mse_thrown" in found) == (kind != "none")
+
+
+def test_a_finished_cell_is_read_and_not_trained_again(runs, monkeypatch, capsys):
+    directory, arguments = runs
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
+    for seed, share in ((3, 0.5), (5, 0.7)):
+        path = directory / "conv" / f"seed_{seed}" / "found.json"
+        found = json.loads(path.read_text()) | {"eval/knn/top1": share}
+        path.write_text(json.dumps(found))
+    ablation.main(arguments)
+    printed = capsys.readouterr().out
+    assert f"aggregators of {CONFIG}" in printed and "optim.warmup_epochs=0.1" in printed
+    (conv,) = cells(printed, "conv")
+    assert conv[1] == "60.0 ± 14.1" and conv[-1] == "2"
+    (plain,) = cells(printed, "none")
+    assert plain[-2] == "-", "nothing predicts what plain throwing throws"
+
+
+def test_table_2_crosses_ratio_method_and_choice():
+    grid = ablation.GRIDS["table2"]
+    assert len(grid) == 1 + 3 * 2 * 2
+    for overrides in grid.values():
+        config = step.load_config("configs/vitb_mae.py", overrides=overrides)
+        train._objective(config)
+    furthest = step.load_config(CONFIG, overrides=grid["0.65 progressive furthest"])
+    assert furthest.masking.retain == "furthest"
+    assert furthest.model.aggregator.kind == "conv"
+
+
+def test_gradients_are_compared_on_a_trained_run(runs, capsys):
+    directory, _ = runs
+    gradients.main([str(directory / "conv" / "seed_3"), "--images=256"])
+    rows = cells(capsys.readouterr().out, "50%")
+    assert [row[1] for row in rows] == [
+        "plain, random", "plain, furthest", "progressive, random",
+        "progressive, furthest", "another mask",
+    ]
+    assert all(float(row[2].split()[0]) > 0 and row[-1] == "2" for row in rows)
+
+
+def test_gradients_need_an_aggregator(runs):
+    directory, _ = runs
+    with pytest.raises(ValueError, match="aggregator 'none' and throw_ratio 0.5"):
+        gradients.compare(directory / "none" / "seed_3", num_images=128)
+
+
+def test_the_choice_of_tokens_is_timed_against_the_step(capsys):
+    sampling.main([
+        "--config=configs/digits_cross_prmim.py", "--batch=64", "--step-batch=16",
+        "--steps=2", *(f"--override={change}" for change in TINY),
+    ])
+    printed = capsys.readouterr().out
+    assert "64 images, 12 masked patches -> 4; steps of 16 images" in printed
+    for choice in ("random", "furthest"):
+        (row,) = cells(printed, choice)
+        assert float(row[2].rstrip("%")) > 0
+
+
+def test_a_step_is_compiled_for_a_mesh_without_running_it(monkeypatch, capsys):
+    monkeypatch.setattr(compile, "target_mesh", lambda _: parallel.make_mesh())
+    compile.main([
+        "--config=configs/digits_cross_prmim.py", "--target=v5e:2x4", "--batch=16",
+        *(f"--override={change}" for change in TINY),
+    ])
+    (row,) = cells(capsys.readouterr().out, "digits_cross_prmim")
+    assert "all-reduce" in row[-1] and "all-gather" not in row[-1]

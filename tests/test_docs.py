@@ -1,0 +1,65 @@
+"""The Python in README and docs runs as it stands, on a run that was just trained."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step
+from crossmae_jax import train
+from tests.test_benchmarks import TINY
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A folder in which runs/mine is a PR-MIM of the digits, trained for two steps."""
+    directory = tmp_path_factory.mktemp("reader")
+    config = step.load_config("configs/digits_cross_prmim.py", overrides=[
+        *TINY, "epochs=0.2", "optim.warmup_epochs=0.0", "baselines=False",
+        "evals.reconstruction.num_images=2",
+    ])
+    del config.unlock().evals["linear"], config.evals["knn"]
+    train.run(config, directory / "runs" / "mine")
+    (directory / "runs" / "digits_cross").symlink_to("mine")
+    return directory
+
+
+def _snippets(path):
+    text = path.read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+PAGES = [
+    path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if _snippets(path)
+]
+
+
+IMAGES = """import numpy as np
+images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
+"""
+CHECKS = {
+    "checkpoints.md": "assert features.shape == (3, 16), features.shape",
+    "README.md": "assert features.shape == (3, 16), features.shape",
+    "pr_mim.md": "assert Path('sampling.png').stat().st_size > 1000",
+}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_python_of_a_page_runs(path, directory):
+    """In a process of its own: here, tests check the types that readers may bend."""
+    parts = [IMAGES, *_snippets(path), "from pathlib import Path", CHECKS[path.name]]
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(parts)], cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_pages_with_python_are_found():
+    assert {path.name for path in PAGES} == CHECKS.keys()
