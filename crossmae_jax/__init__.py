@@ -1,4 +1,4 @@
-"""Masked image modelling in JAX: MAE and CrossMAE, on CPU, GPU and TPU.
+"""Masked image modelling in JAX: MAE, CrossMAE and PR-MIM, on CPU, GPU and TPU.
 
 Terms, used everywhere with one meaning:
 
@@ -6,14 +6,17 @@ Terms, used everywhere with one meaning:
     token           a vector that stands for a patch, or the class token
     visible/masked  patches the encoder sees / does not see
     mask_ratio      share of all patches that is masked
-    pred_ratio      share of all patches that the decoder predicts, <= mask_ratio
+    pred_ratio      share of all patches that is predicted, <= mask_ratio
+    throw_ratio     share of all patches that is masked and kept from the decoder
+    retained        predicted patches that the decoder works on; the others are thrown
+    aggregator      predicts thrown patches from the tokens around them
     feature maps    the encoder's input and the outputs of its blocks
     context         what a decoder block attends to
     sample number   counts samples over a whole run; with the seed it decides which
                     image comes, how it is cropped and which patches are masked
 
-Axes: b batch, n all patches, v visible, q queries (predicted patches), k keys,
-h heads, d and e channels of encoder and decoder, t values in a patch vector;
+Axes: b batch, n all patches, v visible, q queries (retained patches), p predicted
+(retained, then thrown), k keys, h heads, d and e channels of encoder and decoder, t values in a patch vector;
 height width c for images.
 
 Importing this package does not import JAX: loader workers stay light.

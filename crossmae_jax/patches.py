@@ -10,12 +10,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 
-def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+def grid_size(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:
     """Returns the number of patches along height and width.
 
     Raises:
-      ValueError: if a side is not a multiple of the patch; names the nearest sizes.
+      ValueError: if there are not two sides, or one is not a multiple of the patch;
+        names the nearest sizes.
     """
+    if len(image_size) != 2:
+        raise ValueError(
+            f"Image size {image_size} must be height and width, such as (224, 224)."
+        )
     height, width = image_size
     if height % patch_size or width % patch_size:
         nearest = [

@@ -214,6 +214,8 @@ def test_maps_are_taken_in_ascending_order():
     (dict(model__decoder="mae"), "set config.model.fusion='last' or decoder='cross'"),
     (dict(MAE, model__decoder_self_attention=True), "an option of decoder='cross'"),
     (dict(model__decoder_heads=3), "decoder_dim=8 does not divide into"),
+    (dict(model__decoder_heads=0), "decoder_dim=8 does not divide into"),
+    (dict(data__image_size=(224,)), "Image size (224,) must be height and width"),
     (dict(model__decoder_dim=6), "Width 6 is not a multiple of 4"),
     (dict(model__fusion_maps=(0, 3)), "blocks of an encoder of depth 3: -3 to 2"),
     (dict(model__fusion_maps=(0, -3)), "names a block twice"),

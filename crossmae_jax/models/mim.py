@@ -123,7 +123,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
             "decoder_self_attention=True is an option of decoder='cross'; the MAE "
             "decoder always has self-attention. Set it to False."
         )
-    if model.decoder_dim % model.decoder_heads:
+    if model.decoder_heads < 1 or model.decoder_dim % model.decoder_heads:
         raise ValueError(
             f"decoder_dim={model.decoder_dim} does not divide into "
             f"decoder_heads={model.decoder_heads}."
