@@ -21,34 +21,37 @@ import statistics
 from pathlib import Path
 
 from benchmarks import step
-from crossmae_jax import train
+from crossmae_jax import train, workdir
 
-_CONV = "model.aggregator.kind=conv"
+def _cell(
+    ratio: float, *, kind: str = "none", retain: str = "random", **aggregator: str
+) -> list[str]:
+    """Returns the overrides of a cell: all that makes it, whatever the config says."""
+    return [
+        f"masking.throw_ratio={ratio}", f"masking.retain={retain}",
+        f"model.aggregator.kind={kind}",
+        *(f"model.aggregator.{name}={value}" for name, value in aggregator.items()),
+    ]
 
 
 def _table2() -> dict[str, list[str]]:
-    cells = {"nothing thrown": []}
-    for ratio, progressive, retain in itertools.product(
-        (0.25, 0.5, 0.65), (False, True), ("random", "furthest")
+    cells = {"nothing thrown": _cell(0.0)}
+    for ratio, (method, kind), retain in itertools.product(
+        (0.25, 0.5, 0.65), (("plain", "none"), ("progressive", "conv")),
+        ("random", "furthest"),
     ):
-        method = "progressive" if progressive else "plain"
-        cells[f"{ratio:g} {method} {retain}"] = [
-            f"masking.throw_ratio={ratio}", f"masking.retain={retain}",
-            *([_CONV] if progressive else []),
-        ]
+        cells[f"{ratio:g} {method} {retain}"] = _cell(ratio, kind=kind, retain=retain)
     return cells
 
 
 GRIDS = {
     "table2": _table2(),
     "aggregators": {
-        kind: ["masking.throw_ratio=0.5", f"model.aggregator.kind={kind}"]
+        kind: _cell(0.5, kind=kind)
         for kind in ("none", "conv", "pool", "transformer", "convnext")
     },
-    "visible": {"nothing thrown": [], "plain": ["masking.throw_ratio=0.5"]} | {
-        visible: [
-            "masking.throw_ratio=0.5", _CONV, f"model.aggregator.visible={visible}"
-        ]
+    "visible": {"nothing thrown": _cell(0.0), "plain": _cell(0.5)} | {
+        visible: _cell(0.5, kind="conv", visible=visible)
         for visible in ("zeros", "encoder")
     },
 }
@@ -64,12 +67,22 @@ COLUMNS = {
 def run(
     path: str, overrides: list[str], *, seed: int, directory: Path
 ) -> dict[str, float]:
-    """Trains and evaluates one cell with one seed, or reads what it found before."""
-    done = directory / "found.json"
+    """Trains and evaluates one cell with one seed, or reads what it found before.
+
+    Raises:
+      ValueError: if the directory holds a run with other settings.
+    """
+    overrides = [f"seed={seed}", "baselines=False", *overrides]
+    config, done = step.load_config(path, overrides=overrides), directory / "found.json"
     if not done.exists():
-        overrides = [f"seed={seed}", "baselines=False", *overrides]
-        found = train.run(step.load_config(path, overrides=overrides), directory)
-        done.write_text(json.dumps(found))
+        temporary = done.with_suffix(".tmp")
+        temporary.write_text(json.dumps(train.run(config, directory)))
+        temporary.replace(done)
+    elif workdir.read_config(directory).to_json() != config.to_json():
+        raise ValueError(
+            f"{directory} holds a run with other settings (config.json); give another "
+            "--workdir."
+        )
     return json.loads(done.read_text())
 
 

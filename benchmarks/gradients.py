@@ -11,7 +11,6 @@ one ratio, such as several seeds, make one row together.
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import step
-from crossmae_jax import checkpoint, probing
+from crossmae_jax import checkpoint, probing, workdir
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives.pretrain import Pretrain
 
@@ -31,11 +30,18 @@ def _variant(config: ConfigDict, *, ratio: float, kind: str, retain: str) -> Pre
     return Pretrain(changed)
 
 
+def _whole(batches):
+    """Yields the batches without padding; the last one may be left out."""
+    for batch in batches:
+        if batch["valid"].all():
+            yield {"image": batch["image"], "sample": batch["sample"]}
+
+
 def compare(
     directory: Path, *, num_images: int
 ) -> tuple[float, dict[str, probing.GradientDeviation]]:
     """Returns a run's throwing ratio and the deviations of every way to throw."""
-    config = ConfigDict(json.loads((directory / "config.json").read_text()))
+    config = workdir.read_config(directory)
     ratio, kind = config.masking.throw_ratio, config.model.aggregator.kind
     if kind == "none" or not ratio:
         raise ValueError(
@@ -56,7 +62,7 @@ def compare(
         found = probing.gradient_deviation(
             _variant(config, ratio=0.0, kind="none", retain="random"), variants,
             checkpoint.restore_variables(directory / "checkpoints"),
-            [{"image": b["image"], "sample": b["sample"]} for b in batches],
+            _whole(batches),
             jax.random.key(config.seed, impl="threefry2x32"),
         )
     return ratio, found

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks import step
+from crossmae_jax import parallel
 from crossmae_jax.objectives import OBJECTIVES
 
 
@@ -28,10 +29,12 @@ def measure_choice(
     config = config.copy_and_resolve_references()
     config.masking.retain = retain
     choose = jax.jit(OBJECTIVES[config.objective](config).sample)
+    spread = parallel.batch_sharding(parallel.make_mesh())  # as in the step
     key = jax.random.key(0, impl="threefry2x32")
     seconds = []
     for i in range(repeats + 1):
-        numbers = jax.block_until_ready(jnp.arange(batch, dtype=jnp.uint32) + i)
+        numbers = jax.device_put(jnp.arange(batch, dtype=jnp.uint32) + i, spread)
+        jax.block_until_ready(numbers)
         begin = time.perf_counter()
         jax.block_until_ready(choose(key, numbers))
         seconds.append(time.perf_counter() - begin)
@@ -45,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE")
     parser.add_argument("--batch", type=int, default=4096, help="images to choose for")
-    parser.add_argument("--step-batch", type=int, required=True, help="images of a step")
+    parser.add_argument(
+        "--step-batch", type=int, required=True, help="images of a step"
+    )
     parser.add_argument("--steps", type=int, default=10, help="repetitions (10)")
     parser.add_argument(
         "--override", action="append", default=[], metavar="KEY=VALUE",

@@ -17,10 +17,8 @@ import argparse
 import ast
 import dataclasses
 import datetime
-import difflib
 import os
 import platform
-import runpy
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crossmae_jax import cost, environment, optim, parallel, train
+from crossmae_jax import main as train_main
 from crossmae_jax.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results" / "step.md"
@@ -66,12 +65,9 @@ class Run:
 def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
     """Reads a config file and sets some of its values, each written "a.b=value".
 
-    Raises:
-      KeyError: for a setting that the configuration does not have.
-      TypeError: for a value of another type.
-      ValueError: for an override without a value.
+    Stops the program, as training does, at a file or setting that does not exist.
     """
-    config = runpy.run_path(path)["get_config"]().lock()
+    config = train_main.load_config(Path(path)).lock()
     for override in overrides:
         _set(config, override)
     return config
@@ -81,15 +77,17 @@ def _set(config: ConfigDict, override: str) -> None:
     """Sets one value, written "a.b=value"."""
     name, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"{override!r} has no value; write {name}=VALUE.")
+        train_main.stop(f"{override!r} has no value; write {name}=VALUE.")
     parent, old = None, config
     for key in name.split("."):
         known = list(old) if isinstance(old, ConfigDict) else []
         if key not in known:
-            raise KeyError(f"Unknown setting {name}.{_suggestion(key, known)}")
+            hint = train_main.did_you_mean(key, known)
+            train_main.stop(f"Unknown setting {name}.{hint}")
         parent, old = old, old[key]
     if isinstance(old, ConfigDict):
-        raise KeyError(f"{name} is a group of settings.{_suggestion('', list(old))}")
+        hint = train_main.did_you_mean("", list(old))
+        train_main.stop(f"{name} is a group of settings.{hint}")
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):  # a plain word is itself: float32
@@ -98,16 +96,10 @@ def _set(config: ConfigDict, override: str) -> None:
         parent[key] = value
     except TypeError:
         example = "" if old is None else f", such as {old!r}"
-        raise TypeError(
+        train_main.stop(
             f"{name}={value!r} is of type {type(value).__name__}; give one of type "
             f"{parent.get_type(key).__name__}{example}."
-        ) from None
-
-
-def _suggestion(word: str, known: list[str]) -> str:
-    if close := difflib.get_close_matches(word, known, n=1):
-        return f" Did you mean {close[0]!r} instead of {word!r}?"
-    return f" There are: {', '.join(known)}." if known else ""
+        )
 
 
 def prepare(name: str, config: ConfigDict) -> Run:
@@ -266,16 +258,9 @@ def main(argv: list[str] | None = None) -> None:
 
     overrides = [f"data.batch_size={args.batch}", *args.override]
     paths = ([args.against] if args.against else []) + args.config
-    configs = [load_config(path, overrides=[]) for path in paths]
-    try:
-        for config in configs:
-            for override in overrides:
-                _set(config, override)
-    except (KeyError, TypeError, ValueError) as error:
-        parser.exit(2, f"error: {error.args[0]}\n")
     runs = [
-        prepare(Path(path).stem, config)
-        for path, config in zip(paths, configs, strict=True)
+        prepare(Path(path).stem, load_config(path, overrides=overrides))
+        for path in paths
     ]
     measure(runs, num_steps=args.steps)
     what = f"batch {args.batch}, {args.steps} steps in turns"

@@ -1,9 +1,9 @@
 """PR-MIM on MAE, ViT-B/16.
 
 Progressive reconstruction and furthest sampling (PR-MIM, arXiv 2411.15746) on MAE
-(arXiv 2111.06377). Half of all patches are thrown: the decoder works on a quarter, chosen by
-furthest sampling, and a depth-wise convolution predicts the others. The learning rate
-takes no factor of the ratio (table 13).
+(arXiv 2111.06377). Half of all patches are thrown: the decoder works on a quarter,
+chosen by furthest sampling, and a depth-wise convolution predicts the others. The
+learning rate takes no factor of the ratio (table 13).
 
 Table 2 of the paper is this file with other values, at --config.epochs=100.0: a ratio
 of --config.masking.throw_ratio=0.25, 0.5 or 0.65, --config.masking.retain=random or

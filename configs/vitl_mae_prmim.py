@@ -1,9 +1,9 @@
 """PR-MIM on MAE, ViT-L/16.
 
 Progressive reconstruction and furthest sampling (PR-MIM, arXiv 2411.15746) on MAE
-(arXiv 2111.06377). Half of all patches are thrown: the decoder works on a quarter, chosen by
-furthest sampling, and a depth-wise convolution predicts the others. The learning rate
-takes no factor of the ratio (table 13).
+(arXiv 2111.06377). Half of all patches are thrown: the decoder works on a quarter,
+chosen by furthest sampling, and a depth-wise convolution predicts the others. The
+learning rate takes no factor of the ratio (table 13).
 
     python -m crossmae_jax.main --config=configs/vitl_mae_prmim.py \\
         --workdir=runs/vitl_mae_prmim --config.data.data_dir=DATA

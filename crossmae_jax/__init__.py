@@ -8,7 +8,8 @@ Terms, used everywhere with one meaning:
     mask_ratio      share of all patches that is masked
     pred_ratio      share of all patches that is predicted, <= mask_ratio
     throw_ratio     share of all patches that is masked and kept from the decoder
-    retained        predicted patches that the decoder works on; the others are thrown
+    retained        masked patches that the decoder works on; `pred` in token ids
+    thrown          masked patches that it does not, predicted by an aggregator or not
     aggregator      predicts thrown patches from the tokens around them
     feature maps    the encoder's input and the outputs of its blocks
     context         what a decoder block attends to
@@ -16,8 +17,9 @@ Terms, used everywhere with one meaning:
                     image comes, how it is cropped and which patches are masked
 
 Axes: b batch, n all patches, v visible, q queries (retained patches), p predicted
-(retained, then thrown), k keys, h heads, d and e channels of encoder and decoder, t values in a patch vector;
-height width c for images.
+(retained, then thrown), k keys, h heads, d and e channels of encoder and decoder,
+t values in a patch vector; row col d for tokens on the grid; height width c for
+images.
 
 Importing this package does not import JAX: loader workers stay light.
 """

@@ -342,7 +342,7 @@ def _likely_reason(missing: list, shapes: list, dtypes: list) -> str:
         )
     return (
         "the model has other parts or another depth (model.size, model.decoder, "
-        "model.decoder_depth, model.fusion, model.fusion_maps)"
+        "model.decoder_depth, model.fusion, model.fusion_maps, model.aggregator)"
     )
 
 

@@ -28,7 +28,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from crossmae_jax import masking, patches
-from crossmae_jax.models import fusion, vit
+from crossmae_jax.models import fusion, mim, vit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +150,7 @@ def count(config: ConfigDict) -> Cost:
     Raises:
       ValueError: if the configuration contradicts itself.
     """
+    mim.build(config)  # refuses what cannot be built
     model, channels = config.model, config.data.channels
     size, patch_size = vit.parse_size(model.size)
     rows, columns = patches.grid_size(tuple(config.data.image_size), patch_size)

@@ -36,7 +36,8 @@ def stop(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
+    """Returns the name that was probably meant, or all of them, as a sentence."""
     close = difflib.get_close_matches(word, known, n=1)
     if close:
         return f" Did you mean {close[0]}?"
@@ -62,7 +63,7 @@ def load_config(path: Path) -> ConfigDict:
     """Reads a config file; stops if there is none."""
     if not path.is_file():
         siblings = sorted(str(other) for other in path.parent.glob("*.py"))
-        stop(f"No config file {path}.{_did_you_mean(str(path), siblings)}")
+        stop(f"No config file {path}.{did_you_mean(str(path), siblings)}")
     try:
         names = runpy.run_path(str(path))
     except SyntaxError as error:
@@ -83,9 +84,11 @@ def _check_settings(argv: list[str], config: ConfigDict) -> None:
         for name in found[1].split(".") if found else ():
             known = list(node) if isinstance(node, ConfigDict) else []
             if name not in known:
-                hint = _did_you_mean(name, known)
+                hint = did_you_mean(name, known)
                 stop(f"Unknown setting {path}.{name}.{hint}")
             node, path = node[name], f"{path}.{name}"
+        if found and isinstance(node, ConfigDict):
+            stop(f"{path} is a group of settings.{did_you_mean('', list(node))}")
 
 
 def parse_config(argv: list[str], parse: Callable[[list[str]], list[str]]) -> Path:

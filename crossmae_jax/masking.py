@@ -32,7 +32,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 
 class TokenCounts(NamedTuple):
-    """How many patches of an image stay visible, are decoded, and are thrown."""
+    """How many patches of an image stay visible, are retained, and are thrown.
+
+    `num_pred` counts what the decoder predicts, and not what an aggregator does.
+    """
 
     num_keep: int
     num_pred: int
@@ -44,13 +47,13 @@ class TokenIds(NamedTuple):
 
     Attributes:
       keep: visible patches, in the order in which the encoder sees them.
-      pred: patches that the decoder predicts, in raster order.
+      pred: retained patches, the decoder's own, in raster order.
       thrown: masked patches kept from the decoder, in raster order.
     """
 
     keep: Int[Array, "b v"]
     pred: Int[Array, "b q"]
-    thrown: Int[Array, "b t"]
+    thrown: Int[Array, "b thrown"]
 
 
 def _floor(ratio: float) -> float:

@@ -41,6 +41,8 @@ def gradient_deviation(
     Beside the variants stands `ANOTHER_MASK`: the reference itself with other visible
     patches, which says how much of a distance is the noise of masking.
 
+    Let the objectives compute in float32: bfloat16 is as coarse as small deviations.
+
     Args:
       reference: objective, such as MAE; needs `counts` and `loss`.
       variants: objectives by name, with the reference's encoder and mask ratio.
@@ -95,7 +97,8 @@ def _encoder_gradient(objective: Any) -> Callable[..., Any]:
 @jax.jit
 def _deviation(gradient: Any, expected: Any) -> tuple[Array, Array]:
     def dot(a, b):
-        return sum(map(jnp.vdot, jax.tree.leaves(a), jax.tree.leaves(b)))
+        products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+        return sum(jax.tree.leaves(products))  # no matrix product: float32 everywhere
 
     difference = jax.tree.map(jnp.subtract, gradient, expected)
     norm, expected_norm = (jnp.sqrt(dot(g, g)) for g in (gradient, expected))

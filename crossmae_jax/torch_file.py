@@ -97,7 +97,8 @@ def read(path: str | Path) -> Any:
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is not a zip archive as PyTorch >= 1.6 writes: it is cut short "
-            "or older. Copy it again, or load it in PyTorch and save it with torch.save."
+            "or older. Copy it again, or load it in PyTorch and save it with "
+            "torch.save."
         )
     with zipfile.ZipFile(path) as archive:
         roots = [name[: -len("/data.pkl")] for name in archive.namelist()

@@ -47,7 +47,7 @@ class TokenIds(Protocol):
 
     keep: Int[np.ndarray, "b v"]
     pred: Int[np.ndarray, "b q"]
-    thrown: Int[np.ndarray, "b t"]
+    thrown: Int[np.ndarray, "b thrown"]
 
 
 def caption(*, normalize: bool) -> str:
@@ -72,8 +72,8 @@ def reconstruction_panel(
     Patches that a column leaves out have one flat colour: in the second column the
     hidden ones, in the third the visible ones. Where patches were thrown, the third
     column becomes two: decoded patches, and those put together from their neighbours.
-    One channel is drawn in grey, three in
-    colour; of any other number the first three, or the first one of two.
+    One channel is drawn in grey, three in colour; of any other number the first three,
+    or the first one of two.
 
     Args:
       caption: printed under the panel, from `caption(normalize=...)`.

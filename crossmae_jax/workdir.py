@@ -28,6 +28,43 @@ _FREE = (
     "data.max_bad_share",
 )
 
+# Settings that are younger than some runs, with what those runs did.
+_BEFORE = {
+    "loss.thrown_weight": 1.0,
+    "masking.retain": "random",
+    "masking.throw_ratio": 0.0,
+    "model.aggregator.kernel_size": 7,
+    "model.aggregator.kind": "none",
+    "model.aggregator.rewrites_retained": False,
+}
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Returns the configuration of a run, for this version of the library.
+
+    Raises:
+      FileNotFoundError: if the directory is not that of a run.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give the --workdir that a run was started with."
+        )
+    return ConfigDict(_completed(json.loads(path.read_text())))
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the settings that did not exist yet when a run was started."""
+    decoder = config.get("model", {}).get("decoder")
+    visible = "decoder" if decoder == "mae" else "encoder"
+    for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):
+        *parents, key = name.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node.setdefault(key, value)
+    return config
+
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
@@ -70,7 +107,10 @@ def claim(
                     f"{workdir} holds checkpoints but no {name}, so nobody can tell "
                     "which run they belong to; give a new --workdir."
                 )
-            changed = _differences(json.loads((workdir / name).read_text()), new)
+            old = json.loads((workdir / name).read_text())
+            if name == "config.json":
+                old = _completed(old)
+            changed = _differences(old, new)
             if changed:
                 raise ValueError(
                     f"{workdir} holds checkpoints of another run; {name} differs:\n  "

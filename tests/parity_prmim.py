@@ -83,7 +83,8 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
         params["decoder"]["mask_token"] = jnp.zeros((1, 1, dim))  # not used
         decoded = layers.Decoded(inputs["dec_ret"], visible=inputs["dec_vis"])
         pred, state = objective.model.apply(
-            {"params": params, "constants": {"decoder": table}}, decoded, None, ids, method="complete",
+            {"params": params, "constants": {"decoder": table}}, decoded, None, ids,
+            method="complete",
             capture_intermediates=lambda _, method: method in ("__call__", "lay_out"),
             mutable=["intermediates"],
         )
@@ -130,7 +131,7 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
         if f"grad/{theirs}" in data:
             report.gradient(f"grad/{theirs}", gradient, change(data[f"grad/{theirs}"]))
     known = (
-        {"config", "imgs", "loss", "vis_ids", "ret_ids", "thr_ids", "dec_vis", "dec_ret"}
+        {"config", "imgs", "loss", "vis_ids", "ret_ids", "thr_ids"} | inputs.keys()
         | outputs.keys() | masks.keys() | {theirs for _, theirs, _ in _NAMES}
     )
     known |= {f"grad/{name}" for name in known}

@@ -1,11 +1,12 @@
 """The ablation and its follow-ups: real short runs, read back, tabulated."""
 
+import itertools
 import json
 import re
 
 import pytest
 
-from benchmarks import ablation, compile, gradients, sampling, step
+from benchmarks import ablation, compilation, gradients, sampling, step
 from crossmae_jax import parallel, train
 from tests.test_benchmarks import TINY
 
@@ -58,7 +59,8 @@ def test_a_finished_cell_is_read_and_not_trained_again(runs, monkeypatch, capsys
         path.write_text(json.dumps(found))
     ablation.main(arguments)
     printed = capsys.readouterr().out
-    assert f"aggregators of {CONFIG}" in printed and "optim.warmup_epochs=0.1" in printed
+    assert f"aggregators of {CONFIG}" in printed
+    assert "optim.warmup_epochs=0.1" in printed
     (conv,) = cells(printed, "conv")
     assert conv[1] == "60.0 ± 14.1" and conv[-1] == "2"
     (plain,) = cells(printed, "none")
@@ -68,12 +70,26 @@ def test_a_finished_cell_is_read_and_not_trained_again(runs, monkeypatch, capsys
 def test_table_2_crosses_ratio_method_and_choice():
     grid = ablation.GRIDS["table2"]
     assert len(grid) == 1 + 3 * 2 * 2
-    for overrides in grid.values():
-        config = step.load_config("configs/vitb_mae.py", overrides=overrides)
+    found = set()
+    for name, overrides in grid.items():  # whatever the config throws by itself
+        config = step.load_config("configs/vitb_mae_prmim.py", overrides=overrides)
         train._objective(config)
-    furthest = step.load_config(CONFIG, overrides=grid["0.65 progressive furthest"])
-    assert furthest.masking.retain == "furthest"
-    assert furthest.model.aggregator.kind == "conv"
+        masking, kind = config.masking, config.model.aggregator.kind
+        found.add((masking.throw_ratio, kind, masking.retain))
+        assert ("progressive" in name) == (kind == "conv")
+        assert ("furthest" in name) == (masking.retain == "furthest")
+    assert found == {(0.0, "none", "random")} | set(itertools.product(
+        (0.25, 0.5, 0.65), ("none", "conv"), ("random", "furthest")
+    ))
+
+
+def test_a_finished_cell_of_other_settings_is_not_taken_for_this_one(runs):
+    directory, _ = runs
+    overrides = [*SHORT, *ablation.GRIDS["aggregators"]["conv"], "optim.b1=0.8"]
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        ablation.run(
+            CONFIG, overrides, seed=3, directory=directory / "conv" / "seed_3"
+        )
 
 
 def test_gradients_are_compared_on_a_trained_run(runs, capsys):
@@ -106,8 +122,8 @@ def test_the_choice_of_tokens_is_timed_against_the_step(capsys):
 
 
 def test_a_step_is_compiled_for_a_mesh_without_running_it(monkeypatch, capsys):
-    monkeypatch.setattr(compile, "target_mesh", lambda _: parallel.make_mesh())
-    compile.main([
+    monkeypatch.setattr(compilation, "target_mesh", lambda _: parallel.make_mesh())
+    compilation.main([
         "--config=configs/digits_cross_prmim.py", "--target=v5e:2x4", "--batch=16",
         *(f"--override={change}" for change in TINY),
     ])

@@ -155,6 +155,100 @@ def test_every_masked_patch_is_predicted_and_everything_learns(changes):
         assert jnp.abs(value).max() > 0, jax.tree_util.keystr(path)
 
 
+def test_pooling_is_the_mean_of_the_window_with_its_zeros():
+    decoded, encoded, ids = _inputs()
+    module = _aggregator("pool")
+    out = module.apply({}, decoded, encoded, ids)
+    grid = module.apply({}, decoded.pred, decoded.visible, ids, method="lay_out")
+    padded = jnp.pad(grid, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    for place, token in zip(ids.thrown[0], out[0, 6:], strict=True):
+        row, column = divmod(int(place), GRID[1])
+        window = padded[0, row : row + 3, column : column + 3]
+        np.testing.assert_allclose(token, window.sum((0, 1)) / 9, atol=1e-6)
+
+
+def test_convnext_adds_its_branch_to_what_was_there():
+    decoded, encoded, ids = _inputs()
+    module = _aggregator("convnext", rewrites_retained=True)
+    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    silent = jax.tree.map(jnp.zeros_like, variables)
+    out = module.apply(silent, decoded, encoded, ids)
+    np.testing.assert_array_equal(out[:, :6], decoded.pred)
+    np.testing.assert_array_equal(out[:, 6:], jnp.zeros((2, 12, 8)))
+    # And the branch: depth-wise, norm, MLP.
+    params = variables["params"]["mixer"]
+    x = module.apply(silent, decoded.pred, decoded.visible, ids, method="lay_out")
+    mixed = depthwise.depthwise_conv(x, params["conv"]["kernel"][:, :, 0])
+    mixed = mixed.reshape(2, 24, 8)
+    normed = layers.layer_norm(jnp.float32).apply({"params": params["norm"]}, mixed)
+    branch = layers.Mlp(2.0).apply({"params": params["mlp"]}, normed)
+    found = module.apply(variables, decoded, encoded, ids)[:, 6:]
+    expected = patches.take_tokens(branch, ids.thrown)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
+    objective = Pretrain(make_config(**CROSS))
+    variables = jax.jit(objective.init)(jax.random.key(0))
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
+    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    seen = []
+
+    def record(call, args, kwargs, context):
+        if isinstance(context.module, aggregator.Aggregator) and (
+            context.method_name == "__call__"
+        ):
+            seen.append(args[1])
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        _, state = objective.model.apply(
+            variables, images, ids, mutable=["intermediates"],
+            capture_intermediates=lambda module, _: module.name == "fusion",
+        )
+    first, last = state["intermediates"]["fusion"]["__call__"][0]
+    np.testing.assert_array_equal(seen[0], last)
+    assert jnp.abs(first - last).max() > 0.1
+
+
+def test_furthest_patches_of_an_oblong_image_are_those_of_its_grid():
+    objective = Pretrain(make_config(**dict(CROSS, masking__retain="furthest")))
+    key, numbers = jax.random.key(1), jnp.arange(8, dtype=jnp.uint32)
+    expected = masking.sample_token_ids(
+        key, numbers, objective.counts, num_patches=24, columns=6
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal, objective.sample(key, numbers), expected
+    )
+
+
+def test_reconstruction_also_shows_what_training_skips():
+    changes = dict(CROSS, masking__pred_ratio=0.5, masking__throw_ratio=0.2)
+    objective = Pretrain(make_config(**changes))
+    assert objective.counts == (6, 7, 5)
+    variables = jax.jit(objective.init)(jax.random.key(0))
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
+    batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
+    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 18 - 7).all()
+
+
+def test_only_cpus_do_without_the_convolution_and_only_for_small_grids():
+    def lowered(side, dim, platform):
+        x = jax.ShapeDtypeStruct((1, side, side, dim), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((7, 7, dim), jnp.float32)
+        traced = jax.jit(depthwise.depthwise_conv).trace(x, kernel)
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    for side, dim, platform, convolves in (
+        (14, 512, "cpu", False), (28, 512, "cpu", True), (14, 512, "tpu", True),
+        (14, 512, "cuda", True),
+    ):
+        text = lowered(side, dim, platform)
+        assert ("stablehlo.convolution" in text) == convolves, (side, platform)
+        assert ("stablehlo.dot_general" in text) != convolves, (side, platform)
+
+
 def test_the_loss_weighs_the_groups():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     for weight in (1.0, 0.25):
@@ -170,6 +264,12 @@ def test_the_loss_weighs_the_groups():
         )
         thrown = losses.mse(pred[:, 6:], target[:, 6:]).mean()
         np.testing.assert_allclose(logged["loss_thrown"], thrown, rtol=1e-5)
+        # The trivial predictor stands beside it with the same weights.
+        variance = target.var(-1).mean(0)
+        expected = variance[:6].sum() + weight * variance[6:].sum()
+        np.testing.assert_allclose(
+            logged["loss_trivial"], expected / (6 + 12 * weight), rtol=1e-4
+        )
 
 
 def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
@@ -210,10 +310,12 @@ def test_reconstruction_throws_as_many_as_training_does_and_says_which():
      "decoder='cross' has none; set config.model.aggregator.visible='encoder'"),
     (dict(CROSS, model__aggregator__visible="ones"),
      "Unknown aggregator.visible 'ones'. Known: decoder, encoder, zeros."),
-    (dict(CROSS, masking__throw_ratio=0.0), "but throw_ratio=0.0 throws none"),
+    (dict(CROSS, masking__throw_ratio=0.0),
+     "but throw_ratio=0.0 throws 0 of 24 patches; raise config.masking.throw_ratio"),
+    (dict(CROSS, masking__throw_ratio=0.01), "throw_ratio=0.01 throws 0 of 24 patches"),
     (dict(THROWN, masking__retain="nearest"), "Unknown masking.retain 'nearest'"),
     (dict(MAE, masking__retain="furthest"),
-     "but all 18 of them are decoded; set config.masking.throw_ratio above 0"),
+     "but all 18 of them are decoded: throw_ratio=0.0 throws 0 of 24 patches"),
     (dict(CROSS, masking__throw_ratio=0.75), "none is left to decode"),
     (dict(CROSS, masking__throw_ratio=0.8), "throws 19 of 24 patches but mask_ratio"),
     (dict(CROSS, loss__thrown_weight=0.0), "loss.thrown_weight=0.0 must be above 0"),

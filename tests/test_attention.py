@@ -40,7 +40,9 @@ def test_softmax_is_taken_in_float32():
     np.testing.assert_allclose(out, _exact(q, k, v), atol=4e-3)  # half an ulp at 0.5
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.bfloat16, 2e-2), (jnp.float32, 2e-4)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(jnp.bfloat16, 2e-2), (jnp.float32, 2e-4)]
+)
 def test_norm_statistics_survive_a_large_mean(dtype, tolerance):
     x = (_random(4, 64) + (100.0 if dtype == jnp.bfloat16 else 1000.0)).astype(dtype)
     norm = layers.layer_norm(dtype)

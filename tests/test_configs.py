@@ -124,6 +124,7 @@ def test_the_recipe_is_the_papers(name):
     assert (
         config.masking.throw_ratio, config.masking.retain, model.aggregator.kind
     ) == thrown
+    assert config.optim.lr_scale == ("none" if progressive else "pred_over_mask")
     assert model.aggregator.visible == ("decoder" if mae else "encoder")
     epochs = (400, 20) if kind == "cross_448" else (800, 40)
     assert (config.epochs, config.optim.warmup_epochs) == epochs

@@ -85,8 +85,8 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path):
     # What torch.save writes for a 2 x 2 tensor at offset 2 of a storage of 4 values.
     payload = (
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n"
-        b"FloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x02K\x02K\x02\x86"
-        b"K\x02K\x01\x86\x89NtR."
+        b"FloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQK\x02"
+        b"K\x02K\x02\x86K\x02K\x01\x86\x89NtR."
     )
     path = tmp_path / "outside.pth"
     with zipfile.ZipFile(path, "w") as archive:

@@ -130,14 +130,16 @@ WRONG = {
         (2, [CONFIG, "--config.model.decoder_depth=8.5"]),
     "Unknown command line flag 'againts'. Did you mean: against ?\nWrite":
         (2, [CONFIG, f"--againts={MAE}"]),
+    "--config.model.aggregator is a group of settings. There are: kernel_size, kind,":
+        (2, [CONFIG, "--config.model.aggregator=conv"]),
     "Unexpected arguments: masking.throw_ratio=0.5.":
         (2, [CONFIG, "masking.throw_ratio=0.5"]),
     f"error: {MAE}: throw_ratio=0.8 throws 157 of 196 patches but mask_ratio=0.75 "
     "removes only 147.": (1, [CONFIG, "--config.masking.throw_ratio=0.8"]),
     f"error: {MAE}: pred_ratio=0.9 predicts 176 of 196 patches":
         (1, [CONFIG, "--config.masking.pred_ratio=0.9"]),
-    f"error: {MAE}: aggregator.kind='conv' predicts the thrown patches, but "
-    "throw_ratio=0.0 throws none":
+    f"error: {MAE}: aggregator.kind='conv' predicts thrown patches, but "
+    "throw_ratio=0.0 throws 0 of 196 patches":
         (1, [CONFIG, "--config.model.aggregator.kind=conv"]),
     f"error: {MAE}: Unknown aggregator 'cnov'. Known: conv, convnext, none, pool":
         (1, [*PROGRESSIVE, "--config.model.aggregator.kind=cnov"]),

@@ -89,3 +89,14 @@ def test_these_do_not_import_jax(module):
 def test_no_module_is_a_drawer():
     names = {path.stem for path in SOURCES}
     assert not names & {"utils", "common", "helpers", "misc"}
+
+
+@pytest.mark.parametrize("folder", ["crossmae_jax", "configs", "tests", "benchmarks"])
+def test_no_line_is_longer_than_88(folder):
+    long = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if len(line) > 88
+    ]
+    assert not long

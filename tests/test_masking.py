@@ -73,8 +73,8 @@ def test_a_mask_is_true_at_the_given_patches_only():
         (dict(mask_ratio=0.0, pred_ratio=0.0), "mask_ratio=0.0 must lie between"),
         (dict(mask_ratio=0.999, pred_ratio=0.5), "leaves none of 196 patches visible"),
         (dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.75),
-         "throw_ratio=0.75 throws 147 of 196 patches, and pred_ratio=0.75 predicts 147: "
-         "none is left to decode"),
+         "throw_ratio=0.75 throws 147 of 196 patches, and pred_ratio=0.75 predicts "
+         "147: none is left to decode"),
         (dict(mask_ratio=0.75, pred_ratio=0.25, throw_ratio=0.5),
          "throw_ratio=0.5 throws 98 of 196 patches, and pred_ratio=0.25 predicts 49"),
         (dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.8),
@@ -128,7 +128,7 @@ def test_furthest_patches_lie_further_apart_than_random_ones(rows, columns):
 
 
 def test_furthest_choice_has_no_favourite_place():
-    """Ties go to the first in random order: no drift to the corner where lists begin."""
+    """Ties go to the first in random order: no drift to where lists begin."""
     num_samples, side = 4096, 6
     counts = masking.TokenCounts(num_keep=9, num_pred=6, num_thrown=21)
     ids = _ids(range(num_samples), counts=counts, n=side**2, columns=side)

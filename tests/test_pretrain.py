@@ -52,7 +52,8 @@ def test_the_loss_depends_on_sample_numbers_and_not_on_places_in_the_batch():
     key = jax.random.key(1)
     turned = jax.tree.map(lambda x: x[::-1], batch)
     loss = objective.loss(variables, batch, key)[0]
-    np.testing.assert_allclose(objective.loss(variables, turned, key)[0], loss, rtol=1e-5)
+    turned_loss = objective.loss(variables, turned, key)[0]
+    np.testing.assert_allclose(turned_loss, loss, rtol=1e-5)
     moved = batch | {"sample": batch["sample"] + 3}
     assert abs(objective.loss(variables, moved, key)[0] - loss) > 1e-4
 

@@ -21,7 +21,7 @@ def trained():
     shape = (2, 4, *config.data.image_size, config.data.channels)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     batches = [
-        {"image": jnp.asarray(part), "sample": jnp.arange(4 * i, 4 * i + 4).astype("u4")}
+        {"image": jnp.asarray(part), "sample": jnp.arange(4, dtype=jnp.uint32) + 4 * i}
         for i, part in enumerate(images)
     ]
     return jax.jit(Pretrain(config).init)(jax.random.key(0)), batches
@@ -55,7 +55,8 @@ def test_the_measure_is_the_distance_of_encoder_gradients(trained):
             images = objective.normalize(batch)
 
             def loss(params):
-                return objective.masked_loss({**variables, "params": params}, images, own)
+                changed = {**variables, "params": params}
+                return objective.masked_loss(changed, images, own)
 
             gradient = jax.grad(lambda p: loss(p)[0])(variables["params"])["encoder"]
             flat.append(np.concatenate([g.ravel() for g in jax.tree.leaves(gradient)]))

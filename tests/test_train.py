@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from configs import digits_cross
 from crossmae_jax import checkpoint, optim, parallel, train
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 # 96 images a step and 1442 in all: 15.02 steps an epoch.
@@ -140,6 +142,31 @@ def test_another_configuration_or_data_set_cannot_go_on_in_a_runs_directory(fini
     changed.data.split = "train[:90%]"
     with pytest.raises(ValueError, match="another run"):
         train.run(changed, workdir)
+
+
+def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
+    finished, tmp_path, capsys
+):
+    directory, config, _ = finished
+    shutil.copytree(directory, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    stored = json.loads(path.read_text())
+    del stored["loss"], stored["model"]["aggregator"]
+    del stored["masking"]["throw_ratio"], stored["masking"]["retain"]
+    path.write_text(json.dumps(stored))
+    read = read_config(tmp_path / "old")
+    assert Pretrain(read).counts == Pretrain(config).counts
+    train.run(config, tmp_path / "old")
+    assert capsys.readouterr().out.startswith("RESUMED at step 15 of 15")
+    # What an aggregator would find at visible places depends on the decoder.
+    stored["model"]["decoder"] = "mae"
+    path.write_text(json.dumps(stored))
+    assert read_config(tmp_path / "old").model.aggregator.visible == "decoder"
+
+
+def test_reading_the_configuration_of_no_run_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="that a run was started with"):
+        read_config(tmp_path)
 
 
 def test_checkpoints_that_cannot_be_restored_stop_the_run(digits_dir, tmp_path):

@@ -30,18 +30,21 @@ def evaluate(
     space of the targets; where some were thrown, "mse_retained" and "mse_thrown" tell
     them apart. The first process writes the picture; all must call this.
     """
-    pictures = []
+    pictures, errors, num_shown = [], [], 0
     for batch in batches:
         batch = place(batch)
         valid, picture = features.to_host((batch["valid"], reconstruct(batch)))
-        pictures.append(jax.tree.map(lambda array: array[valid], picture))
-    pictures = jax.tree.map(lambda *arrays: np.concatenate(arrays), *pictures)
+        picture = jax.tree.map(lambda array: array[valid], picture)
+        errors.append((picture.error, picture.mask, picture.thrown))
+        if num_shown < _SHOWN:  # pictures of a whole split would fill the memory
+            pictures.append(picture)
+            num_shown += len(picture.image)
+    error, mask, thrown = (np.concatenate(arrays) for arrays in zip(*errors))
     if jax.process_index() == 0:
-        shown = jax.tree.map(lambda array: array[:_SHOWN], pictures)
+        shown = jax.tree.map(lambda *arrays: np.concatenate(arrays)[:_SHOWN], *pictures)
         visualize.reconstruction_panel(shown, path, caption=caption)
-    groups = {"mse": pictures.mask}
-    if pictures.thrown.any():
-        groups["mse_retained"] = pictures.mask & ~pictures.thrown
-        groups["mse_thrown"] = pictures.thrown
-    error = pictures.error.astype(np.float64)
+    groups = {"mse": mask}
+    if thrown.any():
+        groups |= {"mse_retained": mask & ~thrown, "mse_thrown": thrown}
+    error = error.astype(np.float64)
     return {name: float(error[group].mean()) for name, group in groups.items()}

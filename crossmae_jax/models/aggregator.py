@@ -18,7 +18,13 @@ the paper compares it with (table 12 and text) can be chosen by name:
 
 The paper does not say whether retained places keep the decoder's token; here they do,
 unless `rewrites_retained`. Nor does it give the convolution's initial values; here they
-keep the variance (LeCun normal), the bias is zero.
+are LeCun normal, the bias zero.
+
+MAE's decoder has outputs at visible places. CrossMAE's has none, and no paper says what
+to put there. Measured (docs/pr_mim.md, three seeds each): with the features that its
+last block attends to, projected, the error of masked patches is 0.278 +- 0.009 on
+digits and 0.698 +- 0.007 on small photographs, with zeros 0.397 +- 0.045 and 0.734 +-
+0.012. So "encoder" is CrossMAE's default.
 """
 
 import jax.numpy as jnp
@@ -38,7 +44,7 @@ class DepthwiseConv(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b row col d"]) -> Float[Array, "b row col d"]:
         side, dim = self.kernel_size, x.shape[-1]
         kernel = self.param(
             "kernel", nn.initializers.lecun_normal(), (side, side, 1, dim)
@@ -53,7 +59,7 @@ class AveragePool(nn.Module):
 
     kernel_size: int
 
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b row col d"]) -> Float[Array, "b row col d"]:
         return nn.avg_pool(x, (self.kernel_size, self.kernel_size), padding="SAME")
 
 
@@ -65,7 +71,7 @@ class GridTransformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b row col d"]) -> Float[Array, "b row col d"]:
         _, height, width, dim = x.shape
         position = posemb.sincos((height, width), dim)[None, 1:]
         tokens = x.reshape(-1, height * width, dim) + position.astype(self.dtype)
@@ -81,7 +87,7 @@ class ConvNeXt(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w d"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b row col d"]) -> Float[Array, "b row col d"]:
         _, height, width, dim = x.shape
         mixed = DepthwiseConv(self.kernel_size, self.dtype, name="conv")(x)
         tokens = mixed.reshape(-1, height * width, dim)
@@ -156,7 +162,7 @@ class Aggregator(nn.Module):
         retained: Float[Array, "b q d"],
         visible: Float[Array, "b v d"] | None,
         ids: masking.TokenIds,
-    ) -> Float[Array, "b h w d"]:
+    ) -> Float[Array, "b row col d"]:
         """Puts tokens at their places on the grid, zeros elsewhere."""
         ids_present, tokens = ids.pred, retained
         if visible is not None:

@@ -72,23 +72,25 @@ class Pretrain:
         )
 
     def _check_throwing(self) -> None:
-        options, (_, num_pred, num_thrown) = self.config.masking, self.counts
+        options, (num_keep, num_pred, num_thrown) = self.config.masking, self.counts
+        thrown = (
+            f"throw_ratio={options.throw_ratio} throws {num_thrown} of "
+            f"{self.num_patches} patches; raise config.masking.throw_ratio"
+        )
         if options.retain not in ("furthest", "random"):
             raise ValueError(
                 f"Unknown masking.retain {options.retain!r}. Known: furthest, random."
             )
-        num_masked = self.num_patches - self.counts.num_keep
+        num_masked = self.num_patches - num_keep
         if options.retain == "furthest" and num_pred == num_masked:
             raise ValueError(
                 f"masking.retain='furthest' chooses among the masked patches, but all "
-                f"{num_masked} of them are decoded; set config.masking.throw_ratio "
-                "above 0, or retain='random'."
+                f"{num_masked} of them are decoded: {thrown}, or set retain='random'."
             )
         if self.model.aggregator is not None and num_thrown == 0:
             raise ValueError(
-                f"aggregator.kind={self.config.model.aggregator.kind!r} predicts the "
-                f"thrown patches, but throw_ratio={options.throw_ratio} throws none; "
-                "set config.masking.throw_ratio above 0, or kind='none'."
+                f"aggregator.kind={self.config.model.aggregator.kind!r} predicts "
+                f"thrown patches, but {thrown}, or set kind='none'."
             )
         if self.config.loss.thrown_weight <= 0:
             raise ValueError(
@@ -163,13 +165,13 @@ class Pretrain:
         """Returns the loss of predictions for the patches `model.predicted(ids)`."""
         target = patches.take_tokens(self.target(images), self.model.predicted(ids))
         patch_mean = jnp.broadcast_to(target.mean(-1, keepdims=True), target.shape)
-        logged = {"loss_trivial": losses.mse(patch_mean, target).mean()}
+        num_pred, weights = ids.pred.shape[1], None
+        if self.model.aggregator is not None:
+            thrown_weight = self.config.loss.thrown_weight
+            weights = jnp.ones(target.shape[1]).at[num_pred:].set(thrown_weight)
+        logged = {"loss_trivial": losses.mse(patch_mean, target, weights).mean()}
         if self.model.aggregator is None:
             return losses.mse(pred, target).mean(), logged
-        num_pred, num_thrown = ids.pred.shape[1], ids.thrown.shape[1]
-        weights = jnp.concatenate([
-            jnp.ones(num_pred), jnp.full(num_thrown, self.config.loss.thrown_weight)
-        ])
         for name, part in (
             ("retained", slice(None, num_pred)), ("thrown", slice(num_pred, None))
         ):

@@ -1,8 +1,8 @@
 """Compiles the training step for a TPU or GPU that is not there; says what it needs.
 
-    python -m benchmarks.compile --config=configs/vitb_cross_prmim.py \\
+    python -m benchmarks.compilation --config=configs/vitb_cross_prmim.py \\
         --target=v5e:2x2 --batch=512
-    python -m benchmarks.compile --config=configs/vitb_cross_prmim.py \\
+    python -m benchmarks.compilation --config=configs/vitb_cross_prmim.py \\
         --target=h200 --batch=1024
 
 The device's own compiler runs, so what it would refuse is refused here, and memory and
@@ -17,11 +17,11 @@ import re
 import time
 from pathlib import Path
 
-# Read when JAX is imported. Without these it looks for the hardware itself.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
+if __name__ == "__main__":  # before JAX is imported, which would look for hardware
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=false")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
@@ -92,7 +92,7 @@ def compile_step(path: str, *, target: str, overrides: list[str]):
 def main(argv: list[str] | None = None) -> None:
     """Compiles the configs named on the command line and prints a table."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compile", description=__doc__.partition("\n")[0]
+        prog="python -m benchmarks.compilation", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("--config", action="append", required=True, metavar="FILE")
     parser.add_argument("--target", required=True, help="h200, v5e:2x2, v5p:2x2x1, ...")
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         help="setting to change in all of them",
     )
     args = parser.parse_args(argv)
-    print(step.conditions(args.override, f"{args.target}, batch {args.batch}"))
+    what = f"{args.target}, batch {args.batch}: compiled, not run"
+    print(step.conditions(args.override, what))
     head = ["config", "compile, s", "arguments, GiB", "temporaries, GiB", "collectives"]
     print(step.row(head))
     print(step.row(["---"] * len(head)))
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
         seconds = time.perf_counter() - begin
         memory, text = compiled.memory_analysis(), compiled.as_text()
         counts = {
-            name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES
+            name: len(re.findall(rf" {name}(?:-start)?\(", text))
+            for name in COLLECTIVES
         }
         print(step.row([
             Path(path).stem, f"{seconds:.0f}",
