@@ -23,6 +23,7 @@ from pathlib import Path
 from benchmarks import step
 from crossmae_jax import train, workdir
 
+
 def _cell(
     ratio: float, *, kind: str = "none", retain: str = "random", **aggregator: str
 ) -> list[str]:
