@@ -1,12 +1,16 @@
 """How far the gradients of cheaper objectives stray from MAE's, on trained models.
 
-    python -m benchmarks.gradients runs/table2/0.5_progressive_random/seed_0 ...
+    python -m benchmarks.gradients runs/table2/nothing_thrown/seed_* \\
+        runs/table2/0.5_progressive_random/seed_*
 
-Each run is one of PR-MIM with its own throwing ratio. On its weights, and on images of
-its own training set, the encoder's gradient is compared with that of the same
-model without throwing: plain throwing and progressive reconstruction, random and
-furthest choice, at the run's ratio (`crossmae_jax.probing.gradient_deviation`). Runs of
-one ratio, such as several seeds, make one row together.
+On a run's weights, and on images of its training set, the encoder's gradient is
+compared with that of the same model without throwing, for random and furthest choice
+(`crossmae_jax.probing.gradient_deviation`). A run that threw nothing has no aggregator:
+on it plain throwing is compared, at three ratios. On a run with an aggregator plain
+throwing and progressive reconstruction are, at the run's own ratio; its decoder has
+never met all masked patches at once, so the gradient compared with is a stranger to it.
+
+Runs of one kind, such as several seeds, make one row together.
 """
 
 import argparse
@@ -39,19 +43,25 @@ def _whole(batches):
 
 def compare(
     directory: Path, *, num_images: int
-) -> tuple[float, dict[str, probing.GradientDeviation]]:
-    """Returns a run's throwing ratio and the deviations of every way to throw."""
+) -> dict[tuple[str, float], dict[str, probing.GradientDeviation]]:
+    """Returns the deviations of every way to throw, by training and ratio."""
     config = workdir.read_config(directory)
     ratio, kind = config.masking.throw_ratio, config.model.aggregator.kind
-    if kind == "none" or not ratio:
+    if (kind == "none") != (ratio == 0):
         raise ValueError(
             f"{directory} has aggregator {kind!r} and throw_ratio {ratio}; give runs "
-            "that were trained with an aggregator, which the comparison needs."
+            "that threw nothing, or were trained with an aggregator."
         )
+    trained, ratios, methods = "nothing thrown", (0.25, 0.5, 0.65), {"plain": "none"}
+    if kind != "none":
+        trained, ratios = f"{kind}, {ratio:.0%} thrown", (ratio,)
+        methods["progressive"] = kind
     variants = {
-        f"{method}, {retain}": _variant(config, ratio=ratio, kind=used, retain=retain)
-        for (method, used), retain in itertools.product(
-            (("plain", "none"), ("progressive", kind)), ("random", "furthest")
+        (part, f"{method}, {retain}"): _variant(
+            config, ratio=part, kind=used, retain=retain
+        )
+        for part, (method, used), retain in itertools.product(
+            ratios, methods.items(), ("random", "furthest")
         )
     }
     with pipeline.eval_batches(
@@ -65,23 +75,29 @@ def compare(
             _whole(batches),
             jax.random.key(config.seed, impl="threefry2x32"),
         )
-    return ratio, found
+    floor = found.pop(probing.ANOTHER_MASK)
+    rows = {(trained, 0.0): {probing.ANOTHER_MASK: floor}}
+    for (part, name), deviation in found.items():
+        rows.setdefault((trained, part), {})[name] = deviation
+    return rows
 
 
-def table(found: dict[float, list[dict[str, probing.GradientDeviation]]]) -> str:
-    """Returns a row per ratio and way to throw: mean and spread over batches."""
+def table(
+    found: dict[tuple[str, float], list[dict[str, probing.GradientDeviation]]],
+) -> str:
+    """Returns a row per training, ratio and way to throw: mean and spread."""
     lines = [
-        step.row(["thrown", "", "distance / norm", "1 - cosine", "batches"]),
-        step.row(["---"] * 5),
+        step.row(["trained with", "thrown", "", "distance", "1 - cosine", "batches"]),
+        step.row(["---"] * 6),
     ]
-    for ratio, runs in sorted(found.items()):
+    for (trained, ratio), runs in found.items():
         for name in runs[0]:
             distance, angle = (
                 np.concatenate([getattr(run[name], field) for run in runs])
                 for field in ("distance", "angle")
             )
             lines.append(step.row([
-                f"{ratio:.0%}", name,
+                trained, f"{ratio:.0%}", name,
                 f"{distance.mean():.3f} ± {distance.std(ddof=1):.3f}",
                 f"{angle.mean():.3f} ± {angle.std(ddof=1):.3f}", str(len(distance)),
             ]))
@@ -98,8 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     found = {}
     for directory in args.runs:
-        ratio, deviations = compare(directory, num_images=args.images)
-        found.setdefault(ratio, []).append(deviations)
+        for row, deviations in compare(directory, num_images=args.images).items():
+            found.setdefault(row, []).append(deviations)
     print(step.conditions([], f"gradients of {len(args.runs)} runs"))
     print(table(found))
 

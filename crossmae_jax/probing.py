@@ -1,6 +1,6 @@
 """Looks inside models: arrays and numbers for notebooks and analyses."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,11 @@ class GradientDeviation(NamedTuple):
 
 def gradient_deviation(
     reference: Any,
-    variants: Mapping[str, Any],
+    variants: Mapping[Hashable, Any],
     variables: Mapping[str, Any],
     batches: Iterable[Mapping[str, Any]],
     key: Key[Array, ""],
-) -> dict[str, GradientDeviation]:
+) -> dict[Hashable, GradientDeviation]:
     """Compares the encoder's gradients of other objectives with a reference's.
 
     PR-MIM (arXiv 2411.15746, figure 4) reports that gradients of plain throwing stray

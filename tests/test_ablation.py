@@ -95,15 +95,25 @@ def test_a_finished_cell_of_other_settings_is_not_taken_for_this_one(runs):
 def test_gradients_are_compared_on_a_trained_run(runs, capsys):
     directory, _ = runs
     gradients.main([str(directory / "conv" / "seed_3"), "--images=256"])
-    rows = cells(capsys.readouterr().out, "50%")
-    assert [row[1] for row in rows] == [
-        "plain, random", "plain, furthest", "progressive, random",
-        "progressive, furthest", "another mask",
+    rows = cells(capsys.readouterr().out, "conv, 50% thrown")
+    assert [row[1:3] for row in rows] == [
+        ["0%", "another mask"], ["50%", "plain, random"], ["50%", "plain, furthest"],
+        ["50%", "progressive, random"], ["50%", "progressive, furthest"],
     ]
-    assert all(float(row[2].split()[0]) > 0 and row[-1] == "2" for row in rows)
+    assert all(float(row[3].split()[0]) > 0 and row[-1] == "2" for row in rows)
 
 
-def test_gradients_need_an_aggregator(runs):
+def test_plain_throwing_is_compared_on_a_run_that_threw_nothing(tmp_path, capsys):
+    overrides = [*SHORT, *ablation.GRIDS["table2"]["nothing thrown"]]
+    ablation.run(CONFIG, overrides, seed=0, directory=tmp_path)
+    capsys.readouterr()
+    gradients.main([str(tmp_path), "--images=300"])  # 44 do not fill a batch
+    rows = cells(capsys.readouterr().out, "nothing thrown")
+    assert len(rows) == 1 + 3 * 2 and rows[-1][1:3] == ["65%", "plain, furthest"]
+    assert all(row[-1] == "2" for row in rows)
+
+
+def test_gradients_need_a_run_to_compare_on(runs):
     directory, _ = runs
     with pytest.raises(ValueError, match="aggregator 'none' and throw_ratio 0.5"):
         gradients.compare(directory / "none" / "seed_3", num_images=128)
