@@ -24,6 +24,8 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         objective="pretrain",
         epochs=epochs,
         log_every_steps=50,
+        init_from="",  # weights of any format to start from, see docs/weights.md
+        init_channels="",  # "mean", "repeat", "sum": for another number of channels
         target=dict(normalize=True),
         loss=dict(thrown_weight=1.0),  # against 1 for patches that were decoded
         optim=dict(

@@ -24,4 +24,21 @@ images.
 Importing this package does not import JAX: loader workers stay light.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def load(path: Any, **options: Any) -> Any:
+    """Returns a ready encoder: `features = load(path)(images)`.
+
+    Takes a run of ours or weights of any format; see `crossmae_jax.pretrained.load` for
+    the options and `crossmae_jax.pretrained.Encoder` for what comes back.
+
+    Example:
+      encoder = crossmae_jax.load("runs/mine")
+      features = encoder(images)  # images: u8 [b height width c]
+    """
+    from crossmae_jax import pretrained
+
+    return pretrained.load(path, **options)

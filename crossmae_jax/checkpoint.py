@@ -182,6 +182,19 @@ class Checkpoints:
         self._manager.reload()
 
 
+def newest_step(directory: str | Path) -> int:
+    """Returns the newest step that is intact, and names those newer that are not.
+
+    Raises:
+      RestoreError: if there is no checkpoint, or none is intact.
+    """
+    directory = Path(directory).absolute()
+    step, _ = _newest_intact(directory, (VARIABLES,))
+    if step is None:
+        raise RestoreError(f"No checkpoint in {directory}; {_contents(directory)}.")
+    return step
+
+
 def restore_variables(
     directory: str | Path, abstract_variables: Any = None, step: int | None = None
 ) -> Any:
@@ -206,9 +219,7 @@ def restore_variables(
     """
     directory = Path(directory).absolute()
     if step is None:
-        step, _ = _newest_intact(directory, (VARIABLES,))
-        if step is None:
-            raise RestoreError(f"No checkpoint in {directory}; {_contents(directory)}.")
+        step = newest_step(directory)
     else:
         if step not in _steps(directory):
             raise RestoreError(

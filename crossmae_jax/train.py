@@ -33,6 +33,7 @@ from crossmae_jax import (
     visualize,
     workdir,
 )
+from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives import OBJECTIVES
 
@@ -232,6 +233,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 directory / "checkpoints", keep=config.checkpoint.keep
             )
             stack.callback(checkpoints.close)
+            weights = None
+            if config.init_from and not checkpoints.steps():
+                weights = starting.plan(
+                    config.init_from, jax.eval_shape(objective.init, init_key), config
+                )
             workdir.claim(
                 directory, config, resuming=bool(checkpoints.steps()),
                 dataset={
@@ -245,6 +251,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         if restored is None:
             print(f"FRESH START in {directory}", flush=True)
             start, state = 0, init(init_key)
+            if weights is not None:
+                if jax.process_index() == 0:
+                    print("\n".join(weights.report), flush=True)
+                state = state.replace(variables=weights.apply(state.variables))
         else:
             start, state = restored
             print(f"RESUMED at step {start} of {total} from {directory}", flush=True)

@@ -30,6 +30,8 @@ _FREE = (
 
 # Settings that are younger than some runs, with what those runs did.
 _BEFORE = {
+    "init_channels": "",
+    "init_from": "",
     "loss.thrown_weight": 1.0,
     "masking.retain": "random",
     "masking.throw_ratio": 0.0,
@@ -50,7 +52,14 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise FileNotFoundError(
             f"{path} does not exist; give the --workdir that a run was started with."
         )
-    return ConfigDict(_completed(json.loads(path.read_text())))
+    return ConfigDict(_tuples(_completed(json.loads(path.read_text()))))
+
+
+def _tuples(values: Any) -> Any:
+    """Returns settings as configs write them: JSON has no tuples."""
+    if isinstance(values, dict):
+        return {name: _tuples(value) for name, value in values.items()}
+    return tuple(map(_tuples, values)) if isinstance(values, list) else values
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

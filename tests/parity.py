@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from tests import parity_files, parity_models, parity_prmim
+from tests import parity_files, parity_models, parity_prmim, parity_weights
 from tests.parity_report import Report
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -41,8 +41,8 @@ def _kind(data) -> str:
         return "posembed"
     if ours and "losses" in data:
         return "trajectory"
-    if ours and "checkpoint" in config:
-        return "checkpoint"
+    if "checkpoint" in config or "weights" in config:
+        return "weights"
     if ours and "loss" in data:
         return "model"
     return ""
@@ -52,7 +52,7 @@ NPZ_CHECKS = {
     "pixels": parity_files.check_pixels,
     "posembed": parity_files.check_posembed,
     "trajectory": parity_models.check_trajectory,
-    "checkpoint": parity_models.check_checkpoint,
+    "weights": parity_weights.check,
     "model": parity_models.check_model,
     "progressive reconstruction": parity_prmim.check_reconstruction,
 }
@@ -88,12 +88,9 @@ def _compare(path: Path, report: Report) -> None:
         kind = _kind(data := parity_files.load_npz(path))
         if kind:
             NPZ_CHECKS[kind](path, data, report)
-    elif path.suffix == ".pth":
-        expected = path.with_name(f"{path.stem}_expected.npz")
-        if expected.exists():
-            data = parity_files.load_npz(expected)
-            if _kind(data) == "checkpoint":
-                parity_models.check_checkpoint(path, data, report)
+    elif path.suffix in (".pth", ".safetensors"):
+        if found := parity_weights.expected_of(path):
+            parity_weights.check(path, found[0], report)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Parity of whole models: activations, losses, gradients, AdamW, checkpoints."""
+"""Parity of whole models: activations, losses, gradients, AdamW."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
-from crossmae_jax import convert, masking, optim, patches, torch_file
-from crossmae_jax.models import vit
+from crossmae_jax import masking, optim, patches
+from crossmae_jax.convert import names, tensor
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.parity_files import Data, nhwc, token_counts
 from tests.parity_report import LOSS, TRAJECTORY, Report
@@ -81,10 +81,22 @@ def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, A
         objective.num_patches, config.masking.mask_ratio, config.asked_pred_ratio
     )
     like = jax.eval_shape(objective.init, jax.random.key(0))
-    variables = convert.from_torch(state, like)
+    theirs = {name: tensor.of_array(value) for name, value in state.items()}
+    ours, left_over = names.to_ours(names.MAE, theirs)
     if config.model.decoder == "cross":
-        variables = convert.ignore_class_row(variables)
+        ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
+    variables = names.variables_of(ours, like, table=names.MAE, left_over=left_over)
     return objective, jax.tree.map(jnp.asarray, variables)
+
+
+def _ours(name: str, value: np.ndarray) -> np.ndarray:
+    """Returns one of their tensors in our layout."""
+    (ours,) = names.to_ours(names.MAE, {name: tensor.of_array(value)})[0].values()
+    return ours.read()
+
+
+def _their_name(path: str) -> str:
+    return names.their_names(names.MAE, path.partition("/")[2])[0]
 
 
 def _prefixed(data: Data, prefix: str) -> Data:
@@ -98,7 +110,7 @@ def _stored(module: nn.Module, method: str) -> bool:
     return method in ("__call__", "mix", "queries")
 
 
-def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
+def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     """Returns every activation that a fixture may hold, under the fixture's names."""
     config, model = objective.config, objective.model
     is_mae = config.model.decoder == "mae"
@@ -139,7 +151,7 @@ def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     return outputs
 
 
-def _compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> None:
+def compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> None:
     for name in sorted(outputs.keys() & data.keys()):
         if name == "loss":
             report.loss(name, outputs[name], data[name])
@@ -160,10 +172,10 @@ def check_model(_path: Path, data: Data, report: Report) -> None:
     images = jnp.asarray(nhwc(data["imgs"]))
     ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
 
-    outputs = jax.jit(lambda v, x, i: _outputs(objective, v, x, i))(
+    outputs = jax.jit(lambda v, x, i: model_outputs(objective, v, x, i))(
         variables, images, ids
     )
-    _compare_outputs(outputs, data, report)
+    compare_outputs(outputs, data, report)
 
     def loss(params):
         return objective.masked_loss({**variables, "params": params}, images, ids)[0]
@@ -172,15 +184,16 @@ def check_model(_path: Path, data: Data, report: Report) -> None:
     if expected:
         gradients = {"params": jax.jit(jax.grad(loss))(variables["params"])}
         for path, ours in traverse_util.flatten_dict(gradients, sep="/").items():
-            theirs = expected.pop(convert.torch_name(path), None)
+            name = _their_name(path)
+            theirs = expected.pop(name, None)
             if theirs is not None:
-                report.gradient(f"grad/{path}", ours, convert.to_ours(path, theirs))
+                report.gradient(f"grad/{path}", ours, _ours(name, theirs))
     if expected:
         raise ValueError(f"Gradients of unknown tensors: {', '.join(expected)}.")
-    _nothing_left_out(outputs.keys(), data, report)
+    nothing_left_out(outputs.keys(), data, report)
 
 
-def _nothing_left_out(compared, data: Data, report: Report) -> None:
+def nothing_left_out(compared, data: Data, report: Report) -> None:
     """Fails the file if it holds an array that nobody looked at."""
     inputs = {"config", "imgs", "noise"}
     left = [
@@ -237,7 +250,7 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
         last = step == len(rates) - 1
         _compare_parameters(params, data, step, last, report)
     decays = traverse_util.flatten_dict({"params": optim.decay_mask(params)}, sep="/")
-    ours = sorted(convert.torch_name(path) for path, yes in decays.items() if yes)
+    ours = sorted(_their_name(path) for path, yes in decays.items() if yes)
     if "decayed" in reference:
         report.exact("decayed tensors", ours, sorted(reference["decayed"]))
 
@@ -246,12 +259,12 @@ def _compare_parameters(
     params: Any, data: Data, step: int, last: bool, report: Report
 ) -> None:
     for path, ours in traverse_util.flatten_dict({"params": params}, sep="/").items():
-        name = convert.torch_name(path)
+        name = _their_name(path)
 
         def compare(what, theirs):
             report.output(
                 f"{name} {what}", _without_key_bias(name, np.asarray(ours)),
-                _without_key_bias(name, convert.to_ours(path, theirs)), TRAJECTORY,
+                _without_key_bias(name, _ours(name, theirs)), TRAJECTORY,
             )
 
         if f"steps/{name}" in data:
@@ -264,42 +277,3 @@ def _compare_parameters(
                 (np.asarray(ours, np.float64) ** 2).sum(),
                 data[f"sumsq/{name}"][step], allowed=1e-5,
             )
-
-
-def check_checkpoint(path: Path, data: Data, report: Report) -> None:
-    """Weights of a real `.pth` file, read without running what it holds.
-
-    `path` is the checkpoint, or the file of expected numbers that names it.
-    """
-    reference = json.loads(str(data["config"]))
-    config = make_config(reference)
-    if path.suffix != ".pth":
-        path = path.with_name(reference["checkpoint"])
-    state = torch_file.read(path)["model"]
-    objective, variables = _load(config, state)
-    images = jnp.asarray(nhwc(data["imgs"]))
-    ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
-    outputs = dict(_outputs(objective, variables, images, ids))
-    for pooling in ("gap", "cls"):
-        if f"finetune_tokens_{pooling}" in data:
-            outputs.update(_finetune(objective, variables, images, pooling))
-    _compare_outputs(outputs, data, report)
-    _nothing_left_out(outputs.keys(), data, report)
-
-
-def _finetune(objective: Pretrain, variables, images, pooling: str) -> dict[str, Any]:
-    """The encoder as a plain ViT: all tokens, pooled as fine-tuning pools them."""
-    encoder = objective.model.encoder.clone(final_norm=pooling == "cls")
-    own = {kind: tree["encoder"] for kind, tree in variables.items()}
-    if pooling == "gap":
-        own["params"] = {k: v for k, v in own["params"].items() if k != "norm"}
-    encoded: vit.Encoded = encoder.apply(own, images)
-    pooled = encoded.tokens[:, 0]
-    if pooling == "gap":
-        pooled = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False).apply(
-            {}, encoded.tokens[:, 1:].mean(1)
-        )
-    return {
-        f"finetune_tokens_{pooling}": encoded.tokens,
-        f"finetune_pre_logits_{pooling}": pooled,
-    }

@@ -22,7 +22,7 @@ NAMES = [path.stem for path in FILES]
 
 KEYS = {
     "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
-    "baselines": bool,
+    "baselines": bool, "init_from": str, "init_channels": str,
     "model": {
         "size": str, "mlp_ratio": float, "fusion": str, "fusion_maps": None,
         "fusion_input": bool, "decoder": str, "decoder_dim": int, "decoder_depth": int,

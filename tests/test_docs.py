@@ -46,6 +46,7 @@ images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
 CHECKS = {
     "checkpoints.md": "assert features.shape == (3, 16), features.shape",
     "README.md": "assert features.shape == (3, 16), features.shape",
+    "weights.md": "assert tokens.shape == (3, 17, 16), tokens.shape",
     "pr_mim.md": "assert Path('sampling.png').stat().st_size > 1000",
 }
 

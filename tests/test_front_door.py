@@ -233,12 +233,15 @@ DISTRIBUTIONS = {
 def test_every_package_that_is_imported_is_declared():
     ours = {"crossmae_jax", "configs", "benchmarks", "tests"}
     optional = {"scikit-learn"}  # the demo's digits; named in the error without it
+    tested = declared()["test"] | declared()["interop"] | declared()[""]
     for name, folders in project_imports().items():
         if name in sys.stdlib_module_names or name in ours:
             continue
         name = DISTRIBUTIONS.get(name, name.replace("_", "-"))
         if folders == {"tests"}:
-            assert name in declared()["test"] | declared()[""], name
+            assert name in tested, name
+        elif name in declared()["interop"]:
+            pass  # imported inside functions: see below
         elif name in optional:
             assert name in declared()["demo"], name
         else:
@@ -255,9 +258,25 @@ def test_every_declared_package_is_used():
 
 
 def test_neither_tensorflow_nor_torch_is_needed():
-    everything = set().union(*declared().values())
-    assert not everything & {"tensorflow", "torch", "tensorflow-cpu", "torchvision"}
-    assert not {"tensorflow", "torch"} & set(project_imports())
+    others = {"tensorflow", "torch", "tensorflow-cpu", "torchvision"}
+    for extra, names in declared().items():
+        assert extra == "interop" or not names & others
+    assert "tensorflow" not in project_imports()
+
+
+def test_the_other_side_of_conversions_is_imported_by_its_check_only():
+    other_side = declared()["interop"]
+    for path in (ROOT / "crossmae_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            if other_side & {name.partition(".")[0] for name in names}:
+                assert path.parent.name == "convert", path
+                assert node not in tree.body, f"{path} imports {names} at its top"
 
 
 def test_every_pin_is_exact_and_inside_the_declared_bounds():

@@ -13,15 +13,15 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
-     "visualize", "digests", "environment", "torch_file", "workdir"),
-    ("masking", "models.layers", "convert", "checkpoint", "optim", "targets"),
+     "visualize", "digests", "environment", "workdir"),
+    ("masking", "models.layers", "checkpoint", "optim", "targets"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
-    ("models.mim",),
+    ("models.mim", "models.classifier"),
     ("data", "cost", "probing"),
     ("objectives", "evaluators"),
-    ("evaluation",),
-    ("train",),
+    ("evaluation", "convert"),
+    ("train", "pretrained"),
     ("main", "commands", "__main__"),
 )
 

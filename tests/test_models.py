@@ -11,7 +11,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
-from crossmae_jax import convert, masking, patches
+from crossmae_jax import masking, patches
+from crossmae_jax.convert import names
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
 
@@ -168,9 +169,12 @@ def test_initial_values_follow_the_reference(reference, changes):
     keys = jax.random.split(jax.random.key(0), 160)
     variables = jax.jit(jax.vmap(objective.init))(keys)
     flat = traverse_util.flatten_dict(variables, sep="/")
-    assert {convert.torch_name(path) for path in flat} == set(expected)
+    theirs = {
+        path: names.their_names(names.MAE, path.partition("/")[2])[0] for path in flat
+    }
+    assert set(theirs.values()) == set(expected)
     for path, drawn in flat.items():
-        scheme = expected[convert.torch_name(path)]
+        scheme = expected[theirs[path]]
         values = np.asarray(drawn, np.float64)
         # 160 draws of the reference and 160 of ours: 6 standard errors of both.
         error = 6 * np.sqrt(2 / values.size)

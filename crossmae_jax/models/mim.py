@@ -103,6 +103,17 @@ def _check_aggregator(model: ConfigDict) -> None:
         )
 
 
+def build_encoder(config: ConfigDict) -> vit.ViT:
+    """Makes the encoder that `config.model` and `config.data` describe."""
+    size, patch_size = vit.parse_size(config.model.size)
+    return vit.ViT(
+        size=size, patch_size=patch_size, image_size=tuple(config.data.image_size),
+        channels=config.data.channels, mlp_ratio=config.model.mlp_ratio,
+        final_norm=config.model.fusion != "inter_block",
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
 def build(config: ConfigDict) -> MaskedImageModel:
     """Makes the model that `config.model` and `config.data` describe.
 
@@ -137,11 +148,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
         "self_attention": model.decoder_self_attention
     }
     return MaskedImageModel(
-        encoder=vit.ViT(
-            size=size, patch_size=patch_size, image_size=image_size,
-            channels=config.data.channels, mlp_ratio=mlp_ratio,
-            final_norm=not mixes, dtype=dtype,
-        ),
+        encoder=build_encoder(config),
         fusion=fusion.InterBlockAttention(
             maps=fusion.resolve_maps(
                 model.fusion_maps, depth=size.depth, include_input=model.fusion_input

@@ -6,9 +6,11 @@ visible ones are projected and given their positions: the same numbers as projec
 of them and dropping three quarters, as the references do, at a quarter of the work.
 
 The class token comes first and is never masked. Position tables are fixed and live in
-the "constants" collection, so that no optimiser can touch them.
+the "constants" collection, so that no optimiser can touch them; those of a classifier
+are trained, and parameters.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -73,11 +75,26 @@ class Encoded(NamedTuple):
     feature_maps: tuple[Float[Array, "b v d"], ...]
 
 
+def mean_feature(
+    encoded: Encoded, last_map: int | None
+) -> Float[Array, "b d"]:
+    """Returns the mean over patch tokens, a feature of the image.
+
+    Args:
+      last_map: position in the feature maps of the last one that the decoder was
+        trained on: blocks behind it are not trained. None for a decoder that sees the
+        encoder's normed output.
+    """
+    tokens = encoded.tokens if last_map is None else encoded.feature_maps[last_map]
+    return tokens[:, 1:].astype(jnp.float32).mean(1)
+
+
 class ViT(nn.Module):
     """Encoder.
 
     Attributes:
       final_norm: CrossMAE has none when it mixes feature maps: each mixture is normed.
+      learned_positions: makes the position table a parameter, as in fine-tuning.
     """
 
     size: Size
@@ -86,6 +103,7 @@ class ViT(nn.Module):
     channels: int = 3
     mlp_ratio: float = 4.0
     final_norm: bool = True
+    learned_positions: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -102,10 +120,13 @@ class ViT(nn.Module):
                 " set config.data.image_size and config.data.channels to match."
             )
         grid = patches.grid_size(self.image_size, self.patch_size)
-        pos_embed = self.variable(
-            "constants", "pos_embed",
-            lambda: jnp.asarray(posemb.sincos(grid, self.size.dim)),
-        ).value
+        table = functools.partial(posemb.sincos, grid, self.size.dim)
+        if self.learned_positions:
+            pos_embed = self.param("pos_embed", lambda _key: jnp.asarray(table()))
+        else:
+            pos_embed = self.variable(
+                "constants", "pos_embed", lambda: jnp.asarray(table())
+            ).value
 
         x = patches.patchify(images, patch_size=self.patch_size)
         position = pos_embed[None, 1:]

@@ -189,10 +189,9 @@ class Pretrain:
         """
         images = self.normalize(batch)
         encoded = self.model.apply(variables, images, method="encode")
-        tokens = encoded.tokens
-        if self.model.fusion is not None:
-            tokens = encoded.feature_maps[self.model.fusion.maps[-1]]
-        return {"features": tokens[:, 1:].astype(jnp.float32).mean(1)}
+        fusion = self.model.fusion
+        last_map = None if fusion is None else fusion.maps[-1]
+        return {"features": vit.mean_feature(encoded, last_map)}
 
     def reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]

@@ -1,0 +1,167 @@
+"""The card that goes with weights: what they are, and how images must come.
+
+A file of PyTorch weights holds numbers and names. Which size of heads the numbers stand
+for, how images were normalised, whether targets were standardised: that is lost, and
+guessed by the next reader. Our files carry it in a card, as JSON.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import crossmae_jax
+from crossmae_jax.convert.names import ConversionError
+
+KINDS = ("pretrain", "encoder", "classifier")
+_LINEAGE = ("fusion", "fusion_maps", "fusion_input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What weights are; None stands for what is not known.
+
+    Attributes:
+      kind: "pretrain" for an encoder with its decoder, "encoder" for one without,
+        "classifier" for one with a pooling and a head.
+      model: its settings, as in `config.model`; for an encoder without those of the
+        decoder, for a classifier with `pool` and `num_classes`.
+      image_size: height and width in pixels.
+      mean: per channel, for pixels in 0..1; likewise `std`.
+      normalize: whether targets are standardised patches.
+      masking: as in `config.masking`.
+      recipe: how they were trained, as far as known.
+      step: after how many steps.
+      origin: which run or file they come from.
+      library: version that wrote the card.
+    """
+
+    kind: str
+    model: dict[str, Any]
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    normalize: bool | None
+    masking: dict[str, Any] | None
+    recipe: dict[str, Any]
+    step: int | None
+    origin: str
+    library: str = f"crossmae_jax {crossmae_jax.__version__}"
+
+    @property
+    def parts(self) -> list[str]:
+        """Names the parts of the model that the weights are for."""
+        if self.kind == "encoder":
+            return ["encoder"]
+        if self.kind == "classifier":
+            pooled = ["fc_norm"] if self.model["pool"] == "mean" else []
+            return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
+        mixes = self.model["fusion"] == "inter_block"
+        aggregates = self.model["aggregator"]["kind"] != "none"
+        return [
+            "encoder", *["fusion"] * mixes, "decoder", *["aggregator"] * aggregates
+        ]
+
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch in pixels."""
+        return int(self.model["size"].partition("/")[2])
+
+    def to_json(self) -> str:
+        """Returns the card as JSON, with what follows from it for other readers."""
+        values = dataclasses.asdict(self)
+        return json.dumps({"parts": self.parts, "patch_size": self.patch_size} | values)
+
+    def encoder_only(self) -> "Card":
+        """Returns the card of the encoder by itself."""
+        model = {"size": self.model["size"], "mlp_ratio": self.model["mlp_ratio"]}
+        if self.kind == "classifier":
+            fusion = "last" if self.model["pool"] == "cls" else "inter_block"
+            model |= {"fusion": fusion, "fusion_maps": None, "fusion_input": True}
+        else:
+            model |= {name: self.model[name] for name in _LINEAGE}
+        return dataclasses.replace(self, kind="encoder", model=model)
+
+    def lines(self) -> list[str]:
+        """Describes the card for people, a fact per line."""
+        height, width = self.image_size
+
+        def said(value):
+            return "not known" if value is None else value
+
+        ratios = None if self.masking is None else ", ".join(
+            f"{name} {value}" for name, value in self.masking.items()
+        )
+        target = None if self.normalize is None else (
+            "standardised patches" if self.normalize else "pixels"
+        )
+        settings = ", ".join(
+            f"{name} {_flat(value)}" for name, value in self.model.items()
+            if name != "dtype"
+        )
+        recipe = ", ".join(f"{k} {_flat(v)}" for k, v in self.recipe.items())
+        return [
+            f"{self.kind}: {', '.join(self.parts)}",
+            f"model      {settings}",
+            f"images     {height} x {width} px, {self.channels} channels, patches of "
+            f"{self.patch_size}",
+            f"mean, std  {said(_flat(self.mean))}, {said(_flat(self.std))}",
+            f"target     {said(target)}",
+            f"masking    {said(ratios)}",
+            f"recipe     {recipe or 'not known'}",
+            f"step       {said(self.step)}",
+            f"origin     {self.origin}",
+            f"card       by {self.library}",
+        ]
+
+
+def _flat(value: Any) -> Any:
+    if isinstance(value, dict):
+        return "/".join(str(_flat(v)) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return "(" + " ".join(str(_flat(v)) for v in value) + ")"
+    return value
+
+
+def from_json(text: str) -> Card:
+    """Returns the card that `to_json` wrote.
+
+    Raises:
+      ConversionError: if the text is not that of a card.
+    """
+    names = {field.name for field in dataclasses.fields(Card)}
+    try:
+        values = json.loads(text)
+        values = {name: values[name] for name in names}
+        for name in ("image_size", "mean", "std"):
+            if values[name] is not None:
+                values[name] = tuple(values[name])
+        card = Card(**values)
+        if card.kind not in KINDS:
+            raise ValueError(f"kind is {card.kind!r}")
+        _ = card.parts, card.patch_size
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(
+            f"A card cannot be read ({type(error).__name__}: {error}); it was written "
+            "by another version of the library, or changed by hand."
+        ) from error
+    return card
+
+
+def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
+    """Returns the card of a pre-training run's weights."""
+    settings = json.loads(config.to_json())
+    data, optim = settings["data"], settings.get("optim", {})
+    recipe = {
+        "data": data.get("name") or data.get("source"),
+        "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"), **optim,
+    }
+    return Card(
+        kind="pretrain", model=settings["model"], image_size=tuple(data["image_size"]),
+        channels=data["channels"], mean=tuple(data["mean"]), std=tuple(data["std"]),
+        normalize=settings["target"]["normalize"], masking=settings["masking"],
+        recipe={name: value for name, value in recipe.items() if value is not None},
+        step=step, origin=origin,
+    )

@@ -1,0 +1,267 @@
+"""Sends the same images through both sides of a conversion, and says how they differ.
+
+Tables of names and layouts cannot prove themselves. What proves them is another
+implementation that makes of its file what our model makes of ours: of the formats mae
+and timm timm's VisionTransformer, of huggingface the class of transformers that
+config.json names. Our own files are read back, tensor by tensor.
+
+The other side runs first and is gone before our tensors are read: one model is in
+memory at a time. What a file does not tell, such as the number of heads of a bare .pth,
+both sides take from the card, and it is not checked.
+"""
+
+import argparse
+import importlib
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from crossmae_jax import masking
+from crossmae_jax.convert import exporting, names, packages, sources, structure
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.sources import Weights
+from crossmae_jax.convert.tensor import Tensor, Tensors
+from crossmae_jax.objectives import pretrain
+
+Outputs = dict[str, np.ndarray]
+
+NUM_IMAGES = 2
+# Of the largest output. Sums in another order stay far below, wrong tensors far above.
+TOLERANCE = 1e-3
+
+# What must import for a package to be used; transformers imports its models late.
+_VIT_MAE = "transformers.models.vit_mae.modeling_vit_mae"
+_MODULES = {
+    "timm": ("torch", "timm"), "transformers": ("torch", "transformers", _VIT_MAE)
+}
+# Classes of transformers, and with which settings they are loaded.
+_CLASSES: dict[str | None, dict[str, Any]] = {
+    "ViTMAEForPreTraining": {},
+    "ViTMAEModel": {"mask_ratio": 0.0},
+    "ViTModel": {"add_pooling_layer": False},
+}
+# What packages raise when they refuse a file.
+_REFUSALS = (KeyError, OSError, RuntimeError, TypeError, ValueError, pickle.PickleError)
+
+
+def compare(weights: Weights, path: Path, format: str) -> list[str]:
+    """Returns lines that say by how much the two sides differ, and what is unchecked.
+
+    Args:
+      weights: our side.
+      path: what the other side reads: the imported file, or the exported one.
+      format: of that file: "mae", "timm", "huggingface" or "safetensors".
+
+    Raises:
+      ConversionError: if the other side refuses the file, or the difference is more
+        than rounding.
+    """
+    if format == "safetensors":
+        found = sources.open_weights(path, format=format).tensors
+        _check_same(found, weights.tensors)
+        return [f"check: {len(found)} tensors read back, all exactly as they were"]
+    package = "transformers" if format == "huggingface" else "timm"
+    if obstacle := packages.obstacle(package, _MODULES[package]):
+        return [f"not checked: {obstacle}"]
+    import safetensors
+
+    reader = f"{package} {importlib.import_module(package).__version__}"
+    run = _timm if package == "timm" else _transformers
+    images, noise = _inputs(weights.card)
+    try:
+        theirs, lines = run(weights, path, images, noise)
+    except ConversionError:
+        raise
+    except (*_REFUSALS, safetensors.SafetensorError) as error:
+        raise ConversionError(
+            f"{reader} refuses {path} ({type(error).__name__}): {error}"
+        ) from error
+    if theirs:
+        ours = _ours(weights, images, noise, predicts="predictions" in theirs)
+        lines = [_differences(ours, theirs, reader), *lines]
+    return lines
+
+
+def _inputs(card: Card) -> tuple[np.ndarray, np.ndarray]:
+    """Returns random images, and the noise that orders their patches."""
+    random, (height, width) = np.random.default_rng(0), card.image_size
+    num_patches = (height // card.patch_size) * (width // card.patch_size)
+    shape = (NUM_IMAGES, height, width, card.channels)
+    # Patches that are standardised already would hide whether targets are.
+    images = 1 + 2 * random.standard_normal(shape, np.float32)
+    return images, random.random((NUM_IMAGES, num_patches), np.float32)
+
+
+def _differences(ours: Outputs, theirs: Outputs, reader: str) -> str:
+    said = []
+    for name, expected in theirs.items():
+        assert ours[name].shape == expected.shape, (name, ours[name].shape)
+        largest = np.abs(expected).max()
+        difference = np.abs(ours[name] - expected).max()
+        if not difference <= TOLERANCE * largest:  # nor if it is not a number
+            raise ConversionError(
+                f"The two sides disagree in {name}: by up to {difference:.2g}, where "
+                f"the largest value of {reader} is {largest:.3g}; rounding explains "
+                f"{TOLERANCE:g} of that at most."
+            )
+        verb = "by" if said else "differ by at most"
+        said.append(f"{name} {verb} {difference:.1e} (largest value {largest:.3g})")
+    return f"check: {NUM_IMAGES} random images through {reader}: {', '.join(said)}"
+
+
+def _check_same(found: Tensors, expected: Tensors, *, but: str = " ", left_over=()):
+    """Checks names and shapes, and the values of what does not start with `but`."""
+    shapes = {name: value.shape for name, value in expected.items()}
+    names.check_match(found, shapes, left_over=left_over)
+    if differing := [
+        name for name, value in found.items() if not name.startswith(but)
+        and not np.array_equal(value.read(), expected[name].read())
+    ]:
+        raise ConversionError(
+            "The two sides disagree in the values of tensors."
+            + names.listing("differing", differing)
+        )
+
+
+def _ours(
+    weights: Weights, images: np.ndarray, noise: np.ndarray, *, predicts: bool
+) -> Outputs:
+    """Returns tokens, features and logits, or predictions of all masked patches."""
+    if predicts:
+        objective = pretrain.Pretrain(structure.config_of(weights.card))
+        num_keep = objective.counts.num_keep
+        counts = masking.TokenCounts(num_keep, noise.shape[1] - num_keep, 0)
+    elif weights.card.kind == "pretrain":
+        weights = exporting.encoder_of(weights)
+    model = structure.build(weights.card)
+
+    def outputs(variables, images, noise):
+        if predicts:
+            ids = masking.token_ids(noise, counts)
+            pred = model.apply(variables, images, ids)
+            loss, _ = objective.prediction_loss(pred, images, ids)
+            return {"predictions": pred, "loss": loss}
+        if weights.card.kind == "classifier":
+            return model.apply(variables, images)._asdict()
+        variables = {name: tree["encoder"] for name, tree in variables.items()}
+        return {"tokens": model.apply(variables, images).tokens}
+
+    like = traverse_util.flatten_dict(structure.abstract_variables(weights.card))
+    variables = traverse_util.unflatten_dict({
+        # JAX copies: of one tensor at a time there are two.
+        path: jnp.asarray(weights.tensors["/".join(path[1:])].read(), leaf.dtype)
+        for path, leaf in like.items()
+    })
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(outputs)(variables, jnp.asarray(images), jnp.asarray(noise))
+    return {name: np.asarray(x) for name, x in found.items() if x is not None}
+
+
+def _timm(weights, path, images, noise) -> tuple[Outputs, list[str]]:
+    """Returns what timm makes of a file, or of a folder as its users load it."""
+    import timm
+    import torch
+
+    card, lines = weights.card, []
+    if path.is_dir():
+        model = timm.create_model(f"local-dir:{path}", pretrained=True)
+    else:
+        state = {name: value.float() for name, value in _state(path).items()}
+        if card.kind == "pretrain":
+            state, lines = _encoder_state(weights, state)
+            card = card.encoder_only()
+        config = exporting.timm_config(card)
+        config["model_args"]["num_classes"] = config["num_classes"]
+        with torch.device("meta"):  # takes no memory but the file's
+            model = timm.create_model(config["architecture"], **config["model_args"])
+        model.load_state_dict(state, strict=True, assign=True)
+    model.eval()
+    with torch.inference_mode():
+        tokens = model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
+        outputs = {"tokens": tokens}
+        if card.kind == "classifier":
+            outputs["features"] = model.forward_head(tokens, pre_logits=True)
+            if card.model["num_classes"]:
+                outputs["logits"] = model.forward_head(tokens)
+    return {name: value.numpy() for name, value in outputs.items()}, lines
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """Returns the tensors of a file, read by torch's or safetensors' own loader."""
+    import safetensors.torch
+    import torch
+
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    mmap = zipfile.is_zipfile(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    return next((content[k] for k in ("model", "state_dict") if k in content), content)
+
+
+def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
+    """Returns the encoder's part of a MAE file, and compares the values of the rest."""
+    theirs = {
+        name: Tensor(tuple(x.shape), np.dtype(np.float32), lambda x=x: x.numpy())
+        for name, x in state.items()
+    }
+    ours, unknown = names.to_ours(names.MAE, theirs)
+    _check_same(ours, weights.tensors, but="encoder/", left_over=unknown)
+    _, rest = names.to_ours(names.TIMM, theirs)
+    state = {name: x for name, x in state.items() if name not in rest}
+    if weights.card.model["decoder"] == "cross":
+        # timm adds the class token's row, the reference does not.
+        state["pos_embed"] = state["pos_embed"].clone()
+        state["pos_embed"][:, 0] = 0
+    return state, [
+        "not checked: the outputs of the decoder, for want of a package with one; "
+        f"its {len(rest)} tensors agree exactly in names, shapes and values"
+    ]
+
+
+def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
+    """Returns what transformers makes of a folder."""
+    import torch
+    import transformers
+
+    config = json.loads((path / "config.json").read_text())
+    kind = next(iter(config.get("architectures") or ()), None)
+    if kind not in _CLASSES:
+        return {}, [f"not checked: {kind}; the classes that are: {', '.join(_CLASSES)}"]
+    model, info = getattr(transformers, kind).from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, output_loading_info=True,
+        **_CLASSES[kind],
+    )
+    misfits = ""
+    for title in ("missing", "unexpected", "mismatched"):
+        found = sorted(map(str, info[f"{title}_keys"]))
+        found = (name for name in found if not name.startswith("pooler."))
+        misfits += names.listing(title, found)
+    if misfits:
+        raise ConversionError(f"transformers does not load {path} as it is.{misfits}")
+    inputs = {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2)}
+    if kind == "ViTMAEModel":
+        noise = np.sort(noise)  # all patches stay visible, in this order
+    if kind != "ViTModel":
+        inputs["noise"] = torch.from_numpy(noise)
+    with torch.inference_mode():
+        outputs = model.eval()(**inputs, output_hidden_states=True)
+    theirs = {}
+    if kind == "ViTMAEForPreTraining":
+        masked = outputs.logits[outputs.mask.bool()]
+        theirs["predictions"] = masked.unflatten(0, (NUM_IMAGES, -1))
+        if weights.card.normalize is not None:
+            theirs["loss"] = outputs.loss
+    elif "encoder/norm/scale" in weights.tensors:
+        theirs["tokens"] = outputs.last_hidden_state
+    else:  # theirs has a norm, ours has none
+        theirs["tokens"] = outputs.hidden_states[-1]
+    return {name: value.numpy() for name, value in theirs.items()}, []

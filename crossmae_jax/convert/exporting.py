@@ -1,0 +1,260 @@
+"""Writes weights as other libraries read them.
+
+    timm          a folder: timm.create_model("local-dir:PATH", pretrained=True)
+    huggingface   a folder: ViTMAEForPreTraining.from_pretrained(PATH), or ViTModel
+    mae           a .pth file with the names of facebookresearch/mae or CrossMAE
+    safetensors   a .safetensors file with our names and a card
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from crossmae_jax.convert import (
+    cards,
+    names,
+    safetensors_file,
+    sources,
+    structure,
+    torch_file,
+)
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.sources import Weights
+from crossmae_jax.convert.tensor import Tensor, Tensors
+from crossmae_jax.models import fusion, vit
+
+_TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
+
+
+def encoder_of(weights: Weights) -> Weights:
+    """Returns the encoder by itself, without decoder or head."""
+    card = weights.card.encoder_only()
+    tensors = {
+        name: value for name, value in weights.tensors.items()
+        if name.startswith("encoder/")
+    }
+    return dataclasses.replace(weights, card=card, tensors=tensors)
+
+
+def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str]]:
+    """Returns the weights that a format has a place for, and what that leaves out.
+
+    Args:
+      parts: "all", or "encoder" to leave the others out on purpose.
+
+    Raises:
+      ConversionError: if parts of a model would be left out unasked that the format
+        could have held in a model of another kind.
+    """
+    card = weights.card
+    if parts not in ("all", "encoder"):
+        raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
+    if parts == "encoder" and card.kind != "encoder":
+        return encoder_of(weights), []
+    decoder = card.model.get("decoder")
+    no_place = card.kind == "pretrain" and (
+        format == "timm" or format == "huggingface" and decoder != "mae"
+    )
+    if "aggregator" in card.parts and format in ("mae", "huggingface"):
+        raise ConversionError(
+            f"The format {format} has no place for PR-MIM's aggregator, without which "
+            "the decoder is another model; export the encoder with parts='encoder', or "
+            "everything with format 'safetensors'."
+        )
+    if format == "huggingface" and card.kind == "classifier":
+        raise ConversionError(
+            "Classifiers are not exported to transformers; take format 'timm', or the "
+            "encoder with parts='encoder'."
+        )
+    if no_place:
+        left_out = ", ".join(part for part in card.parts if part != "encoder")
+        return encoder_of(weights), [
+            f"left out: {left_out} ({format} has no place for them)"
+        ]
+    return weights, []
+
+
+def warnings(card: Card) -> list[str]:
+    """Names what a reader of the exported encoder cannot see in it."""
+    lines = []
+    if card.kind == "encoder" and card.model["fusion"] == "inter_block":
+        lines.append(
+            "the encoder has no norm after its last block: CrossMAE norms mixtures of "
+            "its feature maps instead; pool the mean of the patch tokens"
+        )
+        size, _ = vit.parse_size(card.model["size"])
+        last = fusion.resolve_maps(
+            card.model["fusion_maps"] and tuple(card.model["fusion_maps"]),
+            depth=size.depth, include_input=card.model["fusion_input"],
+        )[-1]
+        if last < size.depth:
+            lines.append(
+                f"blocks from {last} on were not trained: no decoder block attended to "
+                "them"
+            )
+    return lines
+
+
+def write_safetensors(weights: Weights, path: Path) -> None:
+    """Writes our own form: our names and layouts, and the card as metadata."""
+    safetensors_file.write(
+        path, weights.tensors, {sources.CARD: weights.card.to_json()}
+    )
+
+
+def write_mae(weights: Weights, path: Path) -> None:
+    """Writes a .pth file that MAE's scripts load: the tensors under "model"."""
+    torch_file.write(path, {
+        "model": _theirs(weights, names.MAE), sources.EMBEDDED: weights.card.to_json(),
+    })
+
+
+def write_timm(weights: Weights, path: Path) -> None:
+    """Writes the folder of a VisionTransformer."""
+    path.mkdir()
+    safetensors_file.write(
+        path / sources.WEIGHTS, _theirs(weights, names.TIMM), _pytorch(weights.card)
+    )
+    _write_json(path / "config.json", timm_config(weights.card))
+
+
+def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None:
+    """Writes the folder of a ViTMAEForPreTraining, or of a ViTModel for an encoder.
+
+    Args:
+      fresh_norm: gives an encoder without a norm after its last block one of scale 1
+        and bias 0, since a ViTModel has always one.
+    """
+    card = weights.card
+    height, width = card.image_size
+    full = card.kind == "pretrain"
+    if full and height != width:
+        raise ConversionError(
+            f"ViTMAEForPreTraining takes square images only, this model {height} x "
+            f"{width}; export the encoder with parts='encoder'."
+        )
+    tensors = dict(weights.tensors)
+    if "encoder/norm/scale" not in tensors:
+        if not fresh_norm:
+            raise ConversionError(
+                "A ViTModel ends in a norm, which this encoder has not (CrossMAE norms "
+                "mixtures of feature maps instead). With fresh_norm it gets one of "
+                "scale 1 and bias 0; hidden_states[-1] are then the tokens before it. "
+                "timm needs none: format 'timm'."
+            )
+        tensors |= _fresh_norm(tensors["encoder/cls_token"])
+        card = dataclasses.replace(card, model=card.model | {"fusion": "last"})
+    table = names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
+    theirs = _theirs(dataclasses.replace(weights, tensors=tensors), table)
+    path.mkdir()
+    safetensors_file.write(path / sources.WEIGHTS, theirs, _pytorch(card))
+    _write_json(path / "config.json", huggingface_config(card))
+    if card.mean is not None and card.std is not None:
+        _write_json(path / "preprocessor_config.json", {
+            "image_processor_type": "ViTImageProcessor", "do_resize": True,
+            "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255,
+            "resample": 3, "size": {"height": height, "width": width},
+            "image_mean": list(card.mean), "image_std": list(card.std),
+        })
+
+
+def _theirs(weights: Weights, table: names.Table) -> Tensors:
+    theirs, left_over = names.to_theirs(
+        table, weights.tensors, patch_size=weights.card.patch_size
+    )
+    assert not left_over, f"`select` let through {left_over}"
+    return theirs
+
+
+def _pytorch(card: Card) -> dict[str, str]:
+    # transformers asks which library the tensors are for.
+    return {"format": "pt", sources.EMBEDDED: card.to_json()}
+
+
+def _fresh_norm(cls_token: Tensor) -> dict[str, Tensor]:
+    shape = cls_token.shape[-1:]
+
+    def constant(value):
+        return Tensor(
+            shape, cls_token.dtype, lambda: cls_token.read().reshape(shape) * 0 + value
+        )
+
+    return {"encoder/norm/scale": constant(1), "encoder/norm/bias": constant(0)}
+
+
+def timm_config(card: Card) -> dict[str, Any]:
+    """Returns a config.json from which timm builds the model."""
+    size, patch_size = vit.parse_size(card.model["size"])
+    name = next((n for n, known in vit.SIZES.items() if known == size), "Ti")
+    classifies = card.kind == "classifier"
+    normed = card.model["pool"] == "cls" if classifies else (
+        card.model["fusion"] == "last"
+    )
+    num_classes = card.model["num_classes"] if classifies else 0
+    pool = "token" if normed else "avg"
+    height, width = card.image_size
+    arguments = dict(
+        global_pool=pool, img_size=[height, width], patch_size=patch_size,
+        in_chans=card.channels, embed_dim=size.dim, depth=size.depth,
+        num_heads=size.num_heads, mlp_ratio=card.model["mlp_ratio"],
+    )
+    if not normed and not classifies:  # no norm at all, neither here nor there
+        arguments |= dict(final_norm=False, fc_norm=False)
+    architecture = f"vit_{_TIMM_SIZES[name]}_patch{14 if name == 'H' else 16}_224"
+    pretrained = dict(
+        input_size=[card.channels, height, width], interpolation="bicubic",
+        crop_pct=0.875, num_classes=num_classes, pool_size=None,
+        first_conv="patch_embed.proj", classifier="head", fixed_input_size=True,
+    )
+    if card.mean is not None and card.std is not None:
+        pretrained |= dict(mean=list(card.mean), std=list(card.std))
+    return dict(
+        architecture=architecture, num_classes=num_classes, num_features=size.dim,
+        global_pool=pool, model_args=arguments, pretrained_cfg=pretrained,
+    )
+
+
+def huggingface_config(card: Card) -> dict[str, Any]:
+    """Returns a config.json from which transformers builds the model."""
+    size, patch_size = vit.parse_size(card.model["size"])
+    height, width = card.image_size
+    config = dict(
+        hidden_size=size.dim, num_hidden_layers=size.depth,
+        num_attention_heads=size.num_heads,
+        intermediate_size=int(size.dim * card.model["mlp_ratio"]),
+        hidden_act="gelu", qkv_bias=True, layer_norm_eps=1e-6,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        image_size=height if height == width else [height, width],
+        patch_size=patch_size, num_channels=card.channels, dtype="float32",
+    )
+    if card.kind == "encoder":
+        return dict(architectures=["ViTModel"], model_type="vit", **config)
+    model = card.model
+    known = {}
+    if card.masking is not None:
+        known["mask_ratio"] = card.masking["mask_ratio"]
+    if card.normalize is not None:
+        known["norm_pix_loss"] = card.normalize
+    return dict(
+        architectures=["ViTMAEForPreTraining"], model_type="vit_mae", **config, **known,
+        decoder_hidden_size=model["decoder_dim"],
+        decoder_num_hidden_layers=model["decoder_depth"],
+        decoder_num_attention_heads=model["decoder_heads"],
+        decoder_intermediate_size=int(model["decoder_dim"] * model["mlp_ratio"]),
+    )
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+# Format: writer, and the suffix of its file; "" for a folder.
+WRITERS: dict[str, tuple[Callable[..., None], str]] = {
+    "timm": (write_timm, ""),
+    "huggingface": (write_huggingface, ""),
+    "mae": (write_mae, ".pth"),
+    "safetensors": (write_safetensors, ".safetensors"),
+}

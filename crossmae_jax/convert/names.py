@@ -1,0 +1,322 @@
+"""What each format calls our tensors, and how it lays them out.
+
+A format is a table of rows (our name, their names, layout), read in both directions.
+`{i}` stands for the number of a block. Our names are paths in the model's variables
+without the collection: "encoder/blocks_3/attn/qkv/kernel". Layouts:
+
+    same      unchanged
+    matrix    theirs out x in, ours in x out
+    conv      theirs out x c x p x p, ours (p p c) x out, as our patch vectors
+    table     theirs 1 x (1 + n) x d, ours (1 + n) x d
+
+A row with several of their names joins these along their first axis, such as the
+queries, keys and values that Hugging Face keeps apart, before the layout is changed.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import einops
+import numpy as np
+from flax import traverse_util
+
+from crossmae_jax.convert import tensor
+from crossmae_jax.convert.tensor import Tensor, Tensors
+
+
+class ConversionError(ValueError):
+    """A file of weights is not what it should be, or cannot become what was asked."""
+
+
+class Row(NamedTuple):
+    """One tensor of ours, what it is called elsewhere, and the change of layout."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: str
+
+
+Table = tuple[Row, ...]
+
+
+def _row(ours: str, theirs: str, layout: str = "same") -> Row:
+    return Row(ours, (theirs,), layout)
+
+
+def _linear(ours: str, *theirs: str) -> Table:
+    return (
+        Row(f"{ours}/kernel", tuple(f"{name}.weight" for name in theirs), "matrix"),
+        Row(f"{ours}/bias", tuple(f"{name}.bias" for name in theirs), "same"),
+    )
+
+
+def _norm(ours: str, theirs: str) -> Table:
+    return (
+        _row(f"{ours}/scale", f"{theirs}.weight"),
+        _row(f"{ours}/bias", f"{theirs}.bias"),
+    )
+
+
+def _reference_block(ours: str, theirs: str) -> Table:
+    rows: list[Row] = []
+    for norm in ("norm0", "norm1", "norm2"):
+        rows += _norm(f"{ours}/{norm}", f"{theirs}.{norm}")
+    for linear in (
+        "attn/qkv", "attn/proj", "self_attn/qkv", "self_attn/proj",
+        "cross_attn/q", "cross_attn/kv", "cross_attn/proj", "mlp/fc1", "mlp/fc2",
+    ):
+        rows += _linear(f"{ours}/{linear}", f"{theirs}.{linear.replace('/', '.')}")
+    return tuple(rows)
+
+
+def _huggingface_block(ours: str, theirs: str) -> Table:
+    parts = (f"{theirs}.attention.attention.{x}" for x in ("query", "key", "value"))
+    return (
+        *_norm(f"{ours}/norm1", f"{theirs}.layernorm_before"),
+        *_linear(f"{ours}/attn/qkv", *parts),
+        *_linear(f"{ours}/attn/proj", f"{theirs}.attention.output.dense"),
+        *_norm(f"{ours}/norm2", f"{theirs}.layernorm_after"),
+        *_linear(f"{ours}/mlp/fc1", f"{theirs}.intermediate.dense"),
+        *_linear(f"{ours}/mlp/fc2", f"{theirs}.output.dense"),
+    )
+
+
+def _decoder(prefix: str) -> Table:
+    """The names around a decoder's blocks, which MAE and Hugging Face share."""
+    return (
+        _row("decoder/mask_token", f"{prefix}mask_token"),
+        _row("decoder/decoder_pos_embed", f"{prefix}decoder_pos_embed", "table"),
+        *_linear("decoder/decoder_embed", f"{prefix}decoder_embed"),
+        *_norm("decoder/decoder_norm", f"{prefix}decoder_norm"),
+        *_linear("decoder/decoder_pred", f"{prefix}decoder_pred"),
+    )
+
+
+# timm's VisionTransformer. MAE's fine-tuning scripts use the same names.
+TIMM: Table = (
+    _row("encoder/cls_token", "cls_token"),
+    _row("encoder/pos_embed", "pos_embed", "table"),
+    _row("encoder/patch_embed/proj/kernel", "patch_embed.proj.weight", "conv"),
+    _row("encoder/patch_embed/proj/bias", "patch_embed.proj.bias"),
+    *_reference_block("encoder/blocks_{i}", "blocks.{i}"),
+    *_norm("encoder/norm", "norm"),
+    *_norm("fc_norm", "fc_norm"),
+    *_linear("head", "head"),
+)
+
+# facebookresearch/mae and TonyLianLong/CrossMAE share one layout.
+MAE: Table = (
+    *TIMM,
+    _row("fusion/kernel", "wfm.linear.weight", "matrix"),
+    *_norm("fusion/dec_norms_{i}", "dec_norms.{i}"),
+    *_decoder(""),
+    *_reference_block("decoder/decoder_blocks_{i}", "decoder_blocks.{i}"),
+)
+
+
+def _huggingface(prefix: str) -> Table:
+    patches = f"{prefix}embeddings.patch_embeddings.projection"
+    return (
+        _row("encoder/cls_token", f"{prefix}embeddings.cls_token"),
+        _row("encoder/pos_embed", f"{prefix}embeddings.position_embeddings", "table"),
+        _row("encoder/patch_embed/proj/kernel", f"{patches}.weight", "conv"),
+        _row("encoder/patch_embed/proj/bias", f"{patches}.bias"),
+        *_huggingface_block("encoder/blocks_{i}", f"{prefix}encoder.layer.{{i}}"),
+        *_norm("encoder/norm", f"{prefix}layernorm"),
+    )
+
+
+# As files of transformers spell them: ViTMAEForPreTraining, and ViTModel by itself.
+HUGGINGFACE_MAE: Table = (
+    *_huggingface("vit."),
+    *_decoder("decoder."),
+    *_huggingface_block("decoder/decoder_blocks_{i}", "decoder.decoder_layers.{i}"),
+)
+HUGGINGFACE_VIT: Table = _huggingface("")
+
+# Layout: to ours, and to theirs with the size of a patch.
+_LAYOUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
+    "same": (lambda x: x, lambda x, p: x),
+    "matrix": (lambda x: x.T, lambda x, p: x.T),
+    "table": (lambda x: x[0], lambda x, p: x[None]),
+    "conv": (
+        lambda x: einops.rearrange(x, "out c p q -> (p q c) out"),
+        lambda x, p: einops.rearrange(x, "(p q c) out -> out c p q", p=p, q=p),
+    ),
+}
+_RANKS = {"matrix": 2, "table": 3, "conv": 4}
+
+
+def _match(template: str, name: str) -> str | None:
+    """Returns the number that `{i}` stands for, "" if the template has none."""
+    head, braces, tail = template.partition("{i}")
+    if not braces:
+        return "" if name == template else None
+    number = name[len(head) : len(name) - len(tail)]
+    if name == f"{head}{number}{tail}" and re.fullmatch(r"0|[1-9]\d*", number):
+        return number
+    return None
+
+
+def their_names(table: Table, name: str) -> tuple[str, ...]:
+    """Returns what a format calls one of our tensors; nothing if it has no such one."""
+    for row in table:
+        number = _match(row.ours, name)
+        if number is not None:
+            return tuple(theirs.replace("{i}", number) for theirs in row.theirs)
+    return ()
+
+
+def to_ours(table: Table, theirs: Tensors) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns their tensors under our names and in our layouts, and what is left over.
+
+    Left over are tensors that the format does not have, those of another rank than it
+    gives them, and parts of one of ours of which another part is missing.
+    """
+    parts: dict[tuple[Row, str], dict[str, Tensor]] = {}
+    left_over = []
+    for name, value in theirs.items():
+        for row in table:
+            numbers = (_match(template, name) for template in row.theirs)
+            number = next((n for n in numbers if n is not None), None)
+            if number is not None:
+                parts.setdefault((row, number), {})[name] = value
+                break
+        else:
+            left_over.append(name)
+    ours = {}
+    for (row, number), found in parts.items():
+        expected = [template.replace("{i}", number) for template in row.theirs]
+        rank = _RANKS.get(row.layout)
+        if len(found) < len(expected) or rank and any(
+            len(part.shape) != rank for part in found.values()
+        ):
+            left_over += found
+            continue
+        joined = _joined([found[name] for name in expected])
+        ours[row.ours.replace("{i}", number)] = joined.then(_LAYOUTS[row.layout][0])
+    return ours, left_over
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    length = sum(part.shape[0] for part in parts)
+    return Tensor(
+        (length, *parts[0].shape[1:]), parts[0].dtype,
+        lambda: np.concatenate([part.read() for part in parts]),
+    )
+
+
+def to_theirs(
+    table: Table, ours: Tensors, *, patch_size: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns our tensors under their names and layouts, and the names left over."""
+    theirs, left_over = {}, []
+    for name, value in ours.items():
+        for row in table:
+            number = _match(row.ours, name)
+            if number is None:
+                continue
+            back = _LAYOUTS[row.layout][1]
+            whole = value.then(lambda x, back=back: back(x, patch_size))
+            names = [template.replace("{i}", number) for template in row.theirs]
+            for i, part_name in enumerate(names):
+                theirs[part_name] = whole if len(names) == 1 else whole.then(
+                    lambda x, i=i, num=len(names): np.split(x, num)[i]
+                )
+            break
+        else:
+            left_over.append(name)
+    return theirs, left_over
+
+
+def listing(title: str, lines: Iterable[str]) -> str:
+    """Returns lines under their title and number, indented; "" if there are none."""
+    lines = list(lines)
+    return f"\n  {title} ({len(lines)}):\n    " + "\n    ".join(lines) if lines else ""
+
+
+def without_collections(variables: Any) -> dict[str, Any]:
+    """Returns the leaves of a model's variables by our names."""
+    flat = traverse_util.flatten_dict(variables, sep="/")
+    return {name.partition("/")[2]: leaf for name, leaf in flat.items()}
+
+
+def tensors_of(variables: Any) -> dict[str, Tensor]:
+    """Returns a model's variables as tensors under our names."""
+    return {
+        name: Tensor(
+            leaf.shape, np.dtype(leaf.dtype), lambda leaf=leaf: np.asarray(leaf)
+        )
+        for name, leaf in without_collections(variables).items()
+    }
+
+
+def variables_of(
+    tensors: Tensors, like: Any, *, table: Table = (), left_over: Iterable[str] = (),
+    reason: str = "",
+) -> Any:
+    """Reads tensors into the variables of a model, if names and shapes agree exactly.
+
+    Tensors get the model's types: a half-precision file gives float32 parameters.
+
+    Args:
+      like: the variables as arrays or `jax.ShapeDtypeStruct`s.
+      table: gives the names that an error lists; ours if there is none.
+      left_over: names in the file that have none of ours.
+      reason: what the user probably mixed up.
+
+    Raises:
+      ConversionError: lists every tensor too many, too few or of another shape.
+    """
+    expected = without_collections(like)
+    check_match(
+        tensors, {name: leaf.shape for name, leaf in expected.items()},
+        table=table, left_over=left_over, reason=reason,
+    )
+    flat = traverse_util.flatten_dict(like, sep="/")
+    return traverse_util.unflatten_dict({
+        path: tensors[path.partition("/")[2]].read().astype(leaf.dtype)
+        for path, leaf in flat.items()
+    }, sep="/")
+
+
+def check_match(
+    tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], *, table: Table = (),
+    left_over: Iterable[str] = (), reason: str = "",
+) -> None:
+    """Raises ConversionError unless tensors and expected shapes agree exactly."""
+
+    def called(name):
+        return ", ".join(their_names(table, name)) or name
+
+    missing = [called(name) for name in shapes if name not in tensors]
+    unexpected = [*left_over, *(called(n) for n in tensors if n not in shapes)]
+    misshaped = [
+        f"{called(name)}: {tuple(tensors[name].shape)}, expected {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != tuple(shape)
+    ]
+    if missing or unexpected or misshaped:
+        raise ConversionError(
+            "The weights do not fit the model."
+            + listing("only in the model", missing)
+            + listing("only in the file", unexpected)
+            + listing("of another shape, in our layout", misshaped)
+            + (f"\nLikely reason: {reason}." if reason else "")
+        )
+
+
+def zero_class_row(table: Tensor) -> Tensor:
+    """Returns a position table with zeros for the class token.
+
+    CrossMAE's reference never adds that row, ours always does. Released files hold
+    zeros there; a table of another origin may not.
+    """
+    return tensor.Tensor(table.shape, table.dtype, lambda: _zeroed(table.read()))
+
+
+def _zeroed(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros_like(values[:1]), values[1:]])

@@ -1,0 +1,400 @@
+"""Opens weights of any format, and says what they were recognised by.
+
+    run             a --workdir: config.json and checkpoints/
+    safetensors     ours: a .safetensors file with a card, or the folder of an import
+    mae             a .pth file with the names of facebookresearch/mae or CrossMAE
+    timm            .safetensors or .pth with timm's names, or a folder with config.json
+    huggingface     a folder of transformers: ViTMAEForPreTraining or an encoder
+
+Nothing is read but descriptions; tensors come when they are asked for.
+"""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from crossmae_jax import checkpoint, workdir
+from crossmae_jax.convert import (
+    cards,
+    names,
+    safetensors_file,
+    structure,
+    torch_file,
+)
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.structure import Facts
+from crossmae_jax.convert.tensor import Tensor, Tensors
+
+FORMATS = ("run", "safetensors", "mae", "timm", "huggingface")
+CARD = "crossmae_jax"  # the card's name in the metadata of our files
+EMBEDDED = "crossmae_jax_card"  # and in files of other formats that we wrote
+WEIGHTS = "model.safetensors"  # in folders
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# transformers 5 writes the blocks of ViTMAE's decoder under this name; it reads both.
+_SPELLINGS = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights under our names and in our layouts, whatever they come from.
+
+    Attributes:
+      format: one of `FORMATS`.
+      evidence: what format and card were concluded from, a line each.
+    """
+
+    card: Card
+    tensors: Tensors
+    format: str
+    evidence: tuple[str, ...]
+
+
+def open_weights(
+    path: str | Path, *, format: str | None = None, step: int | None = None,
+    **facts: Any,
+) -> Weights:
+    """Opens weights of any format.
+
+    Args:
+      format: one of `FORMATS`; recognised by what lies there if not given.
+      step: of a run; the newest intact one if not given.
+      facts: what the file does not tell, as in `structure.Facts`.
+
+    Raises:
+      ConversionError: if nothing of a known format lies there, something is missing in
+        it, or facts are needed or contradicted.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConversionError(
+            f"No weights at {path}; give a file, a folder or the --workdir of a run."
+        )
+    if format is None:
+        format, reason = recognise(path)
+    else:
+        reason = "as was said"
+    if format not in FORMATS:
+        raise ConversionError(
+            f"Unknown format {format!r}. Known: {', '.join(sorted(FORMATS))}."
+        )
+    evidence = [f"format {format}: {reason}"]
+    if format in ("run", "safetensors"):
+        if facts := {k: v for k, v in facts.items() if v is not None}:
+            raise ConversionError(
+                f"{path} has a card, or is a run with its own settings; leave out "
+                f"{', '.join(facts)}."
+            )
+        if format == "run":
+            return _open_run(path, step, evidence)
+    if step is not None:
+        raise ConversionError(f"{path} is no run and has no steps; leave out step.")
+    if format == "safetensors":
+        return _open_ours(path, evidence)
+    return _open_foreign(path, format, Facts(**facts), evidence)
+
+
+def recognise(path: Path) -> tuple[str, str]:
+    """Returns the format of what lies at `path`, and the reason.
+
+    Raises:
+      ConversionError: if it is none of ours.
+    """
+    if path.is_dir():
+        return _recognise_folder(path)
+    tensors, rest = read_file(path)
+    if CARD in rest:
+        return "safetensors", "a card of ours in its metadata"
+    if any(".patch_embeddings." in name for name in tensors):
+        return "huggingface", "names like embeddings.patch_embeddings"
+    if "patch_embed.proj.weight" in tensors:
+        if "mask_token" in tensors:
+            return "mae", "a mask_token and names like decoder_blocks.0"
+        if rest.get("under") == "model":
+            return "mae", "names of a ViT under the key 'model', as MAE's scripts write"
+        return "timm", "names like blocks.0.attn.qkv without a decoder"
+    shown = ", ".join(list(tensors)[:3])
+    raise ConversionError(
+        f"{path} holds {len(tensors)} tensors ({shown}, ...) of no format known here; "
+        f"known are {', '.join(FORMATS)}."
+    )
+
+
+def _recognise_folder(path: Path) -> tuple[str, str]:
+    if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
+        return "run", "config.json and checkpoints/ in it"
+    if (path / "config.json").is_file():
+        config = _json(path / "config.json")
+        if "model_type" in config:
+            return "huggingface", f"config.json has model_type {config['model_type']!r}"
+        if "architecture" in config:
+            return "timm", f"config.json has architecture {config['architecture']!r}"
+    elif (path / WEIGHTS).is_file():
+        return "safetensors", f"a folder with {WEIGHTS}"
+    found = sorted(entry.name for entry in path.iterdir())[:5]
+    hint = ""
+    if path.name == "checkpoints" or (path.parent.name == "checkpoints"):
+        hint = " Give the --workdir of the run instead."
+    raise ConversionError(
+        f"{path} is no run, no import and no folder of timm or transformers; it holds "
+        f"{', '.join(found) or 'nothing'}.{hint}"
+    )
+
+
+def read_file(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Returns the tensors of a file under its own names, and what else it holds.
+
+    In a PyTorch file the tensors may lie one level down; "under" names that level.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors_file.read(path)
+        content = torch_file.read(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    if not isinstance(content, dict):
+        raise ConversionError(
+            f"{path} holds a {type(content).__name__}, not a dictionary of tensors."
+        )
+    for key in ("model", "state_dict"):
+        inner = content.get(key)
+        if isinstance(inner, dict) and _all_tensors(inner):
+            rest = {name: value for name, value in content.items() if name != key}
+            return inner, {**rest, "under": key}
+    if not _all_tensors(content):
+        raise ConversionError(
+            f"{path} has no dictionary of tensors, neither by itself nor under 'model' "
+            f"or 'state_dict'; it holds {', '.join(map(str, list(content)[:8]))}."
+        )
+    return content, {}
+
+
+def _all_tensors(content: dict[Any, Any]) -> bool:
+    return bool(content) and all(
+        isinstance(name, str) and isinstance(value, Tensor)
+        for name, value in content.items()
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConversionError(f"{path} is no JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"{path} holds no JSON object.")
+    return values
+
+
+def _open_run(path: Path, step: int | None, evidence: list[str]) -> Weights:
+    directory = path / "checkpoints"
+    if step is None:
+        step = checkpoint.newest_step(directory)
+    card = cards.of_run(workdir.read_config(path), step=step, origin=str(path))
+    evidence.append(f"step {step} of the run")
+
+    @functools.cache
+    def restored() -> dict[str, Any]:
+        variables = checkpoint.restore_variables(directory, step=step)
+        _check(names.tensors_of(variables), card, path)
+        return names.without_collections(variables)
+
+    expected = names.without_collections(structure.abstract_variables(card))
+    tensors = {
+        name: Tensor(
+            leaf.shape, np.dtype(leaf.dtype),
+            lambda name=name: np.asarray(restored()[name]),
+        )
+        for name, leaf in expected.items()
+    }
+    return Weights(card, tensors, "run", tuple(evidence))
+
+
+def _open_ours(path: Path, evidence: list[str]) -> Weights:
+    if path.is_dir():
+        path = path / WEIGHTS
+    tensors, metadata = read_file(path)
+    if CARD not in metadata:
+        raise ConversionError(
+            f"{path} has no card of ours in its metadata; it is of another format: "
+            "leave the format out, or name it."
+        )
+    card = cards.from_json(metadata[CARD])
+    _check(tensors, card, path)
+    return Weights(card, tensors, "safetensors", tuple(evidence))
+
+
+def _open_foreign(
+    path: Path, format: str, given: Facts, evidence: list[str]
+) -> Weights:
+    tensors, rest, facts = _foreign(path, format, evidence)
+    tables = {"mae": (names.MAE,), "timm": (names.TIMM,), "huggingface": (
+        names.HUGGINGFACE_MAE, names.HUGGINGFACE_VIT
+    )}[format]
+    # ViTMAEForPreTraining has a prefix that an encoder by itself lacks.
+    table = min(tables, key=lambda table: len(names.to_ours(table, tensors)[1]))
+    ours, left_over = names.to_ours(table, tensors)
+    patch_name = names.their_names(table, "encoder/patch_embed/proj/kernel")[0]
+    if patch_name not in tensors or len(tensors[patch_name].shape) != 4:
+        raise ConversionError(
+            f"{path} is not of the format {format}: it has no {patch_name} of 4 axes."
+        )
+    if isinstance(rest.get(EMBEDDED), str):  # we wrote it
+        if told := [k for k, v in dataclasses.asdict(given).items() if v is not None]:
+            raise ConversionError(f"{path} has a card; leave out {', '.join(told)}.")
+        card = cards.from_json(rest[EMBEDDED])
+        evidence.append("model: from the card in the file")
+    else:
+        card = structure.infer(
+            ours, tensors[patch_name].shape, facts.with_given(given),
+            origin=f"{path.name} ({format})", recipe=_recipe(rest), evidence=evidence,
+        )
+    if card.kind == "pretrain" and card.model["decoder"] == "cross":
+        ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
+    _check(ours, card, path, table=table, left_over=left_over)
+    return Weights(card, ours, format, tuple(evidence))
+
+
+def _check(
+    tensors: Tensors, card: Card, path: Path, *, table: names.Table = (),
+    left_over: list[str] | None = None,
+) -> None:
+    expected = names.without_collections(structure.abstract_variables(card))
+    try:
+        names.check_match(
+            tensors, {name: leaf.shape for name, leaf in expected.items()},
+            table=table, left_over=left_over or (),
+            reason=f"{path} is cut, or no plain {structure.size_name(card)}",
+        )
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def _foreign(
+    path: Path, format: str, evidence: list[str]
+) -> tuple[Tensors, dict[str, Any], Facts]:
+    """Returns tensors under their names, what lies beside them, and what that tells."""
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        config = _json(path / "config.json")
+        tensors, rest = _folder_tensors(path)
+    else:
+        tensors, rest = read_file(path)
+    if format == "huggingface":
+        return _respelt(tensors), rest, _huggingface_facts(path, config, evidence)
+    if format == "timm":
+        return tensors, rest, _timm_facts(config, evidence)
+    return tensors, rest, _mae_facts(tensors, rest, evidence)
+
+
+def _folder_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    index = path / f"{WEIGHTS}.index.json"
+    if index.is_file():
+        files = sorted(set(_json(index)["weight_map"].values()))
+        merged: dict[str, Tensor] = {}
+        for name in files:
+            merged |= read_file(path / name)[0]
+        return merged, {}
+    for name in (WEIGHTS, "pytorch_model.bin"):
+        if (path / name).is_file():
+            return read_file(path / name)
+    raise ConversionError(f"{path} has neither {WEIGHTS} nor pytorch_model.bin.")
+
+
+def _respelt(tensors: Tensors) -> dict[str, Tensor]:
+    respelt = {}
+    for name, value in tensors.items():
+        for spelling, usual in _SPELLINGS.items():
+            name = name.replace(spelling, usual)
+        respelt[name] = value
+    return respelt
+
+
+def _huggingface_facts(
+    path: Path, config: dict[str, Any], evidence: list[str]
+) -> Facts:
+    if not config:
+        raise ConversionError(
+            f"{path} is a bare file of transformers; give the folder with its "
+            "config.json."
+        )
+    found: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
+    if (epsilon := config.get("layer_norm_eps", 1e-12)) != 1e-6:
+        evidence.append(
+            f"config.json has layer_norm_eps {epsilon}; MAE was trained with 1e-6, "
+            "which is used here"
+        )
+    for name in ("hidden_act", "qkv_bias"):
+        usual = {"hidden_act": "gelu", "qkv_bias": True}[name]
+        if config.get(name, usual) != usual:
+            raise ConversionError(
+                f"{path}: {name} is {config[name]!r}, but here it is always {usual!r}."
+            )
+    if "decoder_num_attention_heads" in config:
+        found |= {
+            "decoder_heads": config["decoder_num_attention_heads"],
+            "normalize": config.get("norm_pix_loss"),
+            "mask_ratio": config.get("mask_ratio"),
+        }
+    size = config.get("image_size")
+    if size is not None:
+        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    evidence.append("heads, image size and target: from config.json")
+    if (path / "preprocessor_config.json").is_file():
+        processor = _json(path / "preprocessor_config.json")
+        found |= {
+            "mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])
+        }
+        evidence.append("mean and std: from preprocessor_config.json")
+    return Facts(**found)
+
+
+def _timm_facts(config: dict[str, Any], evidence: list[str]) -> Facts:
+    cfg = config.get("pretrained_cfg", config)
+    if not {"mean", "std"} <= cfg.keys():
+        evidence.append("mean and std: not in the file")
+        return Facts(num_heads=config.get("model_args", {}).get("num_heads"))
+    evidence.append("mean and std: from config.json")
+    return Facts(
+        num_heads=config.get("model_args", {}).get("num_heads"),
+        mean=tuple(cfg["mean"]), std=tuple(cfg["std"]),
+    )
+
+
+def _mae_facts(
+    tensors: Tensors, rest: dict[str, Any], evidence: list[str]
+) -> Facts:
+    args = rest.get("args") or {}
+    found: dict[str, Any] = {}
+    if tensors["patch_embed.proj.weight"].shape[1] == 3:
+        found = dict(zip(("mean", "std"), _IMAGENET, strict=True))
+        evidence.append("mean and std: ImageNet's, written into the reference's code")
+    if "mask_token" in tensors and args:
+        found |= {
+            "normalize": args.get("norm_pix_loss"),
+            "mask_ratio": args.get("mask_ratio"),
+            "pred_ratio": args.get("kept_mask_ratio"),
+            "fusion_input": args.get("use_input"),
+        }
+        if (blocks := args.get("use_fm")) is not None:
+            # The reference's [-1] stands for all blocks, not for the last one.
+            found["fusion_maps"] = () if list(blocks) == [-1] else tuple(blocks)
+        evidence.append("masking, target and fusion: from the arguments in the file")
+    return Facts(**found)
+
+
+def _recipe(rest: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a checkpoint's arguments say of how it was trained."""
+    args = rest.get("args") or {}
+    kept = (
+        "epochs", "batch_size", "accum_iter", "blr", "weight_decay", "warmup_epochs"
+    )
+    recipe = {name: args[name] for name in kept if args.get(name) is not None}
+    if isinstance(rest.get("epoch"), int):
+        recipe["epoch"] = rest["epoch"]
+    return recipe

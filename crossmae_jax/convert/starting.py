@@ -1,0 +1,261 @@
+"""Starts training from weights: `config.init_from`.
+
+What is loaded is decided by part, and a part is loaded whole or not at all:
+
+    encoder, its norm, fusion, decoder, aggregator, fc_norm, head
+
+A part that both sides have must agree in every name and shape, and in what shapes do
+not show: heads, kinds, the maps that are mixed. A part of another kind (MAE's decoder
+for CrossMAE's) is left unused, and the model's own stays new. Position tables are
+resized to the model's grid. Anything else is an error.
+"""
+
+import collections
+import dataclasses
+import functools
+from typing import Any
+
+import einops
+import jax
+import numpy as np
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from crossmae_jax import patches
+from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.tensor import Tensor
+from crossmae_jax.models import fusion, posemb, vit
+
+PARTS = (
+    "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
+    "head",
+)
+ADAPTATIONS = ("mean", "repeat", "sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What training starts from.
+
+    Attributes:
+      tensors: what is loaded, under our names and in the model's shapes.
+      report: what becomes of every part, a line each.
+    """
+
+    tensors: dict[str, Tensor]
+    report: list[str]
+
+    def apply(self, variables: Any) -> Any:
+        """Returns the variables with what is loaded in its places, and there on the
+        devices where they lay.
+        """
+        flat = traverse_util.flatten_dict(variables, sep="/")
+        for path, leaf in flat.items():
+            loaded = self.tensors.get(path.partition("/")[2])
+            if loaded is not None:
+                values = loaded.read().astype(leaf.dtype)
+                flat[path] = jax.make_array_from_callback(
+                    leaf.shape, leaf.sharding,
+                    lambda index, values=values: values[index],
+                )
+        return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
+    """Decides what becomes of weights in a model; reads descriptions only.
+
+    Args:
+      path: weights of any format.
+      abstract_variables: shapes of the model's variables.
+      config: of the model; `config.init_channels` says how to adapt the patch
+        projection to another number of channels, "" forbids it.
+
+    Raises:
+      ConversionError: if a part that both sides have does not fit.
+    """
+    weights = sources.open_weights(path, **_facts(path, config))
+    card, model = weights.card, config.model
+    ours = names.without_collections(abstract_variables)
+    theirs = dict(weights.tensors)
+    parts = {_part(name) for name in ours} & {_part(name) for name in theirs}
+    parts -= _of_another_kind(card, model)
+    _check_hidden(card, model, parts)
+    changed = _adapt(theirs, card, config, path) + _resize(theirs, card, config)
+    names.check_match(
+        {name: value for name, value in theirs.items() if _part(name) in parts},
+        {name: leaf.shape for name, leaf in ours.items() if _part(name) in parts},
+        reason=_reason(card, config),
+    )
+    loaded = {name: theirs[name] for name in ours if _part(name) in parts}
+    report = [
+        f"weights from {path}: {card.origin}"
+        + ("" if card.step is None else f", step {card.step}"),
+        _line("loaded", loaded),
+        _line("new", [name for name in ours if name not in loaded], "drawn at random"),
+        _line("unused", [name for name in theirs if name not in loaded]),
+        f"  resized  {'; '.join(changed) or 'nothing'}",
+    ]
+    if "decoder" in parts and card.normalize not in (None, config.target.normalize):
+        report.append(
+            f"  note     the decoder was trained with target.normalize={card.normalize}"
+        )
+    return Start(loaded, report)
+
+
+def _part(name: str) -> str:
+    first, second = (name + "/").split("/")[:2]
+    return "the encoder's norm" if (first, second) == ("encoder", "norm") else first
+
+
+def _line(title: str, found: Any, remark: str = "") -> str:
+    counts = collections.Counter(map(_part, found))
+    parts = ", ".join(
+        f"{part} ({counts[part]} tensors)" for part in PARTS if part in counts
+    )
+    return f"  {title:8} {parts or 'nothing'}" + (
+        f"; {remark}" if counts and remark else ""
+    )
+
+
+def _facts(path: str, config: ConfigDict) -> dict[str, Any]:
+    """Returns what the model can add to a file that does not tell all of itself.
+
+    Only of sizes that are no published ones: of those the tensors tell enough, and
+    more than the model, which may be of another size.
+    """
+    source = sources.Path(path)
+    if not source.exists() or sources.recognise(source)[0] in ("run", "safetensors"):
+        return {}
+    size, _ = vit.parse_size(config.model.size)
+    facts = {}
+    if size not in vit.SIZES.values():
+        facts["num_heads"] = size.num_heads
+        if "decoder_heads" in config.model:
+            facts["decoder_heads"] = config.model.decoder_heads
+    return facts
+
+
+def _of_another_kind(card: Card, model: ConfigDict) -> set[str]:
+    """Returns the parts that both sides have, but that are not the same thing."""
+    if card.kind != "pretrain" or "decoder" not in model:
+        return set()
+    other = set()
+    kind = [
+        (side["decoder"], side["decoder_self_attention"])
+        for side in (card.model, model)
+    ]
+    if kind[0] != kind[1]:
+        other |= {"decoder", "fusion"}
+    if card.model["aggregator"] != model.aggregator.to_dict():
+        other.add("aggregator")
+    return other
+
+
+def _check_hidden(card: Card, model: ConfigDict, parts: set[str]) -> None:
+    """Compares what decides over the numbers, but shows in no shape."""
+    sizes = [vit.parse_size(side["size"]) for side in (card.model, model)]
+    (theirs, _), (ours, _) = sizes
+    pairs = {}
+    if "encoder" in parts and (theirs.dim, theirs.depth) == (ours.dim, ours.depth):
+        pairs["heads of the encoder"] = (theirs.num_heads, ours.num_heads)
+    if "decoder" in parts and card.model["decoder_dim"] == model.decoder_dim:
+        pairs["decoder_heads"] = (card.model["decoder_heads"], model.decoder_heads)
+    if "fusion" in parts and theirs.depth == ours.depth:
+        pairs["maps that are mixed"] = tuple(
+            fusion.resolve_maps(
+                side["fusion_maps"] and tuple(side["fusion_maps"]), depth=ours.depth,
+                include_input=side["fusion_input"],
+            ) for side in (card.model, model)
+        )
+    wrong = [
+        f"{what}: {a}, the model has {b}" for what, (a, b) in pairs.items() if a != b
+    ]
+    if wrong:
+        raise ConversionError(
+            "The weights do not fit the model, though shapes may agree."
+            + names.listing("in the file", wrong)
+        )
+
+
+def _adapt(theirs: dict, card: Card, config: ConfigDict, path: str) -> list[str]:
+    """Adapts the patch projection to the model's channels, if that was asked for."""
+    how, channels = config.init_channels, config.data.channels
+    if how and how not in ADAPTATIONS:
+        raise ConversionError(
+            f"Unknown init_channels={how!r}. Known: {', '.join(ADAPTATIONS)}, or '' "
+            "for the file's own channels."
+        )
+    if card.channels == channels:
+        return []
+    if not how:
+        raise ConversionError(
+            f"{path} is for {card.channels} channels, the model for {channels}; say "
+            "how to adapt the patch projection: --config.init_channels=mean, repeat "
+            "or sum (docs/weights.md)."
+        )
+    name = "encoder/patch_embed/proj/kernel"
+    theirs[name] = theirs[name].then(functools.partial(
+        adapt_channels, num_in=card.channels, num_out=channels, how=how
+    ))
+    return [f"{card.channels} -> {channels} channels by {how}"]
+
+
+def adapt_channels(
+    kernel: np.ndarray, *, num_in: int, num_out: int, how: str
+) -> np.ndarray:
+    """Returns a patch projection `[(p p c), dim]` for another number of channels.
+
+    Args:
+      how: "mean" gives every new channel the mean of the old channels' filters;
+        "sum" their sum divided by the new number, so that a grey image in all channels
+        projects as before; "repeat" the old filters in turn, times `num_in / num_out`
+        (timm's way).
+    """
+    old = einops.rearrange(kernel, "(pp c) d -> pp c d", c=num_in)
+    if how == "repeat":
+        new = old[:, np.arange(num_out) % num_in] * (num_in / num_out)
+    else:
+        total = old.mean(1) if how == "mean" else old.sum(1) / num_out
+        new = einops.repeat(total, "pp d -> pp c d", c=num_out)
+    return einops.rearrange(new, "pp c d -> (pp c) d").astype(kernel.dtype)
+
+
+def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
+    _, patch_size = vit.parse_size(config.model.size)
+    grid = patches.grid_size(card.image_size, card.patch_size)
+    new_grid = patches.grid_size(tuple(config.data.image_size), patch_size)
+    if grid == new_grid:
+        return []
+    for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
+        if name in theirs:
+            theirs[name] = theirs[name].then(functools.partial(
+                posemb.resize, grid=grid, new_grid=new_grid
+            ))
+    (rows, columns), (new_rows, new_columns) = grid, new_grid
+    return [f"position tables {rows} x {columns} -> {new_rows} x {new_columns} patches"]
+
+
+def _reason(card: Card, config: ConfigDict) -> str:
+    """Says in which settings file and model differ."""
+    model, told = config.model, []
+    wanted = dataclasses.replace(
+        card, model=dict(size=model.size, mlp_ratio=model.mlp_ratio)
+    )
+    file_size, model_size = structure.size_name(card), structure.size_name(wanted)
+    if file_size != model_size:
+        told.append(f"file is {file_size}, model is {model_size}")
+    for name in ("mlp_ratio", "decoder_dim", "decoder_depth"):
+        if name in card.model and name in model and card.model[name] != model[name]:
+            told.append(f"file has {name}={card.model[name]}, model {model[name]}")
+    if card.channels != config.data.channels:
+        told.append(
+            f"file is for {card.channels} channels, model for {config.data.channels}"
+        )
+    advice = (
+        "set config.model to the file's, or take the encoder alone: python -m "
+        "crossmae_jax convert export FILE --format=safetensors --parts=encoder "
+        "--to=NEW.safetensors"
+    )
+    return f"{'; '.join(told) or 'unknown'}; {advice}"

@@ -1,0 +1,324 @@
+"""From a card to the model it describes, and from bare tensors to a card.
+
+A file of PyTorch weights tells most of a model by its names and shapes: width, depth,
+patches, the kind of decoder. What it does not tell is looked for in what lies beside
+the tensors (the arguments of the training script, a `config.json`), then in what the
+caller says; if it is in none of them, that is an error and not a guess.
+"""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.tensor import Tensors
+from crossmae_jax.models import classifier, mim, vit
+from crossmae_jax.objectives import pretrain
+
+# Every published decoder has heads of this width (CrossMAE's 256 and MAE's 512).
+_DECODER_HEADS = {256: 8, 512: 16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What names and shapes of tensors do not tell; None is not known.
+
+    Attributes:
+      num_heads: of the encoder; known without being told for the sizes Ti, S, B, L, H.
+      decoder_heads: likewise for decoders of width 256 and 512.
+      image_size: height and width; known without being told if patches form a square.
+      mean: of each channel, for pixels in 0..1; likewise `std`.
+      normalize: whether the decoder predicts standardised patches.
+      mask_ratio: share of patches that was masked; `pred_ratio` that was predicted.
+      fusion_maps: encoder blocks that the decoder's contexts are mixed of, () for all.
+      fusion_input: whether the encoder's input is among them.
+    """
+
+    num_heads: int | None = None
+    decoder_heads: int | None = None
+    image_size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    normalize: bool | None = None
+    mask_ratio: float | None = None
+    pred_ratio: float | None = None
+    fusion_maps: tuple[int, ...] | None = None
+    fusion_input: bool | None = None
+
+    def with_given(self, given: "Facts") -> "Facts":
+        """Adds what the caller says to what the file says.
+
+        Raises:
+          ConversionError: if the two contradict each other.
+        """
+        for name, value in dataclasses.asdict(given).items():
+            found = getattr(self, name)
+            if None not in (found, value) and found != value:
+                raise ConversionError(
+                    f"{name}={value!r} was given, but the file says {found!r}; leave "
+                    "it out."
+                )
+        return dataclasses.replace(self, **{
+            name: value for name, value in dataclasses.asdict(given).items()
+            if value is not None
+        })
+
+
+def config_of(card: Card) -> ConfigDict:
+    """Returns the settings from which the card's model is built, in float32.
+
+    What the card does not know is filled in with values that no tensor depends on.
+    """
+    masking = dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.0, retain="random")
+    model = dict(card.model, dtype="float32")
+    if model.get("fusion_maps") is not None:
+        model["fusion_maps"] = tuple(model["fusion_maps"])
+    return ConfigDict(dict(
+        model=model, masking=card.masking or masking,
+        target=dict(normalize=card.normalize in (True, None)),
+        loss=dict(thrown_weight=1.0),
+        data=dict(
+            image_size=card.image_size, channels=card.channels,
+            mean=card.mean or (0.0,) * card.channels,
+            std=card.std or (1.0,) * card.channels,
+        ),
+    ))
+
+
+def build(card: Card) -> Any:
+    """Returns the model of a card: a masked image model, a ViT or a classifier."""
+    config = config_of(card)
+    if card.kind == "pretrain":
+        return mim.build(config)
+    if card.kind == "encoder":
+        return mim.build_encoder(config)
+    size, patch_size = vit.parse_size(card.model["size"])
+    pool = card.model["pool"]
+    return classifier.Classifier(
+        encoder=vit.ViT(
+            size=size, patch_size=patch_size, image_size=card.image_size,
+            channels=card.channels, mlp_ratio=card.model["mlp_ratio"],
+            final_norm=pool == "cls", learned_positions=True,
+        ),
+        pool=pool, num_classes=card.model["num_classes"],
+    )
+
+
+def abstract_variables(card: Card) -> Any:
+    """Returns shapes and types of the variables of the card's model.
+
+    Those of a masked image model and of a classifier have a level per part; so has that
+    of an encoder by itself: {"params": {"encoder": ...}}.
+
+    Raises:
+      ConversionError: if the card contradicts itself.
+    """
+    key = jax.random.key(0)
+    images = jax.ShapeDtypeStruct((1, *card.image_size, card.channels), jnp.float32)
+    try:
+        if card.kind == "pretrain":
+            return jax.eval_shape(pretrain.Pretrain(config_of(card)).init, key)
+        variables = jax.eval_shape(build(card).init, key, images)
+    except ValueError as error:
+        raise ConversionError(f"{card.origin}: {error}") from error
+    if card.kind == "classifier":
+        return variables
+    return {collection: {"encoder": tree} for collection, tree in variables.items()}
+
+
+def size_name(card: Card) -> str:
+    """Returns what people call the size of the encoder: "ViT-B/16"."""
+    size, patch_size = vit.parse_size(card.model["size"])
+    name = next((name for name, known in vit.SIZES.items() if known == size), None)
+    if name is None:
+        return f"width {size.dim}, depth {size.depth}, patches of {patch_size}"
+    return f"ViT-{name}/{patch_size}"
+
+
+def infer(
+    tensors: Tensors, patch: tuple[int, ...], facts: Facts, *, origin: str,
+    recipe: dict[str, Any], evidence: list[str],
+) -> Card:
+    """Returns the card of bare tensors.
+
+    Args:
+      tensors: under our names and in our layouts.
+      patch: the patch projection's shape in PyTorch, out x c x p x p, which ours hides.
+      evidence: what was concluded from what is added to it.
+
+    Raises:
+      ConversionError: if a fact is missing, or the tensors are of no model of ours.
+    """
+    depth = _depth(tensors, "encoder/blocks_")
+    dim, channels, patch_size = patch[0], patch[1], patch[2]
+    needed = ("encoder/cls_token", "encoder/pos_embed", "encoder/blocks_0/mlp/fc1/bias")
+    missing = [name for name in needed if name not in tensors]
+    if patch[2] != patch[3]:
+        missing.append("square patches")
+    if missing:
+        raise ConversionError(
+            "This is no ViT as we build them, with a class token, an absolute position "
+            f"table, blocks and square patches; missing: {', '.join(missing)}."
+        )
+    size, said = _size(dim, depth, facts)
+    image_size, grid = _image_size(
+        tensors["encoder/pos_embed"].shape[0] - 1, patch_size, facts
+    )
+    evidence.append(
+        f"encoder: width {dim}, depth {depth}{said}; patches of {patch_size}, "
+        f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
+        f"{image_size[1]} px"
+    )
+    hidden = tensors["encoder/blocks_0/mlp/fc1/bias"].shape[0]
+    model = {"size": f"{size}/{patch_size}", "mlp_ratio": hidden / dim}
+    has_norm = "encoder/norm/scale" in tensors
+    kind, masking = "encoder", None
+    if any(name.startswith("decoder/") for name in tensors):
+        kind = "pretrain"
+        model |= _decoder_settings(tensors, depth, facts, evidence)
+        if facts.mask_ratio is not None:
+            pred = facts.mask_ratio if model["decoder"] == "mae" else facts.pred_ratio
+            masking = dict(
+                mask_ratio=facts.mask_ratio, pred_ratio=pred, throw_ratio=0.0,
+                retain="random",
+            )
+        if facts.normalize is None:
+            evidence.append("targets: the file does not say whether standardised")
+    elif "head/bias" in tensors or "fc_norm/scale" in tensors:
+        kind = "classifier"
+        head = tensors.get("head/bias")
+        model |= {
+            "pool": "mean" if "fc_norm/scale" in tensors else "cls",
+            "num_classes": head.shape[0] if head else 0,
+        }
+        evidence.append(
+            f"classifier: {model['num_classes']} classes from the "
+            + ("mean of patch tokens (there is an fc_norm)" if model["pool"] == "mean"
+               else "class token (there is no fc_norm)")
+        )
+    else:
+        fusion = "last" if has_norm else "inter_block"
+        model |= {"fusion": fusion, "fusion_maps": None, "fusion_input": True}
+        evidence.append(
+            "no decoder, no head; " + ("with" if has_norm else "without") +
+            " a norm after the last block"
+        )
+    return Card(
+        kind=kind, model=model, image_size=image_size, channels=channels,
+        mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
+        recipe=recipe, step=None, origin=origin,
+    )
+
+
+def _depth(tensors: Tensors, prefix: str) -> int:
+    pattern = re.compile(rf"{prefix}(\d+)/")
+    return 1 + max(
+        (int(found[1]) for name in tensors if (found := pattern.match(name))),
+        default=-1,
+    )
+
+
+def _size(dim: int, depth: int, facts: Facts) -> tuple[str, str]:
+    for name, size in vit.SIZES.items():
+        if (size.dim, size.depth) == (dim, depth) and facts.num_heads in (
+            None, size.num_heads
+        ):
+            return name, f": ViT-{name}, hence {size.num_heads} heads"
+    if facts.num_heads is None:
+        raise ConversionError(
+            f"Width {dim} and depth {depth} are no published size, so that the number "
+            "of heads cannot be told from the tensors; give num_heads."
+        )
+    return f"W{dim}-D{depth}-H{facts.num_heads}", f", {facts.num_heads} heads"
+
+
+def _image_size(
+    num_patches: int, patch_size: int, facts: Facts
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    side = math.isqrt(num_patches)
+    if facts.image_size is None:
+        if side**2 != num_patches:
+            raise ConversionError(
+                f"{num_patches} positions form no square; give image_size, the height "
+                "and width in pixels."
+            )
+        return (side * patch_size, side * patch_size), (side, side)
+    grid = tuple(length // patch_size for length in facts.image_size)
+    fits = all(length % patch_size == 0 for length in facts.image_size)
+    if not fits or grid[0] * grid[1] != num_patches:
+        raise ConversionError(
+            f"image_size={facts.image_size} has {grid[0]} x {grid[1]} patches of "
+            f"{patch_size} px, but the file has positions for {num_patches}."
+        )
+    return facts.image_size, grid
+
+
+def _decoder_settings(
+    tensors: Tensors, depth: int, facts: Facts, evidence: list[str]
+) -> dict[str, Any]:
+    if "decoder/mask_token" not in tensors:
+        raise ConversionError("The file has parts of a decoder, but no mask token.")
+    dim = tensors["decoder/mask_token"].shape[-1]
+    decoder_depth = _depth(tensors, "decoder/decoder_blocks_")
+    heads = facts.decoder_heads or _DECODER_HEADS.get(dim)
+    if heads is None:
+        raise ConversionError(
+            f"The decoder's width {dim} is no published one, so that its number of "
+            "heads cannot be told from the tensors; give decoder_heads."
+        )
+    first = "decoder/decoder_blocks_0"
+    kind = "cross" if f"{first}/cross_attn/q/bias" in tensors else "mae"
+    mixes = "fusion/kernel" in tensors
+    attends = f"{first}/self_attn/qkv/bias" in tensors
+    evidence.append(
+        f"decoder: {'cross' if kind == 'cross' else 'self'}-attention"
+        f"{' and self-attention' if attends else ''}, width {dim}, depth "
+        f"{decoder_depth}, {heads} heads"
+        + ("" if facts.decoder_heads else " as in every published one of this width")
+    )
+    maps, with_input = None, True
+    if mixes:
+        maps, with_input = _fusion(tensors["fusion/kernel"].shape[0], depth, facts)
+        evidence.append(
+            f"fusion: {tensors['fusion/kernel'].shape[0]} feature maps, "
+            + ("all blocks" if maps is None else f"blocks {maps}")
+            + (" and the encoder's input" if with_input else "")
+        )
+    return dict(
+        fusion="inter_block" if mixes else "last", fusion_maps=maps,
+        fusion_input=with_input, decoder=kind, decoder_dim=dim,
+        decoder_depth=decoder_depth, decoder_heads=heads,
+        decoder_self_attention=attends,
+        aggregator=dict(
+            kind="none", kernel_size=7, rewrites_retained=False,
+            visible="decoder" if kind == "mae" else "encoder",
+        ),
+    )
+
+
+def _fusion(
+    num_maps: int, depth: int, facts: Facts
+) -> tuple[tuple[int, ...] | None, bool]:
+    """Returns which maps are mixed: blocks (None for all), and whether the input."""
+    if facts.fusion_maps is None and num_maps == depth + 1:
+        return None, True
+    if facts.fusion_maps is None or facts.fusion_input is None:
+        raise ConversionError(
+            f"The decoder mixes {num_maps} feature maps of an encoder of depth "
+            f"{depth}; the tensors do not tell which; give fusion_maps (the blocks, "
+            "all of them if empty) and fusion_input."
+        )
+    blocks = facts.fusion_maps or tuple(range(depth))
+    if len(blocks) + facts.fusion_input != num_maps:
+        raise ConversionError(
+            f"fusion_maps={facts.fusion_maps} with fusion_input={facts.fusion_input} "
+            f"are {len(blocks) + facts.fusion_input} maps, but the file mixes "
+            f"{num_maps}."
+        )
+    return facts.fusion_maps or None, facts.fusion_input

@@ -1,0 +1,36 @@
+"""Runs for tests of what comes after training: drawn weights, saved as a run saves them.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from benchmarks import step
+from crossmae_jax import checkpoint, optim, parallel, train, workdir
+from crossmae_jax.objectives import OBJECTIVES
+from tests.test_benchmarks import TINY
+
+STEP = 3
+
+
+def tiny_config(name: str, *overrides: str) -> ConfigDict:
+    """Returns the settings of an experiment with a model of one block."""
+    return step.load_config(f"configs/{name}.py", overrides=[*TINY, *overrides])
+
+
+def save_run(directory: Path, name: str, *overrides: str) -> Path:
+    """Makes the workdir of a run of 3 steps, of which none was made."""
+    config = tiny_config(name, *overrides)
+    schedule = optim.make_schedule(config, steps_per_epoch=1.0)
+    init, _ = train.compile_steps(
+        OBJECTIVES[config.objective](config), optim.make_optimizer(config, schedule),
+        parallel.make_mesh(), schedule=schedule, key=jax.random.key(0),
+    )
+    state = init(jax.random.key(1)).replace(step=jnp.asarray(STEP, jnp.int32))
+    workdir.claim(directory, config, dataset={}, resuming=False)
+    checkpoints = checkpoint.Checkpoints(directory / "checkpoints", keep=1)
+    checkpoints.save(STEP, state, wait=True)
+    checkpoints.close()
+    return directory
