@@ -1,5 +1,4 @@
-"""Runs for tests of what comes after training: drawn weights, saved as a run saves them.
-"""
+"""Runs for tests of what follows training: drawn weights, saved as a run saves them."""
 
 from pathlib import Path
 
