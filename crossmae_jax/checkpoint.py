@@ -183,11 +183,7 @@ class Checkpoints:
 
 
 def newest_step(directory: str | Path) -> int:
-    """Returns the newest step that is intact, and names those newer that are not.
-
-    Raises:
-      RestoreError: if there is no checkpoint, or none is intact.
-    """
+    """Returns the newest intact step; raises RestoreError if there is none."""
     directory = Path(directory).absolute()
     step, _ = _newest_intact(directory, (VARIABLES,))
     if step is None:
@@ -202,10 +198,6 @@ def restore_variables(
 
     Needs neither the config nor the devices of the run. Reads only; a run may be
     writing to the directory.
-
-    Example:
-      variables = restore_variables("runs/digits_cross/checkpoints")
-      variables["params"]["encoder"]
 
     Args:
       directory: a run's `checkpoints`.

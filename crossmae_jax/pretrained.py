@@ -147,7 +147,7 @@ def load(
         position table is resized. That of pre-training if not given.
       mean: per channel, for pixels in 0..1; needed where the file does not tell, and
         replaces the card's; likewise `std`.
-      facts: what else the file does not tell, as in `convert.structure.Facts`.
+      facts: what else the file does not tell, as in `convert.hints.Facts`.
 
     Raises:
       ConversionError: if the weights cannot be read, or do not tell enough.

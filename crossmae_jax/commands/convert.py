@@ -34,7 +34,7 @@ def _yes(text: str) -> bool:
 
 _yes.__name__ = "true or false"
 
-# What a file may not tell: `structure.Facts`.
+# What a file may not tell: `hints.Facts`.
 FACTS = {
     "num_heads": (int, "heads of the encoder"),
     "decoder_heads": (int, "heads of the decoder"),

@@ -47,7 +47,7 @@ def import_weights(
       to: a folder that does not exist yet.
       format: see `sources.FORMATS`; recognised if not given.
       check: False leaves the images out.
-      facts: what the file does not tell, as in `structure.Facts`.
+      facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
       ConversionError: see `sources.open_weights`; or if the two sides disagree.
@@ -83,7 +83,7 @@ def export_weights(
       step: of a run; the newest intact one if not given.
       fresh_norm: see `exporting.write_huggingface`.
       check: False leaves out sending images through both sides.
-      facts: what the file does not tell, as in `structure.Facts`.
+      facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
       ConversionError: if the format has no place for the model, or the two sides

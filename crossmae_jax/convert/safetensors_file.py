@@ -153,12 +153,6 @@ def write(path: str | Path, tensors: Tensors, metadata: Mapping[str, str]) -> No
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            file.write(_raw(tensors[name]))
+            file.write(tensors[name].raw())
         file.flush()
         os.fsync(file.fileno())
-
-
-def _raw(value: Tensor) -> np.ndarray:
-    values = np.ascontiguousarray(value.read())
-    assert (values.dtype, values.size) == (value.dtype, value.size)
-    return values.reshape(-1).view(np.uint8)

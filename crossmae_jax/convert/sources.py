@@ -11,7 +11,6 @@ Nothing is read but descriptions; tensors come when they are asked for.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,15 @@ import numpy as np
 from crossmae_jax import checkpoint, workdir
 from crossmae_jax.convert import (
     cards,
+    hints,
     names,
     safetensors_file,
     structure,
     torch_file,
 )
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.structure import Facts
 from crossmae_jax.convert.tensor import Tensor, Tensors
 
 FORMATS = ("run", "safetensors", "mae", "timm", "huggingface")
@@ -35,7 +35,6 @@ CARD = "crossmae_jax"  # the card's name in the metadata of our files
 EMBEDDED = "crossmae_jax_card"  # and in files of other formats that we wrote
 WEIGHTS = "model.safetensors"  # in folders
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # transformers 5 writes the blocks of ViTMAE's decoder under this name; it reads both.
 _SPELLINGS = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 
@@ -64,7 +63,7 @@ def open_weights(
     Args:
       format: one of `FORMATS`; recognised by what lies there if not given.
       step: of a run; the newest intact one if not given.
-      facts: what the file does not tell, as in `structure.Facts`.
+      facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
       ConversionError: if nothing of a known format lies there, something is missing in
@@ -129,7 +128,7 @@ def _recognise_folder(path: Path) -> tuple[str, str]:
     if (path / "checkpoints").is_dir() and (path / "config.json").is_file():
         return "run", "config.json and checkpoints/ in it"
     if (path / "config.json").is_file():
-        config = _json(path / "config.json")
+        config = hints.read_json(path / "config.json")
         if "model_type" in config:
             return "huggingface", f"config.json has model_type {config['model_type']!r}"
         if "architecture" in config:
@@ -179,16 +178,6 @@ def _all_tensors(content: dict[Any, Any]) -> bool:
         isinstance(name, str) and isinstance(value, Tensor)
         for name, value in content.items()
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConversionError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path} holds no JSON object.")
-    return values
 
 
 def _open_run(path: Path, step: int | None, evidence: list[str]) -> Weights:
@@ -252,7 +241,8 @@ def _open_foreign(
     else:
         card = structure.infer(
             ours, tensors[patch_name].shape, facts.with_given(given),
-            origin=f"{path.name} ({format})", recipe=_recipe(rest), evidence=evidence,
+            origin=f"{path.name} ({format})", recipe=hints.recipe(rest),
+            evidence=evidence,
         )
     if card.kind == "pretrain" and card.model["decoder"] == "cross":
         ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
@@ -281,21 +271,21 @@ def _foreign(
     """Returns tensors under their names, what lies beside them, and what that tells."""
     config: dict[str, Any] = {}
     if path.is_dir():
-        config = _json(path / "config.json")
+        config = hints.read_json(path / "config.json")
         tensors, rest = _folder_tensors(path)
     else:
         tensors, rest = read_file(path)
     if format == "huggingface":
-        return _respelt(tensors), rest, _huggingface_facts(path, config, evidence)
+        return _respelt(tensors), rest, hints.of_huggingface(path, config, evidence)
     if format == "timm":
-        return tensors, rest, _timm_facts(config, evidence)
-    return tensors, rest, _mae_facts(tensors, rest, evidence)
+        return tensors, rest, hints.of_timm(config, evidence)
+    return tensors, rest, hints.of_mae(tensors, rest, evidence)
 
 
 def _folder_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     index = path / f"{WEIGHTS}.index.json"
     if index.is_file():
-        files = sorted(set(_json(index)["weight_map"].values()))
+        files = sorted(set(hints.read_json(index)["weight_map"].values()))
         merged: dict[str, Tensor] = {}
         for name in files:
             merged |= read_file(path / name)[0]
@@ -313,88 +303,3 @@ def _respelt(tensors: Tensors) -> dict[str, Tensor]:
             name = name.replace(spelling, usual)
         respelt[name] = value
     return respelt
-
-
-def _huggingface_facts(
-    path: Path, config: dict[str, Any], evidence: list[str]
-) -> Facts:
-    if not config:
-        raise ConversionError(
-            f"{path} is a bare file of transformers; give the folder with its "
-            "config.json."
-        )
-    found: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
-    if (epsilon := config.get("layer_norm_eps", 1e-12)) != 1e-6:
-        evidence.append(
-            f"config.json has layer_norm_eps {epsilon}; MAE was trained with 1e-6, "
-            "which is used here"
-        )
-    for name in ("hidden_act", "qkv_bias"):
-        usual = {"hidden_act": "gelu", "qkv_bias": True}[name]
-        if config.get(name, usual) != usual:
-            raise ConversionError(
-                f"{path}: {name} is {config[name]!r}, but here it is always {usual!r}."
-            )
-    if "decoder_num_attention_heads" in config:
-        found |= {
-            "decoder_heads": config["decoder_num_attention_heads"],
-            "normalize": config.get("norm_pix_loss"),
-            "mask_ratio": config.get("mask_ratio"),
-        }
-    size = config.get("image_size")
-    if size is not None:
-        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-    evidence.append("heads, image size and target: from config.json")
-    if (path / "preprocessor_config.json").is_file():
-        processor = _json(path / "preprocessor_config.json")
-        found |= {
-            "mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])
-        }
-        evidence.append("mean and std: from preprocessor_config.json")
-    return Facts(**found)
-
-
-def _timm_facts(config: dict[str, Any], evidence: list[str]) -> Facts:
-    cfg = config.get("pretrained_cfg", config)
-    if not {"mean", "std"} <= cfg.keys():
-        evidence.append("mean and std: not in the file")
-        return Facts(num_heads=config.get("model_args", {}).get("num_heads"))
-    evidence.append("mean and std: from config.json")
-    return Facts(
-        num_heads=config.get("model_args", {}).get("num_heads"),
-        mean=tuple(cfg["mean"]), std=tuple(cfg["std"]),
-    )
-
-
-def _mae_facts(
-    tensors: Tensors, rest: dict[str, Any], evidence: list[str]
-) -> Facts:
-    args = rest.get("args") or {}
-    found: dict[str, Any] = {}
-    if tensors["patch_embed.proj.weight"].shape[1] == 3:
-        found = dict(zip(("mean", "std"), _IMAGENET, strict=True))
-        evidence.append("mean and std: ImageNet's, written into the reference's code")
-    if "mask_token" in tensors and args:
-        found |= {
-            "normalize": args.get("norm_pix_loss"),
-            "mask_ratio": args.get("mask_ratio"),
-            "pred_ratio": args.get("kept_mask_ratio"),
-            "fusion_input": args.get("use_input"),
-        }
-        if (blocks := args.get("use_fm")) is not None:
-            # The reference's [-1] stands for all blocks, not for the last one.
-            found["fusion_maps"] = () if list(blocks) == [-1] else tuple(blocks)
-        evidence.append("masking, target and fusion: from the arguments in the file")
-    return Facts(**found)
-
-
-def _recipe(rest: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a checkpoint's arguments say of how it was trained."""
-    args = rest.get("args") or {}
-    kept = (
-        "epochs", "batch_size", "accum_iter", "blr", "weight_decay", "warmup_epochs"
-    )
-    recipe = {name: args[name] for name in kept if args.get(name) is not None}
-    if isinstance(rest.get("epoch"), int):
-        recipe["epoch"] = rest["epoch"]
-    return recipe

@@ -6,7 +6,6 @@ the tensors (the arguments of the training script, a `config.json`), then in wha
 caller says; if it is in none of them, that is an error and not a guess.
 """
 
-import dataclasses
 import math
 import re
 from typing import Any
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.tensor import Tensors
 from crossmae_jax.models import classifier, mim, vit
@@ -23,51 +23,6 @@ from crossmae_jax.objectives import pretrain
 
 # Every published decoder has heads of this width (CrossMAE's 256 and MAE's 512).
 _DECODER_HEADS = {256: 8, 512: 16}
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What names and shapes of tensors do not tell; None is not known.
-
-    Attributes:
-      num_heads: of the encoder; known without being told for the sizes Ti, S, B, L, H.
-      decoder_heads: likewise for decoders of width 256 and 512.
-      image_size: height and width; known without being told if patches form a square.
-      mean: of each channel, for pixels in 0..1; likewise `std`.
-      normalize: whether the decoder predicts standardised patches.
-      mask_ratio: share of patches that was masked; `pred_ratio` that was predicted.
-      fusion_maps: encoder blocks that the decoder's contexts are mixed of, () for all.
-      fusion_input: whether the encoder's input is among them.
-    """
-
-    num_heads: int | None = None
-    decoder_heads: int | None = None
-    image_size: tuple[int, int] | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
-    normalize: bool | None = None
-    mask_ratio: float | None = None
-    pred_ratio: float | None = None
-    fusion_maps: tuple[int, ...] | None = None
-    fusion_input: bool | None = None
-
-    def with_given(self, given: "Facts") -> "Facts":
-        """Adds what the caller says to what the file says.
-
-        Raises:
-          ConversionError: if the two contradict each other.
-        """
-        for name, value in dataclasses.asdict(given).items():
-            found = getattr(self, name)
-            if None not in (found, value) and found != value:
-                raise ConversionError(
-                    f"{name}={value!r} was given, but the file says {found!r}; leave "
-                    "it out."
-                )
-        return dataclasses.replace(self, **{
-            name: value for name, value in dataclasses.asdict(given).items()
-            if value is not None
-        })
 
 
 def config_of(card: Card) -> ConfigDict:

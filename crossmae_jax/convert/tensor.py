@@ -30,6 +30,12 @@ class Tensor:
         """The number of values."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    def raw(self) -> np.ndarray:
+        """Returns the values as bytes, in row-major order."""
+        values = np.ascontiguousarray(self.read())
+        assert (values.dtype, values.size) == (self.dtype, self.size)
+        return values.reshape(-1).view(np.uint8)
+
     def then(self, change: Callable[[np.ndarray], np.ndarray]) -> "Tensor":
         """Returns the tensor with `change` applied whenever it is read."""
         # The change of the shape is that of a constant that takes no memory.
