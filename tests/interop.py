@@ -14,13 +14,14 @@ import transformers  # noqa: E402
 
 SMALL = dict(patch_size=8, embed_dim=32, depth=2, num_heads=2)
 TIMM = {
-    "token": dict(img_size=32, global_pool="token", num_classes=5),
-    "mean": dict(img_size=32, global_pool="avg", num_classes=5),
-    "headless": dict(img_size=32, global_pool="avg", num_classes=0),
+    "token": dict(img_size=(32, 32), global_pool="token", num_classes=5),
+    "mean": dict(img_size=(32, 32), global_pool="avg", num_classes=5),
+    "headless": dict(img_size=(32, 32), global_pool="avg", num_classes=0),
     "rectangular": dict(img_size=(16, 40), global_pool="token", num_classes=0),
-    "grey": dict(img_size=32, in_chans=1, global_pool="token", num_classes=5),
+    "grey": dict(img_size=(32, 32), in_chans=1, global_pool="token", num_classes=5),
     "normless": dict(
-        img_size=32, global_pool="avg", num_classes=0, fc_norm=False, final_norm=False
+        img_size=(32, 32), global_pool="avg", num_classes=0, fc_norm=False,
+        final_norm=False,
     ),
 }
 

@@ -39,9 +39,7 @@ TOLERANCE = 1e-3
 
 # What must import for a package to be used; transformers imports its models late.
 _VIT_MAE = "transformers.models.vit_mae.modeling_vit_mae"
-_MODULES = {
-    "timm": ("torch", "timm"), "transformers": ("torch", "transformers", _VIT_MAE)
-}
+_MODULES = {"timm": ("timm",), "transformers": ("transformers", _VIT_MAE)}
 # Classes of transformers, and with which settings they are loaded.
 _CLASSES: dict[str | None, dict[str, Any]] = {
     "ViTMAEForPreTraining": {},
