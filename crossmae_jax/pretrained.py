@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 from crossmae_jax import augment, patches
 from crossmae_jax.convert import names, sources, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.data import transforms
 from crossmae_jax.models import fusion, posemb, vit
@@ -39,10 +40,13 @@ class Encoder:
     """
 
     def __init__(self, card: Card, variables: Any):
-        if card.mean is None or card.std is None:
+        if card.mean is None or card.std is None or not (
+            len(card.mean) == len(card.std) == card.channels and min(card.std) > 0
+        ):
             raise ConversionError(
-                f"How images were normalised for {card.origin} is not known; give mean "
-                "and std, each a value per channel for pixels in 0..1."
+                f"mean={card.mean}, std={card.std} do not say how images are "
+                f"normalised for {card.origin}; give mean and std, each a value for "
+                f"each of its {card.channels} channels, for pixels in 0..1, std above 0."
             )
         self.card = card
         self.variables = variables
@@ -83,6 +87,8 @@ class Encoder:
         """
         size, channels = tuple(self.card.image_size), self.card.channels
         if isinstance(images, Sequence):
+            if not images:
+                raise ValueError("The list of images is empty.")
             return np.stack([
                 transforms.eval_image(
                     _uint8(image), image_size=size, channels=channels,
@@ -135,7 +141,7 @@ def _last_map(card: Card) -> int | None:
 
 def load(
     path: Any, *, format: str | None = None, step: int | None = None,
-    image_size: tuple[int, int] | None = None, mean: tuple[float, ...] | None = None,
+    image_size: Sequence[int] | None = None, mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None, **facts: Any,
 ) -> Encoder:
     """Returns the encoder, or fine-tuned classifier, of weights of any format.
@@ -152,7 +158,11 @@ def load(
     Raises:
       ConversionError: if the weights cannot be read, or do not tell enough.
     """
-    weights = sources.open_weights(path, format=format, step=step, **facts)
+    # For positions that form no square: the size may be the file's own.
+    fallback = Facts(image_size=None if image_size is None else tuple(image_size))
+    weights = sources.open_weights(
+        path, format=format, step=step, fallback=fallback, **facts
+    )
     card, tensors = weights.card, dict(weights.tensors)
     if card.kind == "pretrain":
         card = card.encoder_only()

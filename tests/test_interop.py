@@ -296,8 +296,8 @@ def test_what_the_other_side_refuses_is_listed(timm_file, tmp_path):
     with pytest.raises(ConversionError, match="timm .* refuses"):
         checks.compare(weights, path, "timm")
     torch.save({"model": state, "step": fractions.Fraction(1)}, tmp_path / "a.pth")
-    with pytest.raises(ConversionError, match="(?s)refuses.*Fraction"):
-        checks.compare(weights, tmp_path / "a.pth", "timm")
+    (line,) = checks.compare(weights, tmp_path / "a.pth", "timm")
+    assert line.startswith("not checked: beside its tensors the file holds objects")
     folder = _saved(interop.hf_model(), tmp_path / "folder")
     weights = sources.open_weights(folder)
     _rename(folder, lambda n: "surplus" if n == "decoder.decoder_norm.bias" else n)

@@ -81,6 +81,24 @@ def test_an_encoder_has_no_logits(run, images):
         crossmae_jax.load(run).logits(images)
 
 
+def test_a_wide_image_needs_its_size_once(tmp_path):
+    from tests.interop import timm, torch
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=(32, 64), embed_dim=24, depth=1, num_heads=2,
+        num_classes=0,
+    )
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    half = (0.5, 0.5, 0.5)
+    encoder = crossmae_jax.load(
+        tmp_path / "wide.pth", num_heads=2, image_size=(32, 64), mean=half, std=half
+    )
+    images = np.zeros((1, 32, 64, 3), np.uint8)
+    assert encoder.tokens(images).shape == (1, 9, 24)
+    with pytest.raises(ValueError, match="list of images is empty"):
+        encoder([])
+
+
 def test_unknown_statistics_are_asked_for():
     path = GOLDEN / "timm_vit_tiny_like.safetensors"
     with pytest.raises(ConversionError, match="give mean and std"):

@@ -264,3 +264,29 @@ def test_a_wrong_path_ends_training_before_it_begins(tmp_path):
 def test_other_targets_are_noted(cross):
     plan = _plan(cross, _config("digits_cross", "target.normalize=False"))
     assert "trained with target.normalize=True" in plan.report[-1]
+
+
+@pytest.mark.parametrize("form, name", [
+    ("mae", "out.pth"), ("timm", "out"), ("huggingface", "out"),
+    ("safetensors", "out.safetensors"),
+])
+def test_every_export_of_a_run_can_be_started_from(mae, tmp_path, form, name):
+    convert.export_weights(mae, tmp_path / name, format=form, check=False)
+    plan = _plan(tmp_path / name, _config("digits_mae"))
+    assert _report(plan, "loaded").startswith("encoder (")
+    assert ("decoder" in _report(plan, "new")) == (form == "timm")
+    said = "heads of the encoder: 2, the model has 4"
+    with pytest.raises(ConversionError, match=said):
+        _plan(tmp_path / name, _config("digits_mae", "model.size=W16-D1-H4/4"))
+
+
+def test_a_class_row_that_crossmaes_scripts_ignore_is_not_exported(cross, tmp_path):
+    weights = sources.open_weights(cross)
+    table = weights.tensors["encoder/pos_embed"].then(lambda x: x + np.float32(1))
+    changed = dict(weights.tensors) | {"encoder/pos_embed": table}
+    path = tmp_path / "c.safetensors"
+    convert.exporting.write_safetensors(
+        sources.Weights(weights.card, changed, "safetensors", ()), path
+    )
+    with pytest.raises(ConversionError, match="CrossMAE's scripts do not"):
+        convert.export_weights(path, tmp_path / "c.pth", format="mae")

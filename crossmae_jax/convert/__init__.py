@@ -10,6 +10,7 @@ of; `sources` opens any format, `exporting` writes any; `checks` sends images th
 both sides.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +107,8 @@ def export_weights(
     opened = open_weights(path, step=step, **facts)
     weights, left_out = exporting.select(opened, format, parts)
     lines = [*opened.evidence, *left_out, *exporting.warnings(weights.card)]
+    if fresh_norm:
+        lines.append("added: a norm of scale 1 and bias 0 after the last block")
     options = {"fresh_norm": fresh_norm} if format == "huggingface" else {}
 
     def write(temporary: Path) -> list[str]:
@@ -119,7 +122,7 @@ def export_weights(
 
 def _commit(weights: Weights, to: Path, lines: list[str], write: Any) -> Conversion:
     """Writes under a temporary name, and gives the right one to what is complete."""
-    if to.exists():
+    if os.path.lexists(to):
         raise FileExistsError(
             f"{to} exists and is not overwritten; remove it or give another name."
         )
@@ -165,7 +168,7 @@ def inspect(path: str | Path) -> str:
 
 
 def _beside(rest: dict[str, Any]) -> str:
-    return ", ".join(map(str, rest)) or "nothing"
+    return ", ".join(str(name) for name in rest if name != "under") or "nothing"
 
 
 def _listing(tensors: Any) -> list[str]:

@@ -82,8 +82,8 @@ def warnings(card: Card) -> list[str]:
     lines = []
     if card.kind == "encoder" and card.model["fusion"] == "inter_block":
         lines.append(
-            "the encoder has no norm after its last block: CrossMAE norms mixtures of "
-            "its feature maps instead; pool the mean of the patch tokens"
+            "the encoder has no norm after its last block, as CrossMAE has none; pool "
+            "the mean of the patch tokens"
         )
         size, _ = vit.parse_size(card.model["size"])
         last = fusion.resolve_maps(
@@ -106,7 +106,19 @@ def write_safetensors(weights: Weights, path: Path) -> None:
 
 
 def write_mae(weights: Weights, path: Path) -> None:
-    """Writes a .pth file that MAE's scripts load: the tensors under "model"."""
+    """Writes a .pth file that MAE's scripts load: the tensors under "model".
+
+    Raises:
+      ConversionError: if the scripts' CrossMAE would compute something else.
+    """
+    if weights.card.model.get("decoder") == "cross" and (
+        weights.tensors["encoder/pos_embed"].read()[0].any()
+    ):
+        raise ConversionError(
+            "The class token's row of the position table is not zero (it comes from "
+            "weights that training started from); ours adds it, CrossMAE's scripts do "
+            "not. Export the encoder with parts='encoder', or take 'safetensors'."
+        )
     torch_file.write(path, {
         "model": _theirs(weights, names.MAE), sources.EMBEDDED: weights.card.to_json(),
     })
@@ -131,6 +143,12 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
     card = weights.card
     height, width = card.image_size
     full = card.kind == "pretrain"
+    if full and card.normalize is None:
+        raise ConversionError(
+            "Whether the decoder predicts standardised patches is not known, and "
+            "config.json must say it; import the weights with normalize=True or False, "
+            "or export the encoder with parts='encoder'."
+        )
     if full and height != width:
         raise ConversionError(
             f"ViTMAEForPreTraining takes square images only, this model {height} x "
@@ -141,12 +159,11 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
         if not fresh_norm:
             raise ConversionError(
                 "A ViTModel ends in a norm, which this encoder has not (CrossMAE norms "
-                "mixtures of feature maps instead). With fresh_norm it gets one of "
-                "scale 1 and bias 0; hidden_states[-1] are then the tokens before it. "
-                "timm needs none: format 'timm'."
+                "mixtures of feature maps, others pooled means). With fresh_norm it "
+                "gets one of scale 1 and bias 0; hidden_states[-1] are then the tokens "
+                "before it. timm needs none: format 'timm'."
             )
         tensors |= _fresh_norm(tensors["encoder/cls_token"])
-        card = dataclasses.replace(card, model=card.model | {"fusion": "last"})
     table = names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
     theirs = _theirs(dataclasses.replace(weights, tensors=tensors), table)
     path.mkdir()
@@ -233,11 +250,9 @@ def huggingface_config(card: Card) -> dict[str, Any]:
     if card.kind == "encoder":
         return dict(architectures=["ViTModel"], model_type="vit", **config)
     model = card.model
-    known = {}
+    known = {"norm_pix_loss": card.normalize}
     if card.masking is not None:
         known["mask_ratio"] = card.masking["mask_ratio"]
-    if card.normalize is not None:
-        known["norm_pix_loss"] = card.normalize
     return dict(
         architectures=["ViTMAEForPreTraining"], model_type="vit_mae", **config, **known,
         decoder_hidden_size=model["decoder_dim"],

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.tensor import Tensors
 
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Arguments of timm's VisionTransformer that our models have as well.
+_TIMM_ARGUMENTS = {
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim",
+    "depth", "num_heads", "mlp_ratio", "final_norm", "fc_norm",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,24 @@ class Facts:
     pred_ratio: float | None = None
     fusion_maps: tuple[int, ...] | None = None
     fusion_input: bool | None = None
+
+    def __post_init__(self):
+        size = self.image_size
+        if size is not None and (
+            not isinstance(size, tuple) or len(size) != 2 or min(size) < 1
+        ):
+            raise ConversionError(
+                f"image_size={size!r}; expected a height and a width in pixels, such "
+                "as (224, 224)."
+            )
+        for name in ("mask_ratio", "pred_ratio"):
+            ratio = getattr(self, name)
+            if ratio is not None and not 0 < ratio < 1:
+                raise ConversionError(
+                    f"{name}={ratio}; expected a share above 0 and below 1."
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise ConversionError(f"std={self.std}; expected values above 0.")
 
     def with_given(self, given: "Facts") -> "Facts":
         """Adds what the caller says to what the file says.
@@ -108,57 +130,83 @@ def of_huggingface(
     evidence.append("heads, image size and target: from config.json")
     if (path / "preprocessor_config.json").is_file():
         processor = read_json(path / "preprocessor_config.json")
-        found |= {
-            "mean": tuple(processor["image_mean"]), "std": tuple(processor["image_std"])
-        }
-        evidence.append("mean and std: from preprocessor_config.json")
+        if {"image_mean", "image_std"} <= processor.keys():
+            found["mean"] = tuple(processor["image_mean"])
+            found["std"] = tuple(processor["image_std"])
+            evidence.append("mean and std: from preprocessor_config.json")
     return Facts(**found)
 
 
 def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
-    """Returns what a folder of timm tells; `config` is empty for a file."""
-    cfg = config.get("pretrained_cfg", config)
-    if not {"mean", "std"} <= cfg.keys():
-        evidence.append("mean and std: not in the file")
-        return Facts(num_heads=config.get("model_args", {}).get("num_heads"))
-    evidence.append("mean and std: from config.json")
-    return Facts(
-        num_heads=config.get("model_args", {}).get("num_heads"),
-        mean=tuple(cfg["mean"]), std=tuple(cfg["std"]),
+    """Returns what a folder of timm tells; `config` is empty for a file.
+
+    Raises:
+      ConversionError: if the model has settings that ours has not.
+    """
+    arguments, cfg = config.get("model_args", {}), config.get("pretrained_cfg", config)
+    if others := sorted(arguments.keys() - _TIMM_ARGUMENTS):
+        raise ConversionError(
+            "config.json has model_args that change a ViT into another than ours: "
+            + ", ".join(f"{name}={arguments[name]!r}" for name in others)
+        )
+    pool = arguments.get("global_pool", config.get("global_pool"))
+    normed_mean = pool == "avg" and arguments.get("fc_norm") is False and (
+        arguments.get("final_norm", True)
     )
+    if config.get("num_classes", 0) and (
+        pool not in (None, "token", "avg") or normed_mean
+        or pool == "token" and arguments.get("fc_norm")
+    ):
+        raise ConversionError(
+            f"config.json has global_pool={pool!r}, fc_norm="
+            f"{arguments.get('fc_norm')!r}; known are the normed class token, and the "
+            "mean of patch tokens with a norm after it."
+        )
+    found: dict[str, Any] = {"num_heads": arguments.get("num_heads")}
+    size = arguments.get("img_size", cfg.get("input_size", (None,))[1:])
+    if size:
+        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    if {"mean", "std"} <= cfg.keys():
+        found |= {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
+        evidence.append("image size, mean and std: from config.json")
+    else:
+        evidence.append("mean and std: not in the file")
+    return Facts(**found)
 
 
-def of_mae(
-    tensors: Tensors, rest: dict[str, Any], evidence: list[str]
-) -> Facts:
+def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:
     """Returns what a checkpoint of MAE or CrossMAE tells by its arguments."""
-    args = rest.get("args") or {}
-    found: dict[str, Any] = {}
-    patch = tensors.get("patch_embed.proj.weight")
-    if patch is not None and patch.shape[1:2] == (3,):
-        found = dict(zip(("mean", "std"), _IMAGENET, strict=True))
-        evidence.append("mean and std: ImageNet's, written into the reference's code")
-    if "mask_token" in tensors and args:
-        found |= {
-            "normalize": args.get("norm_pix_loss"),
-            "mask_ratio": args.get("mask_ratio"),
-            "pred_ratio": args.get("kept_mask_ratio"),
-            "fusion_input": args.get("use_input"),
-        }
-        if (blocks := args.get("use_fm")) is not None:
-            # The reference's [-1] stands for all blocks, not for the last one.
-            found["fusion_maps"] = () if list(blocks) == [-1] else tuple(blocks)
+    args = _arguments(rest)
+    found: dict[str, Any] = {
+        ours: args[theirs] for ours, theirs, kind in (
+            ("normalize", "norm_pix_loss", bool), ("mask_ratio", "mask_ratio", float),
+            ("pred_ratio", "kept_mask_ratio", float),
+            ("fusion_input", "use_input", bool),
+        ) if isinstance(args.get(theirs), kind)
+    }
+    blocks = args.get("use_fm")
+    if isinstance(blocks, list) and all(isinstance(block, int) for block in blocks):
+        # The reference's [-1] stands for all blocks, not for the last one.
+        found["fusion_maps"] = () if blocks == [-1] else tuple(blocks)
+    if found:
         evidence.append("masking, target and fusion: from the arguments in the file")
     return Facts(**found)
 
 
+def _arguments(rest: dict[str, Any]) -> dict[str, Any]:
+    """Returns the training script's arguments, if there are any."""
+    args = rest.get("args")
+    return args if isinstance(args, dict) else {}
+
+
 def recipe(rest: dict[str, Any]) -> dict[str, Any]:
     """Returns what a checkpoint's arguments say of how it was trained."""
-    args = rest.get("args") or {}
+    args = _arguments(rest)
     kept = (
         "epochs", "batch_size", "accum_iter", "blr", "weight_decay", "warmup_epochs"
     )
-    found = {name: args[name] for name in kept if args.get(name) is not None}
+    # Numbers only: a file may hold anything, of any size.
+    found = {name: args[name] for name in kept if type(args.get(name)) in (int, float)}
     if isinstance(rest.get("epoch"), int):
         found["epoch"] = rest["epoch"]
     return found

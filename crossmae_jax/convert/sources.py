@@ -35,6 +35,7 @@ CARD = "crossmae_jax"  # the card's name in the metadata of our files
 EMBEDDED = "crossmae_jax_card"  # and in files of other formats that we wrote
 WEIGHTS = "model.safetensors"  # in folders
 
+_POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # behind a ViTModel's encoder
 # transformers 5 writes the blocks of ViTMAE's decoder under this name; it reads both.
 _SPELLINGS = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 
@@ -56,13 +57,14 @@ class Weights:
 
 def open_weights(
     path: str | Path, *, format: str | None = None, step: int | None = None,
-    **facts: Any,
+    fallback: Facts | None = None, **facts: Any,
 ) -> Weights:
     """Opens weights of any format.
 
     Args:
       format: one of `FORMATS`; recognised by what lies there if not given.
       step: of a run; the newest intact one if not given.
+      fallback: used where neither file nor `facts` nor published sizes tell.
       facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
@@ -82,12 +84,18 @@ def open_weights(
         raise ConversionError(
             f"Unknown format {format!r}. Known: {', '.join(sorted(FORMATS))}."
         )
+    known = {field.name for field in dataclasses.fields(Facts)}
+    if unknown := sorted(facts.keys() - known):
+        raise ConversionError(
+            f"Unknown: {', '.join(unknown)}. What can be said of weights: "
+            f"{', '.join(sorted(known))}."
+        )
     evidence = [f"format {format}: {reason}"]
     if format in ("run", "safetensors"):
         if facts := {k: v for k, v in facts.items() if v is not None}:
             raise ConversionError(
-                f"{path} has a card, or is a run with its own settings; leave out "
-                f"{', '.join(facts)}."
+                f"{path} is taken as of the format {format!r}, which tells all of "
+                f"itself; leave out {', '.join(facts)}, or name another format."
             )
         if format == "run":
             return _open_run(path, step, evidence)
@@ -95,7 +103,7 @@ def open_weights(
         raise ConversionError(f"{path} is no run and has no steps; leave out step.")
     if format == "safetensors":
         return _open_ours(path, evidence)
-    return _open_foreign(path, format, Facts(**facts), evidence)
+    return _open_foreign(path, format, Facts(**facts), fallback or Facts(), evidence)
 
 
 def recognise(path: Path) -> tuple[str, str]:
@@ -118,9 +126,13 @@ def recognise(path: Path) -> tuple[str, str]:
             return "mae", "names of a ViT under the key 'model', as MAE's scripts write"
         return "timm", "names like blocks.0.attn.qkv without a decoder"
     shown = ", ".join(list(tensors)[:3])
+    begins = {name.partition(".")[0] for name in tensors}
+    hint = ""
+    if len(begins) == 1 and any("cls_token" in name for name in tensors):
+        hint = f" Their names begin with {begins.pop()!r}; save them without."
     raise ConversionError(
         f"{path} holds {len(tensors)} tensors ({shown}, ...) of no format known here; "
-        f"known are {', '.join(FORMATS)}."
+        f"known are {', '.join(FORMATS)}.{hint}"
     )
 
 
@@ -134,7 +146,8 @@ def _recognise_folder(path: Path) -> tuple[str, str]:
         if "architecture" in config:
             return "timm", f"config.json has architecture {config['architecture']!r}"
     elif (path / WEIGHTS).is_file():
-        return "safetensors", f"a folder with {WEIGHTS}"
+        format, reason = recognise(path / WEIGHTS)
+        return format, f"{reason}, in {WEIGHTS}"
     found = sorted(entry.name for entry in path.iterdir())[:5]
     hint = ""
     if path.name == "checkpoints" or (path.parent.name == "checkpoints"):
@@ -182,6 +195,8 @@ def _all_tensors(content: dict[Any, Any]) -> bool:
 
 def _open_run(path: Path, step: int | None, evidence: list[str]) -> Weights:
     directory = path / "checkpoints"
+    if not any(entry.name.isdecimal() for entry in directory.iterdir()):
+        raise ConversionError(f"The run {path} has saved no checkpoint yet.")
     if step is None:
         step = checkpoint.newest_step(directory)
     card = cards.of_run(workdir.read_config(path), step=step, origin=str(path))
@@ -211,7 +226,7 @@ def _open_ours(path: Path, evidence: list[str]) -> Weights:
     if CARD not in metadata:
         raise ConversionError(
             f"{path} has no card of ours in its metadata; it is of another format: "
-            "leave the format out, or name it."
+            "name that, such as format='timm'."
         )
     card = cards.from_json(metadata[CARD])
     _check(tensors, card, path)
@@ -219,9 +234,11 @@ def _open_ours(path: Path, evidence: list[str]) -> Weights:
 
 
 def _open_foreign(
-    path: Path, format: str, given: Facts, evidence: list[str]
+    path: Path, format: str, given: Facts, fallback: Facts, evidence: list[str]
 ) -> Weights:
     tensors, rest, facts = _foreign(path, format, evidence)
+    if beside := sorted(map(str, rest.keys() - {"under", EMBEDDED})):
+        evidence.append(f"beside the tensors, not used as weights: {', '.join(beside)}")
     tables = {"mae": (names.MAE,), "timm": (names.TIMM,), "huggingface": (
         names.HUGGINGFACE_MAE, names.HUGGINGFACE_VIT
     )}[format]
@@ -238,14 +255,25 @@ def _open_foreign(
             raise ConversionError(f"{path} has a card; leave out {', '.join(told)}.")
         card = cards.from_json(rest[EMBEDDED])
         evidence.append("model: from the card in the file")
+        if card.model.get("fusion") == "inter_block" and "encoder/norm/scale" in ours:
+            del ours["encoder/norm/scale"], ours["encoder/norm/bias"]
+            evidence.append("left out: the norm that the export added (fresh_norm)")
     else:
+        facts = facts.with_given(given)
+        if format == "mae" and facts.mean is None and facts.std is None and (
+            tensors[patch_name].shape[1] == 3
+        ):
+            mean, std = hints.IMAGENET
+            facts = dataclasses.replace(facts, mean=mean, std=std)
+            evidence.append("mean and std: ImageNet's, as in the reference's code")
         card = structure.infer(
-            ours, tensors[patch_name].shape, facts.with_given(given),
+            ours, tensors[patch_name].shape, facts, fallback=fallback,
             origin=f"{path.name} ({format})", recipe=hints.recipe(rest),
             evidence=evidence,
         )
-    if card.kind == "pretrain" and card.model["decoder"] == "cross":
-        ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
+        if card.model.get("decoder") == "cross":
+            positions = "encoder/pos_embed"
+            ours[positions] = names.zero_class_row(ours[positions])
     _check(ours, card, path, table=table, left_over=left_over)
     return Weights(card, ours, format, tuple(evidence))
 
@@ -259,7 +287,7 @@ def _check(
         names.check_match(
             tensors, {name: leaf.shape for name, leaf in expected.items()},
             table=table, left_over=left_over or (),
-            reason=f"{path} is cut, or no plain {structure.size_name(card)}",
+            reason=f"{path} is cut, or holds more than a {structure.size_name(card)}",
         )
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
@@ -271,15 +299,17 @@ def _foreign(
     """Returns tensors under their names, what lies beside them, and what that tells."""
     config: dict[str, Any] = {}
     if path.is_dir():
-        config = hints.read_json(path / "config.json")
+        if (path / "config.json").is_file():
+            config = hints.read_json(path / "config.json")
         tensors, rest = _folder_tensors(path)
     else:
         tensors, rest = read_file(path)
     if format == "huggingface":
-        return _respelt(tensors), rest, hints.of_huggingface(path, config, evidence)
+        facts = hints.of_huggingface(path, config, evidence)
+        return _respelt(tensors, evidence), rest, facts
     if format == "timm":
         return tensors, rest, hints.of_timm(config, evidence)
-    return tensors, rest, hints.of_mae(tensors, rest, evidence)
+    return tensors, rest, hints.of_mae(rest, evidence)
 
 
 def _folder_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -296,9 +326,13 @@ def _folder_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     raise ConversionError(f"{path} has neither {WEIGHTS} nor pytorch_model.bin.")
 
 
-def _respelt(tensors: Tensors) -> dict[str, Tensor]:
+def _respelt(tensors: Tensors, evidence: list[str]) -> dict[str, Tensor]:
+    """Returns tensors of transformers under the usual names, without the pooler."""
     respelt = {}
     for name, value in tensors.items():
+        if name in _POOLER:
+            evidence.append(f"left out: {name}, which comes after the encoder")
+            continue
         for spelling, usual in _SPELLINGS.items():
             name = name.replace(spelling, usual)
         respelt[name] = value

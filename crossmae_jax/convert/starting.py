@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import patches
 from crossmae_jax.convert import names, sources, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.tensor import Tensor
 from crossmae_jax.models import fusion, posemb, vit
@@ -75,7 +76,7 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
     Raises:
       ConversionError: if a part that both sides have does not fit.
     """
-    weights = sources.open_weights(path, **_facts(path, config))
+    weights = sources.open_weights(path, fallback=_fallback(config))
     card, model = weights.card, config.model
     ours = names.without_collections(abstract_variables)
     theirs = dict(weights.tensors)
@@ -119,22 +120,13 @@ def _line(title: str, found: Any, remark: str = "") -> str:
     )
 
 
-def _facts(path: str, config: ConfigDict) -> dict[str, Any]:
-    """Returns what the model can add to a file that does not tell all of itself.
-
-    Only of sizes that are no published ones: of those the tensors tell enough, and
-    more than the model, which may be of another size.
-    """
-    source = sources.Path(path)
-    if not source.exists() or sources.recognise(source)[0] in ("run", "safetensors"):
-        return {}
+def _fallback(config: ConfigDict) -> Facts:
+    """Returns what the model can add to a file that does not tell all of itself."""
     size, _ = vit.parse_size(config.model.size)
-    facts = {}
-    if size not in vit.SIZES.values():
-        facts["num_heads"] = size.num_heads
-        if "decoder_heads" in config.model:
-            facts["decoder_heads"] = config.model.decoder_heads
-    return facts
+    return Facts(
+        num_heads=size.num_heads, decoder_heads=config.model.get("decoder_heads"),
+        image_size=tuple(config.data.image_size),
+    )
 
 
 def _of_another_kind(card: Card, model: ConfigDict) -> set[str]:

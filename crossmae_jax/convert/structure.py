@@ -97,14 +97,15 @@ def size_name(card: Card) -> str:
 
 
 def infer(
-    tensors: Tensors, patch: tuple[int, ...], facts: Facts, *, origin: str,
-    recipe: dict[str, Any], evidence: list[str],
+    tensors: Tensors, patch: tuple[int, ...], facts: Facts, *, fallback: Facts,
+    origin: str, recipe: dict[str, Any], evidence: list[str],
 ) -> Card:
     """Returns the card of bare tensors.
 
     Args:
       tensors: under our names and in our layouts.
       patch: the patch projection's shape in PyTorch, out x c x p x p, which ours hides.
+      fallback: used where neither the facts nor published sizes tell.
       evidence: what was concluded from what is added to it.
 
     Raises:
@@ -112,8 +113,14 @@ def infer(
     """
     depth = _depth(tensors, "encoder/blocks_")
     dim, channels, patch_size = patch[0], patch[1], patch[2]
-    needed = ("encoder/cls_token", "encoder/pos_embed", "encoder/blocks_0/mlp/fc1/bias")
-    missing = [name for name in needed if name not in tensors]
+    needed = {  # with their ranks
+        "encoder/cls_token": 3, "encoder/pos_embed": 2,
+        "encoder/blocks_0/mlp/fc1/bias": 1,
+    }
+    missing = [
+        name for name, rank in needed.items()
+        if name not in tensors or len(tensors[name].shape) != rank
+    ]
     if patch[2] != patch[3]:
         missing.append("square patches")
     if missing:
@@ -121,24 +128,39 @@ def infer(
             "This is no ViT as we build them, with a class token, an absolute position "
             f"table, blocks and square patches; missing: {', '.join(missing)}."
         )
-    size, said = _size(dim, depth, facts)
+    size, said = _size(dim, depth, facts, fallback)
     image_size, grid = _image_size(
-        tensors["encoder/pos_embed"].shape[0] - 1, patch_size, facts
+        max(tensors["encoder/pos_embed"].shape[0] - 1, 0), patch_size, facts, fallback
     )
+    for name in ("mean", "std"):
+        values = getattr(facts, name)
+        if values is not None and len(values) != channels:
+            raise ConversionError(
+                f"{name}={values} has {len(values)} values, but the file is for "
+                f"{channels} channels."
+            )
     evidence.append(
         f"encoder: width {dim}, depth {depth}{said}; patches of {patch_size}, "
         f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
         f"{image_size[1]} px"
     )
     hidden = tensors["encoder/blocks_0/mlp/fc1/bias"].shape[0]
-    model = {"size": f"{size}/{patch_size}", "mlp_ratio": hidden / dim}
+    ratio = hidden / dim
+    if int(dim * ratio) != hidden:  # rounded down to just below, as 240 / 176
+        ratio = (hidden + 0.5) / dim
+    model = {"size": f"{size}/{patch_size}", "mlp_ratio": ratio}
     has_norm = "encoder/norm/scale" in tensors
     kind, masking = "encoder", None
     if any(name.startswith("decoder/") for name in tensors):
         kind = "pretrain"
-        model |= _decoder_settings(tensors, depth, facts, evidence)
+        model |= _decoder_settings(tensors, depth, facts, fallback, evidence)
+        pred = facts.mask_ratio if model["decoder"] == "mae" else facts.pred_ratio
+        if (facts.mask_ratio is None) != (pred is None):
+            raise ConversionError(
+                f"mask_ratio={facts.mask_ratio} and pred_ratio={pred}: give both, or "
+                "none of them."
+            )
         if facts.mask_ratio is not None:
-            pred = facts.mask_ratio if model["decoder"] == "mae" else facts.pred_ratio
             masking = dict(
                 mask_ratio=facts.mask_ratio, pred_ratio=pred, throw_ratio=0.0,
                 retain="random",
@@ -173,55 +195,61 @@ def infer(
 
 def _depth(tensors: Tensors, prefix: str) -> int:
     pattern = re.compile(rf"{prefix}(\d+)/")
-    return 1 + max(
-        (int(found[1]) for name in tensors if (found := pattern.match(name))),
-        default=-1,
-    )
+    blocks = {int(found[1]) for name in tensors if (found := pattern.match(name))}
+    for number in range(len(blocks)):
+        if number not in blocks:
+            raise ConversionError(
+                f"The file has blocks up to {max(blocks)}, but no {prefix}{number}."
+            )
+    return len(blocks)
 
 
-def _size(dim: int, depth: int, facts: Facts) -> tuple[str, str]:
+def _size(dim: int, depth: int, facts: Facts, fallback: Facts) -> tuple[str, str]:
     for name, size in vit.SIZES.items():
         if (size.dim, size.depth) == (dim, depth) and facts.num_heads in (
             None, size.num_heads
         ):
             return name, f": ViT-{name}, hence {size.num_heads} heads"
-    if facts.num_heads is None:
+    num_heads = facts.num_heads or fallback.num_heads
+    if num_heads is None:
         raise ConversionError(
             f"Width {dim} and depth {depth} are no published size, so that the number "
             "of heads cannot be told from the tensors; give num_heads."
         )
-    return f"W{dim}-D{depth}-H{facts.num_heads}", f", {facts.num_heads} heads"
+    return f"W{dim}-D{depth}-H{num_heads}", f", {num_heads} heads"
 
 
 def _image_size(
-    num_patches: int, patch_size: int, facts: Facts
+    num_patches: int, patch_size: int, facts: Facts, fallback: Facts
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    side = math.isqrt(num_patches)
-    if facts.image_size is None:
+    side, size = math.isqrt(num_patches), facts.image_size
+    if size is None and side**2 != num_patches:
+        size = fallback.image_size
+    if size is None:
         if side**2 != num_patches:
             raise ConversionError(
                 f"{num_patches} positions form no square; give image_size, the height "
                 "and width in pixels."
             )
         return (side * patch_size, side * patch_size), (side, side)
-    grid = tuple(length // patch_size for length in facts.image_size)
-    fits = all(length % patch_size == 0 for length in facts.image_size)
+    grid = tuple(length // patch_size for length in size)
+    fits = all(length % patch_size == 0 for length in size)
     if not fits or grid[0] * grid[1] != num_patches:
         raise ConversionError(
-            f"image_size={facts.image_size} has {grid[0]} x {grid[1]} patches of "
+            f"image_size={size} has {grid[0]} x {grid[1]} patches of "
             f"{patch_size} px, but the file has positions for {num_patches}."
         )
-    return facts.image_size, grid
+    return size, grid
 
 
 def _decoder_settings(
-    tensors: Tensors, depth: int, facts: Facts, evidence: list[str]
+    tensors: Tensors, depth: int, facts: Facts, fallback: Facts, evidence: list[str]
 ) -> dict[str, Any]:
-    if "decoder/mask_token" not in tensors:
+    if "decoder/mask_token" not in tensors or not tensors["decoder/mask_token"].shape:
         raise ConversionError("The file has parts of a decoder, but no mask token.")
     dim = tensors["decoder/mask_token"].shape[-1]
     decoder_depth = _depth(tensors, "decoder/decoder_blocks_")
-    heads = facts.decoder_heads or _DECODER_HEADS.get(dim)
+    heads = facts.decoder_heads or _DECODER_HEADS.get(dim, fallback.decoder_heads)
     if heads is None:
         raise ConversionError(
             f"The decoder's width {dim} is no published one, so that its number of "
@@ -235,7 +263,10 @@ def _decoder_settings(
         f"decoder: {'cross' if kind == 'cross' else 'self'}-attention"
         f"{' and self-attention' if attends else ''}, width {dim}, depth "
         f"{decoder_depth}, {heads} heads"
-        + ("" if facts.decoder_heads else " as in every published one of this width")
+        + (
+            "" if facts.decoder_heads or dim not in _DECODER_HEADS
+            else " as in every published one of this width"
+        )
     )
     maps, with_input = None, True
     if mixes:
@@ -261,7 +292,9 @@ def _fusion(
     num_maps: int, depth: int, facts: Facts
 ) -> tuple[tuple[int, ...] | None, bool]:
     """Returns which maps are mixed: blocks (None for all), and whether the input."""
-    if facts.fusion_maps is None and num_maps == depth + 1:
+    if facts.fusion_maps is None and facts.fusion_input is not False and (
+        num_maps == depth + 1
+    ):
         return None, True
     if facts.fusion_maps is None or facts.fusion_input is None:
         raise ConversionError(
