@@ -127,7 +127,8 @@ def compile_steps(
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
-    The state lies whole on every device. A step takes the memory of the state that it
+    The state lies whole on every device. Kernels learn from the mesh in use how the
+    batch is shared (crossmae_jax/ops/attention_tpu.py). A step takes the memory of the state that it
     is given, which cannot be used any more.
     """
     everywhere = parallel.replicated(mesh)
@@ -135,7 +136,12 @@ def compile_steps(
     step = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
-    return init, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+
+    def step_on_mesh(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step(state, batch)
+
+    return init, jax.jit(step_on_mesh, donate_argnums=0, out_shardings=everywhere)
 
 
 def _check_finite(logged: dict[str, float], step: int, since: int) -> None:

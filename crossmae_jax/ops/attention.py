@@ -12,6 +12,7 @@ is compiled, perhaps on another machine (`jax.lax.platform_dependent`).
 """
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def attention(
             raise ValueError(
                 f"Unknown impl={impl!r}. Known: {', '.join(sorted(IMPLEMENTATIONS))}."
             )
-        return IMPLEMENTATIONS[impl](q, k, v, bias)
+        return _forced(impl, q, k, v, bias)
     arrays = tuple(
         x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
         for x in (q, k, v, bias)
@@ -77,6 +78,19 @@ def _choose(platform, q, k, v, bias, mesh, num_devices):
     return name
 
 
+def _forced(impl, q, k, v, bias):
+    if impl == "xla":
+        return _xla(q, k, v, bias)
+    if impl == "tpu":
+        attention_tpu.check(q, k, v, bias)
+        _find_tpu_compiler()
+    else:
+        attention_cudnn.check(q, k, v, bias)
+    # Without a default JAX refuses other platforms, with a NotImplementedError.
+    only = {{"tpu": "tpu", "cudnn": "cuda"}[impl]: IMPLEMENTATIONS[impl]}
+    return jax.lax.platform_dependent(q, k, v, bias, **only)
+
+
 def _xla(q, k, v, bias):
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     logits = logits * q.shape[-1] ** -0.5
@@ -87,7 +101,13 @@ def _xla(q, k, v, bias):
     return out.astype(q.dtype)
 
 
+def _find_tpu_compiler():
+    if importlib.util.find_spec("libtpu") is None:
+        raise NotImplementedError("The TPU compiler was not found; install jax[tpu].")
+
+
 def _check_tpu(q, k, v, bias):
+    _find_tpu_compiler()
     attention_tpu.check(q, k, v, bias)
     if attention_tpu.mesh_in_use() is None and jax.device_count() > 1:
         raise NotImplementedError(

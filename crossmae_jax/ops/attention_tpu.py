@@ -87,7 +87,7 @@ def check(q, k, v, bias) -> None:
             f"The TPU kernels need a batch of a multiple of the mesh's {mesh.size}"
             f" devices, not {q.shape[0]}."
         )
-    needed = _bytes_per_image(_Sizes.of(_flat(q), _flat(k), num_heads, bias))
+    needed = _bytes_per_image(_Sizes.of(q, k, num_heads, dim, bias))
     if needed > _MEMORY_OF_ONE:
         raise NotImplementedError(
             f"The TPU kernels keep all keys on the chip: {length} x {k.shape[1]} with"
@@ -176,8 +176,8 @@ class _Sizes(NamedTuple):
     bias: str | None
 
     @classmethod
-    def of(cls, q, k, num_heads, bias=None):
-        queries, dim = q.shape[1], q.shape[2] // num_heads
+    def of(cls, q, k, num_heads, dim, bias=None):
+        queries = q.shape[1]
         heads = next(
             (n for n in range(1, num_heads)
              if num_heads % n == 0 and n * dim % _LANES == 0),
@@ -237,7 +237,7 @@ def _specs(sizes, images):
 
 
 def _forward(q, k, v, *bias, num_heads, interpret):
-    sizes = _Sizes.of(q, k, num_heads, *bias)
+    sizes = _Sizes.of(q, k, num_heads, q.shape[2] // num_heads, *bias)
     grid, images, options = _grid(sizes, q.shape[0])
     queries, keys, biases = _specs(sizes, images)
     out = pl.pallas_call(
@@ -254,7 +254,7 @@ def _forward(q, k, v, *bias, num_heads, interpret):
 
 
 def _backward(q, k, v, g, *bias, num_heads, interpret):
-    sizes = _Sizes.of(q, k, num_heads, *bias)
+    sizes = _Sizes.of(q, k, num_heads, q.shape[2] // num_heads, *bias)
     grid, images, options = _grid(sizes, q.shape[0])
     queries, keys, biases = _specs(sizes, images)
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)]
@@ -304,7 +304,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, *refs, sizes):
     *bias, out_ref = refs
     for head in range(sizes.heads):
         columns = slice(head * sizes.dim, (head + 1) * sizes.dim)
-        q, k, v = _rows(q_ref, sizes, columns), k_ref[:, :, columns], v_ref[:, :, columns]
+        q = _rows(q_ref, sizes, columns)
+        k, v = k_ref[:, :, columns], v_ref[:, :, columns]
         weights = _weights(q, k, bias[0] if bias else None, head).astype(v.dtype)
         out_ref[:, :, columns] = _product("bqk,bkd->bqd", weights, v).astype(q.dtype)
 
@@ -316,13 +317,12 @@ def _backward_kernel(q_ref, k_ref, v_ref, g_ref, *refs, sizes):
     dbias, sums = refs[:has_bias], refs[has_bias:]
     for head in range(sizes.heads):
         columns = slice(head * sizes.dim, (head + 1) * sizes.dim)
-        q, k, v = _rows(q_ref, sizes, columns), k_ref[:, :, columns], v_ref[:, :, columns]
+        q = _rows(q_ref, sizes, columns)
+        k, v = k_ref[:, :, columns], v_ref[:, :, columns]
         g = _rows(g_ref, sizes, columns)
         weights = _weights(q, k, bias[0] if bias else None, head)
         dweights = _product("bqd,bkd->bqk", g, v)
-        dlogits = weights * (
-            dweights - (weights * dweights).sum(-1, keepdims=True)
-        )
+        dlogits = weights * (dweights - (weights * dweights).sum(-1, keepdims=True))
         if dbias:
             _add_dbias(dbias[0], dlogits, head, sizes)
         scaled = (dlogits * sizes.dim ** -0.5).astype(q.dtype)
