@@ -128,8 +128,8 @@ def compile_steps(
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
     The state lies whole on every device. Kernels learn from the mesh in use how the
-    batch is shared (crossmae_jax/ops/attention_tpu.py). A step takes the memory of the state that it
-    is given, which cannot be used any more.
+    batch is shared (crossmae_jax/ops/attention_tpu.py). A step takes the memory of the
+    state that it is given, which cannot be used any more.
     """
     everywhere = parallel.replicated(mesh)
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
