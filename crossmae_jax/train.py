@@ -133,15 +133,15 @@ def compile_steps(
     """
     everywhere = parallel.replicated(mesh)
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
-    step = make_train_step(
+    step_of_mesh = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
 
-    def step_on_mesh(state, batch):
+    def step(state, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step(state, batch)
+            return step_of_mesh(state, batch)
 
-    return init, jax.jit(step_on_mesh, donate_argnums=0, out_shardings=everywhere)
+    return init, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 
 def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
