@@ -127,14 +127,20 @@ def compile_steps(
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
-    The state lies whole on every device. A step takes the memory of the state that it
-    is given, which cannot be used any more.
+    The state lies whole on every device. Kernels learn from the mesh in use how the
+    batch is shared (crossmae_jax/ops/attention_tpu.py). A step takes the memory of the
+    state that it is given, which cannot be used any more.
     """
     everywhere = parallel.replicated(mesh)
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
-    step = make_train_step(
+    step_of_mesh = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
+
+    def step(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return step_of_mesh(state, batch)
+
     return init, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
 
 

@@ -1,12 +1,25 @@
-"""Attention and norms: against float64, and in float32 where bfloat16 would not do."""
+"""Attention and norms: against float64, and in float32 where bfloat16 would not do.
+
+Kernels of the TPU run step by step here ("interpret"), and are compiled for real by
+`python -m benchmarks.attention`, as are those of cuDNN.
+"""
+
+import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from crossmae_jax import parallel
 from crossmae_jax.models import layers
-from crossmae_jax.ops import attention
+from crossmae_jax.ops import attention, attention_cudnn, attention_tpu
+from tests import attention_cases
+
+# Of the largest number of an output or gradient. In bfloat16 the weights and their
+# gradients are rounded to 8 bits before the second product.
+TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 1e-2}
 
 
 def _random(*shape, seed=0):
@@ -51,3 +64,191 @@ def test_norm_statistics_survive_a_large_mean(dtype, tolerance):
     exact -= exact.mean(-1, keepdims=True)
     exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=tolerance)
+
+
+IMPLEMENTATIONS = {
+    "xla": attention._xla,
+    "tpu": functools.partial(attention_tpu.attention, interpret=True),
+}
+
+
+def _arrays(case, batch, dtype):
+    q, k = (batch, case.queries), (batch, case.keys)
+    heads = (case.num_heads, case.dim)
+    arrays = [
+        _random(*n, *heads, seed=seed).astype(dtype)
+        for seed, n in enumerate((q, k, k, q))
+    ]
+    if case.bias is None:
+        return *arrays, None
+    images = {"shared": 1, "per image": batch}[case.bias]
+    shape = (images, case.num_heads, case.queries, case.keys)
+    return *arrays, _random(*shape, seed=4)
+
+
+def _reference(q, k, v, bias):
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    logits = logits if bias is None else logits + bias
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), v)
+
+
+def _run(function, q, k, v, g, bias):
+    """Returns output and gradients by name, computed twice to the same bits."""
+    def run(*arrays):
+        out, transposed = jax.vjp(function, *arrays)
+        return out, transposed(g.astype(out.dtype))
+
+    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    out, (dq, dk, dv, dbias) = first = run(q, k, v, bias)
+    jax.tree.map(np.testing.assert_array_equal, first, run(q, k, v, bias))
+    named = {"out": out, "dq": dq, "dk": dk, "dv": dv}
+    return named if bias is None else named | {"dbias": dbias}
+
+
+def _assert_close(found, expected, dtype):
+    for part, exact in expected.items():
+        assert found[part].dtype == (jnp.float32 if part == "dbias" else dtype)
+        np.testing.assert_allclose(
+            found[part].astype(jnp.float32), exact.astype(jnp.float32), rtol=0,
+            atol=TOLERANCES[dtype] * float(jnp.abs(exact).max()), err_msg=part,
+        )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["f32", "bf16"])
+@pytest.mark.parametrize("case", attention_cases.SMALL, ids=lambda case: case.name)
+def test_every_implementation_is_attention_at_every_shape(case, dtype):
+    arrays = _arrays(case, 1 if case.queries > 147 else 2, dtype)
+    expected = _run(_reference, *arrays)
+    for function in IMPLEMENTATIONS.values():
+        _assert_close(_run(function, *arrays), expected, dtype)
+
+
+def test_sums_go_over_all_programs_of_a_kernel(monkeypatch):
+    monkeypatch.setattr(attention_tpu, "_IMAGES", 2)
+    monkeypatch.setattr(attention_tpu, "_QUERIES", 16)
+    case = attention_cases.Case("", 16, 7, 2, 8, "shared")
+    arrays = _arrays(case, 6, jnp.float32)  # 3 programs of 2 images
+    _assert_close(
+        _run(IMPLEMENTATIONS["tpu"], *arrays), _run(_reference, *arrays), jnp.float32
+    )
+    case = attention_cases.Case("", 41, 7, 2, 8)  # 3 programs of 16 queries
+    arrays = _arrays(case, 2, jnp.float32)
+    _assert_close(
+        _run(IMPLEMENTATIONS["tpu"], *arrays), _run(_reference, *arrays), jnp.float32
+    )
+
+
+@pytest.mark.parametrize("bias", [None, "shared", "per image"])
+def test_devices_take_their_parts_of_the_images(bias):
+    mesh = parallel.make_mesh()
+    case = attention_cases.Case("", 9, 10, 2, 8, bias)
+    arrays = _arrays(case, 16, jnp.float32)
+    cut = parallel.batch_sharding(mesh)
+    shardings = [
+        cut if x is not None and x.shape[0] == 16 else parallel.replicated(mesh)
+        for x in arrays
+    ]
+
+    def kernel(*arrays):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out, transposed = jax.vjp(IMPLEMENTATIONS["tpu"], *arrays[:3], arrays[4])
+            return out, transposed(arrays[3])
+
+    compiled = jax.jit(kernel, in_shardings=tuple(shardings)).lower(*arrays).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert ("all-reduce" in text) == (bias == "shared")
+    on_mesh = [
+        x if x is None else jax.device_put(x, sharding)
+        for x, sharding in zip(arrays, shardings)
+    ]
+    out, gradients = compiled(*on_mesh)
+    assert out.sharding.is_equivalent_to(cut, 4)
+    names = ("dq", "dk", "dv", "dbias")[:len(arrays) - (bias is None)]
+    found = {"out": out, **dict(zip(names, gradients))}
+    _assert_close(
+        {name: np.asarray(x) for name, x in found.items() if x is not None},
+        _run(_reference, *arrays), jnp.float32,
+    )
+
+
+def _lowered(platform, dtype, mesh=None, **kwargs):
+    """Returns what a gradient through attention becomes on a platform."""
+    x = jax.ShapeDtypeStruct((8, 50, 2, 64), dtype)
+
+    def loss(q, k, v):
+        with jax.sharding.use_abstract_mesh(mesh or jax.sharding.get_abstract_mesh()):
+            return attention.attention(q, k, v, **kwargs).astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    return jax.export.export(gradient, platforms=[platform])(x, x, x).mlir_module()
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """Lets the TPU's kernels be chosen where their compiler is not installed."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec",
+        lambda name: find_spec("jax") if name == "libtpu" else find_spec(name),
+    )
+    attention._choose.cache_clear()
+    yield
+    attention._choose.cache_clear()
+
+
+def test_the_platform_that_is_compiled_for_chooses(libtpu, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        assert "tpu_custom_call" in _lowered("tpu", dtype)
+        assert "custom_call" not in _lowered("cpu", dtype)
+        assert "tpu_custom_call" not in _lowered("cuda", dtype)
+
+
+def test_kernels_need_the_mesh_of_several_devices(libtpu):
+    assert "tpu_custom_call" not in _lowered("tpu", jnp.float32)
+    q = _random(8, 50, 2, 64)
+    with pytest.raises(NotImplementedError, match="8 devices, but no mesh is in use"):
+        attention.CHECKS["tpu"](q, q, q, None)
+    mesh = parallel.make_mesh().abstract_mesh
+    with jax.sharding.use_abstract_mesh(mesh):
+        attention.CHECKS["tpu"](q, q, q, None)
+        with pytest.raises(NotImplementedError, match="multiple of the mesh's 8"):
+            attention.CHECKS["tpu"](q[:6], q[:6], q[:6], None)
+
+
+def test_with_no_other_compiler_attention_is_plain_xla():
+    q = _random(2, 50, 2, 64)
+    plain = jax.make_jaxpr(attention._xla)(q, q, q, None)
+    assert str(jax.make_jaxpr(attention.attention)(q, q, q)) == str(plain)
+
+
+@pytest.mark.parametrize("impl", ["tpu", "cudnn"])
+def test_a_forced_implementation_says_why_it_cannot_run(impl):
+    q = _random(2, 50, 2, 20)
+    with pytest.raises(NotImplementedError, match="20|float32"):
+        attention.attention(q, q, q, impl=impl)
+    q = _random(2, 50, 2, 64).astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="cpu|not found"):
+        attention.attention(q, q, q, impl=impl)
+
+
+@pytest.mark.parametrize("shape, bias, reason", [
+    ((2, 50, 2, 64), "float16", "float32 or bfloat16"),
+    ((2, 50, 2, 20), None, "multiple of 8 up to 128, not 20"),
+    ((2, 785, 2, 64), "bias", "up to 256 queries, not 785"),
+    ((1, 20_000, 2, 64), None, "keep all keys on the chip: 20000 x 20000"),
+])
+def test_kernels_say_what_they_do_not_take(shape, bias, reason):
+    dtype = jnp.float16 if bias == "float16" else jnp.float32
+    q = jax.ShapeDtypeStruct(shape, dtype)
+    bias = jax.ShapeDtypeStruct((1, 2, 785, 785), dtype) if bias == "bias" else None
+    with pytest.raises(NotImplementedError, match=reason):
+        attention_tpu.check(q, q, q, bias)
+
+
+def test_an_unknown_implementation_is_named():
+    q = _random(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="Unknown impl='flash'. Known: cudnn, tpu"):
+        attention.attention(q, q, q, impl="flash")

@@ -1,0 +1,101 @@
+"""Compiles attention, with gradients, at every shape for devices that are not there.
+
+    python -m benchmarks.attention --target=v5e:2x2 --target=v6e:2x2 --target=h200
+
+The table says which implementation each target's compiler took for the shapes that the
+models train with (tests/attention_cases.py), or why it refused. The batch is cut over
+the target's devices. Nothing is executed and no time is known. TPU targets need the
+package libtpu, GPU targets jax[cuda13].
+"""
+
+import argparse
+import os
+import re
+import time
+
+if __name__ == "__main__":  # before JAX is imported, which would look for hardware
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from benchmarks import compilation, step  # noqa: E402
+from crossmae_jax import parallel  # noqa: E402
+from crossmae_jax.ops import attention  # noqa: E402
+from tests import attention_cases  # noqa: E402
+
+KERNELS = {"tpu": "tpu_custom_call", "cudnn": "__cudnn$fmha"}
+
+
+def compile_case(case, *, dtype, mesh, images: int) -> list[str]:
+    """Returns the cells of a case: what it compiled to, collectives, memory, time."""
+    batch = images * mesh.size
+    q, k = ((batch, n, case.num_heads, case.dim) for n in (case.queries, case.keys))
+    cut, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    arrays = [jax.ShapeDtypeStruct(x, dtype, sharding=cut) for x in (q, k, k, q)]
+    if case.bias is None:
+        bias = None
+    else:
+        count, sharding = {"shared": (1, whole), "per image": (batch, cut)}[case.bias]
+        shape = (count, case.num_heads, case.queries, case.keys)
+        bias = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    def gradients(q, k, v, g, bias):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out, transposed = jax.vjp(
+                lambda q, k, v, bias: attention.attention(q, k, v, bias=bias),
+                q, k, v, bias,
+            )
+            return out, transposed(g)
+
+    begin = time.perf_counter()
+    try:
+        compiled = jax.jit(gradients).lower(*arrays, bias).compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
+    seconds, text = time.perf_counter() - begin, compiled.as_text()
+    found = [name for name, call in KERNELS.items() if call in text] or ["xla"]
+    counts = {
+        name: len(re.findall(rf" {name}(?:-start)?\(", text))
+        for name in compilation.COLLECTIVES
+    }
+    return [
+        " ".join(found),
+        ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none",
+        f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+        f"{seconds:.1f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints a table for the targets named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--target", action="append", required=True)
+    parser.add_argument("--dtype", action="append", choices=["bfloat16", "float32"])
+    parser.add_argument("--images", type=int, default=32, help="per device")
+    parser.add_argument("--case", default="", help="only cases with this in their name")
+    args = parser.parse_args(argv)
+    print(step.conditions([], f"{args.images} images a device: compiled, not run"))
+    head = ["target", "case", "queries x keys", "heads", "bias", "type", "compiled to",
+            "collectives", "temporaries, MiB", "compile, s"]
+    print(step.row(head))
+    print(step.row(["---"] * len(head)))
+    for target in args.target:
+        mesh = compilation.target_mesh(target)
+        for case in attention_cases.CASES:
+            for dtype in args.dtype or ["bfloat16", "float32"]:
+                if args.case not in case.name:
+                    continue
+                print(step.row([
+                    target, case.name, f"{case.queries} x {case.keys}",
+                    f"{case.num_heads} x {case.dim}", case.bias or "none", dtype,
+                    *compile_case(case, dtype=dtype, mesh=mesh, images=args.images),
+                ]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
