@@ -17,7 +17,7 @@ demo: $(DEMO)
 	$(VENV)/bin/python -m crossmae_jax.main --config=configs/digits_cross.py --workdir=runs/digits_cross
 
 test: $(TEST)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 # setuptools is installed first, from the pins as well: pip would otherwise build the
 # project with whatever version is newest that day.

@@ -45,8 +45,8 @@ class Encoder:
         ):
             raise ConversionError(
                 f"mean={card.mean}, std={card.std} do not say how images are "
-                f"normalised for {card.origin}; give mean and std, each a value for "
-                f"each of its {card.channels} channels, for pixels in 0..1, std above 0."
+                f"normalised for {card.origin}; give mean and std, a value for each of "
+                f"its {card.channels} channels, for pixels in 0..1, std above 0."
             )
         self.card = card
         self.variables = variables
