@@ -172,6 +172,24 @@ def test_a_ratio_that_floats_round_down_gives_the_right_width(tmp_path):
     assert config["intermediate_size"] == 240
 
 
+def test_a_model_in_several_files_is_one(tmp_path):
+    config = transformers.ViTMAEConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        intermediate_size=32, patch_size=8, decoder_hidden_size=16,
+        decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    )
+    transformers.ViTMAEForPreTraining(config).save_pretrained(
+        tmp_path / "hf", max_shard_size="8KB"
+    )
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    done = convert.import_weights(tmp_path / "hf", tmp_path / "in")
+    assert any("through transformers" in line for line in done.lines)
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConversionError, match="has no weight_map"):
+        sources.open_weights(tmp_path / "hf")
+
+
 def test_the_pooler_of_a_vitmodel_is_left_out_and_said_so(tmp_path):
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2,

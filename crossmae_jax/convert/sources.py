@@ -315,7 +315,10 @@ def _foreign(
 def _folder_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     index = path / f"{WEIGHTS}.index.json"
     if index.is_file():
-        files = sorted(set(hints.read_json(index)["weight_map"].values()))
+        places = hints.read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ConversionError(f"{index} has no weight_map.")
+        files = sorted(set(map(str, places.values())))
         merged: dict[str, Tensor] = {}
         for name in files:
             merged |= read_file(path / name)[0]
