@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from crossmae_jax import augment, patches
-from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert import exporting, names, sources, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.data import transforms
-from crossmae_jax.models import fusion, posemb, vit
+from crossmae_jax.models import posemb, vit
 
 
 class Encoder:
@@ -131,12 +131,7 @@ def _last_map(card: Card) -> int | None:
     model = card.model
     if model["fusion"] != "inter_block":
         return None
-    size, _ = vit.parse_size(model["size"])
-    blocks = model["fusion_maps"]
-    return fusion.resolve_maps(
-        None if blocks is None else tuple(blocks), depth=size.depth,
-        include_input=model["fusion_input"],
-    )[-1]
+    return structure.mixed_maps(model)[-1]
 
 
 def load(
@@ -163,10 +158,9 @@ def load(
     weights = sources.open_weights(
         path, format=format, step=step, fallback=fallback, **facts
     )
+    if weights.card.kind == "pretrain":
+        weights = exporting.encoder_of(weights)
     card, tensors = weights.card, dict(weights.tensors)
-    if card.kind == "pretrain":
-        card = card.encoder_only()
-        tensors = {k: v for k, v in tensors.items() if k.startswith("encoder/")}
     if image_size is not None:
         grids = [
             patches.grid_size(tuple(size), card.patch_size)

@@ -211,6 +211,17 @@ def test_the_encoder_can_be_taken_alone(run, tmp_path):
     assert all(name.startswith("encoder/") for name in _tensors(done.path))
 
 
+def test_a_step_of_a_run_can_be_named(run, tmp_path):
+    done = convert.export_weights(
+        run, tmp_path / "s.safetensors", format="safetensors", step=STEP
+    )
+    assert done.card.step == STEP
+    with pytest.raises(checkpoint.RestoreError, match="No step 7"):
+        convert.export_weights(
+            run, tmp_path / "t.safetensors", format="safetensors", step=7
+        )
+
+
 def test_an_aggregator_has_no_place_in_the_references_layout(tmp_path):
     run = save_run(tmp_path / "run", "digits_cross_prmim")
     with pytest.raises(ConversionError, match="no place for PR-MIM's aggregator"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from crossmae_jax.convert import (
-    cards,
     names,
     safetensors_file,
     sources,
@@ -24,7 +23,7 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.sources import Weights
 from crossmae_jax.convert.tensor import Tensor, Tensors
-from crossmae_jax.models import fusion, vit
+from crossmae_jax.models import vit
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -86,10 +85,7 @@ def warnings(card: Card) -> list[str]:
             "the mean of the patch tokens"
         )
         size, _ = vit.parse_size(card.model["size"])
-        last = fusion.resolve_maps(
-            card.model["fusion_maps"] and tuple(card.model["fusion_maps"]),
-            depth=size.depth, include_input=card.model["fusion_input"],
-        )[-1]
+        last = structure.mixed_maps(card.model)[-1]
         if last < size.depth:
             lines.append(
                 f"blocks from {last} on were not trained: no decoder block attended to "

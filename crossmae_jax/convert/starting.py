@@ -27,7 +27,7 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.tensor import Tensor
-from crossmae_jax.models import fusion, posemb, vit
+from crossmae_jax.models import posemb, vit
 
 PARTS = (
     "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
@@ -156,10 +156,7 @@ def _check_hidden(card: Card, model: ConfigDict, parts: set[str]) -> None:
         pairs["decoder_heads"] = (card.model["decoder_heads"], model.decoder_heads)
     if "fusion" in parts and theirs.depth == ours.depth:
         pairs["maps that are mixed"] = tuple(
-            fusion.resolve_maps(
-                side["fusion_maps"] and tuple(side["fusion_maps"]), depth=ours.depth,
-                include_input=side["fusion_input"],
-            ) for side in (card.model, model)
+            structure.mixed_maps(side) for side in (card.model, model)
         )
     wrong = [
         f"{what}: {a}, the model has {b}" for what, (a, b) in pairs.items() if a != b

@@ -18,10 +18,10 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.tensor import Tensors
-from crossmae_jax.models import classifier, mim, vit
+from crossmae_jax.models import classifier, fusion, mim, vit
 from crossmae_jax.objectives import pretrain
 
-# Every published decoder has heads of this width (CrossMAE's 256 and MAE's 512).
+# Heads of every published decoder by its width: ViT-S has 256, the others 512.
 _DECODER_HEADS = {256: 8, 512: 16}
 
 
@@ -85,6 +85,20 @@ def abstract_variables(card: Card) -> Any:
     if card.kind == "classifier":
         return variables
     return {collection: {"encoder": tree} for collection, tree in variables.items()}
+
+
+def mixed_maps(model: Any) -> tuple[int, ...]:
+    """Returns the positions of the feature maps that a model's decoder is trained on.
+
+    Args:
+      model: as in a card or `config.model`; in a card read from JSON tuples are lists.
+    """
+    size, _ = vit.parse_size(model["size"])
+    blocks = model["fusion_maps"]
+    return fusion.resolve_maps(
+        None if blocks is None else tuple(blocks), depth=size.depth,
+        include_input=model["fusion_input"],
+    )
 
 
 def size_name(card: Card) -> str:
@@ -180,8 +194,8 @@ def infer(
                else "class token (there is no fc_norm)")
         )
     else:
-        fusion = "last" if has_norm else "inter_block"
-        model |= {"fusion": fusion, "fusion_maps": None, "fusion_input": True}
+        lineage = "last" if has_norm else "inter_block"
+        model |= {"fusion": lineage, "fusion_maps": None, "fusion_input": True}
         evidence.append(
             "no decoder, no head; " + ("with" if has_norm else "without") +
             " a norm after the last block"

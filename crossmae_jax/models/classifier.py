@@ -14,8 +14,6 @@ from jaxtyping import Array, Float
 
 from crossmae_jax.models import layers, vit
 
-POOLS = ("cls", "mean")
-
 
 class Classified(NamedTuple):
     """What a classifier makes of images.
