@@ -63,6 +63,7 @@ def crossmae(
         aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
             kind="none", kernel_size=7, visible="encoder", rewrites_retained=False
         ),
+        remat="selective",  # what gradients compute again: "none", "selective", "full"
         dtype="bfloat16",
     )
 

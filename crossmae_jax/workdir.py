@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
-    "data.max_bad_share",
+    "data.max_bad_share", "model.remat",
 )
 
 # Settings that are younger than some runs, with what those runs did.
@@ -38,6 +38,7 @@ _BEFORE = {
     "model.aggregator.kernel_size": 7,
     "model.aggregator.kind": "none",
     "model.aggregator.rewrites_retained": False,
+    "model.remat": "none",
 }
 
 

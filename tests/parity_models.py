@@ -53,6 +53,7 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
             decoder_depth=ctor["decoder_depth"],
             decoder_heads=ctor["decoder_num_heads"],
             decoder_self_attention=bool(ctor.get("self_attn", False)),
+            remat="selective",
             mlp_ratio=ctor.get("mlp_ratio", 4.0), dtype="float32",
             aggregator=dict(kind="none"),
         ),

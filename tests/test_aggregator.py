@@ -180,8 +180,8 @@ def test_convnext_adds_its_branch_to_what_was_there():
     x = module.apply(silent, decoded.pred, decoded.visible, ids, method="lay_out")
     mixed = depthwise.depthwise_conv(x, params["conv"]["kernel"][:, :, 0])
     mixed = mixed.reshape(2, 24, 8)
-    normed = layers.layer_norm(jnp.float32).apply({"params": params["norm"]}, mixed)
-    branch = layers.Mlp(2.0).apply({"params": params["mlp"]}, normed)
+    normed = layers.LayerNorm(jnp.float32).apply({"params": params["norm"]}, mixed)
+    branch = layers.Mlp(normed.shape[-1], 2.0).apply({"params": params["mlp"]}, normed)
     found = module.apply(variables, decoded, encoded, ids)[:, 6:]
     expected = patches.take_tokens(branch, ids.thrown)
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -58,7 +58,7 @@ def test_softmax_is_taken_in_float32():
 )
 def test_norm_statistics_survive_a_large_mean(dtype, tolerance):
     x = (_random(4, 64) + (100.0 if dtype == jnp.bfloat16 else 1000.0)).astype(dtype)
-    norm = layers.layer_norm(dtype)
+    norm = layers.LayerNorm(dtype)
     out = norm.apply(norm.init(jax.random.key(0), x), x)
     exact = np.asarray(x, np.float64)
     exact -= exact.mean(-1, keepdims=True)

@@ -26,7 +26,8 @@ KEYS = {
     "model": {
         "size": str, "mlp_ratio": float, "fusion": str, "fusion_maps": None,
         "fusion_input": bool, "decoder": str, "decoder_dim": int, "decoder_depth": int,
-        "decoder_heads": int, "decoder_self_attention": bool, "dtype": str,
+        "decoder_heads": int, "decoder_self_attention": bool, "remat": str,
+        "dtype": str,
         "aggregator": {
             "kind": str, "kernel_size": int, "visible": str, "rewrites_retained": bool,
         },

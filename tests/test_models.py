@@ -25,7 +25,8 @@ def make_config(**changes):
             size="W16-D3-H2/4", fusion="inter_block",
             fusion_maps=config_dict.placeholder(tuple), fusion_input=True,
             decoder="cross", decoder_dim=8, decoder_depth=2, decoder_heads=2,
-            decoder_self_attention=False, mlp_ratio=2.0, dtype="float32",
+            decoder_self_attention=False, mlp_ratio=2.0, remat="selective",
+            dtype="float32",
             aggregator=dict(
                 kind="none", kernel_size=3, visible="encoder", rewrites_retained=False
             ),

@@ -22,7 +22,8 @@ def _config(batch_size: int):
         model=dict(
             size="W64-D1-H2/8", mlp_ratio=4.0, fusion="inter_block", fusion_maps=None,
             fusion_input=True, decoder="cross", decoder_dim=32, decoder_depth=1,
-            decoder_heads=2, decoder_self_attention=False, dtype="bfloat16",
+            decoder_heads=2, decoder_self_attention=False, remat="selective",
+            dtype="bfloat16",
             aggregator=dict(
                 kind="conv", kernel_size=3, visible="encoder", rewrites_retained=False
             ),

@@ -295,6 +295,7 @@ def _decoder_settings(
         fusion_input=with_input, decoder=kind, decoder_dim=dim,
         decoder_depth=decoder_depth, decoder_heads=heads,
         decoder_self_attention=attends,
+        remat="selective",
         aggregator=dict(
             kind="none", kernel_size=7, rewrites_retained=False,
             visible="decoder" if kind == "mae" else "encoder",

@@ -75,7 +75,9 @@ class GridTransformer(nn.Module):
         _, height, width, dim = x.shape
         position = posemb.sincos((height, width), dim)[None, 1:]
         tokens = x.reshape(-1, height * width, dim) + position.astype(self.dtype)
-        block = layers.Block(self.num_heads, self.mlp_ratio, self.dtype, name="block")
+        block = layers.Block(
+            dim, self.num_heads, self.mlp_ratio, dtype=self.dtype, name="block"
+        )
         return block(tokens).reshape(x.shape)
 
 
@@ -91,8 +93,8 @@ class ConvNeXt(nn.Module):
         _, height, width, dim = x.shape
         mixed = DepthwiseConv(self.kernel_size, self.dtype, name="conv")(x)
         tokens = mixed.reshape(-1, height * width, dim)
-        tokens = layers.layer_norm(self.dtype, name="norm")(tokens)
-        tokens = layers.Mlp(self.mlp_ratio, self.dtype, name="mlp")(tokens)
+        tokens = layers.LayerNorm(self.dtype, name="norm")(tokens)
+        tokens = layers.Mlp(dim, self.mlp_ratio, self.dtype, name="mlp")(tokens)
         return x + tokens.reshape(x.shape)
 
 

@@ -49,7 +49,7 @@ class Classifier(nn.Module):
             features = tokens[:, 0]
         else:
             features = tokens[:, 1:].mean(1)
-            features = layers.layer_norm(self.dtype, name="fc_norm")(features)
+            features = layers.LayerNorm(self.dtype, name="fc_norm")(features)
         logits = None
         if self.num_classes:
             logits = layers.dense(self.num_classes, self.dtype, name="head")(features)

@@ -33,6 +33,7 @@ class CrossDecoder(nn.Module):
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
     self_attention: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
@@ -43,11 +44,12 @@ class CrossDecoder(nn.Module):
         )
         self.decoder_blocks = [
             layers.CrossBlock(
-                self.num_heads, self.mlp_ratio, self.self_attention, self.dtype
+                self.dim, self.num_heads, self.mlp_ratio, self.self_attention,
+                self.remat, self.dtype,
             )
             for _ in range(self.depth)
         ]
-        self.decoder_norm = layers.layer_norm(self.dtype)
+        self.decoder_norm = layers.LayerNorm(self.dtype)
         self.decoder_pred = layers.dense(self.out_dim, self.dtype)
 
     def __call__(

@@ -25,6 +25,7 @@ class MAEDecoder(nn.Module):
     out_dim: int
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
@@ -35,10 +36,12 @@ class MAEDecoder(nn.Module):
         self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
         self.decoder_embed = layers.dense(self.dim, self.dtype)
         self.decoder_blocks = [
-            layers.Block(self.num_heads, self.mlp_ratio, self.dtype)
+            layers.Block(
+                self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype
+            )
             for _ in range(self.depth)
         ]
-        self.decoder_norm = layers.layer_norm(self.dtype)
+        self.decoder_norm = layers.LayerNorm(self.dtype)
         self.decoder_pred = layers.dense(self.out_dim, self.dtype)
 
     def __call__(

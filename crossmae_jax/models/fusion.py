@@ -11,6 +11,7 @@ re-initialises every linear layer, so that W is in effect Xavier-uniform, and so
 here. The norm follows the mixture; the encoder has no norm of its own.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -53,10 +54,12 @@ class InterBlockAttention(nn.Module):
     Attributes:
       maps: positions in the encoder's feature maps, from `resolve_maps`.
       decoder_depth: number of mixtures.
+      remat: one of `layers.REMATS`; unless "none" the gradient pass mixes again.
     """
 
     maps: tuple[int, ...]
     decoder_depth: int
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
@@ -65,18 +68,27 @@ class InterBlockAttention(nn.Module):
             (len(self.maps), self.decoder_depth),
         )
         self.dec_norms = [
-            layers.layer_norm(self.dtype) for _ in range(self.decoder_depth)
+            layers.LayerNorm(self.dtype) for _ in range(self.decoder_depth)
         ]
 
     def __call__(
         self, feature_maps: tuple[Float[Array, "b k d"], ...]
     ) -> tuple[Float[Array, "b k d"], ...]:
+        normed_mixtures = InterBlockAttention._normed_mixtures
+        if self.remat != "none":
+            normed_mixtures = nn.remat(normed_mixtures)
+        return normed_mixtures(self, feature_maps)
+
+    def _normed_mixtures(self, feature_maps):
         mixtures = self.mix(feature_maps)
         return tuple(norm(x) for norm, x in zip(self.dec_norms, mixtures, strict=True))
 
     def mix(
         self, feature_maps: tuple[Float[Array, "b k d"], ...]
-    ) -> Float[Array, "i b k d"]:
-        """Returns the mixtures before their norms, decoder block first."""
-        chosen = jnp.stack([feature_maps[j] for j in self.maps])
-        return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))
+    ) -> list[Float[Array, "b k d"]]:
+        """Returns the mixtures before their norms, one for each decoder block."""
+        chosen = [feature_maps[j].astype(jnp.float32) for j in self.maps]
+        return jax.lax.optimization_barrier([
+            sum(w * x for w, x in zip(weights, chosen, strict=True)).astype(self.dtype)
+            for weights in self.kernel.T
+        ])

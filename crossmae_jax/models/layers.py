@@ -22,6 +22,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from crossmae_jax.ops import attention as attention_ops
+from crossmae_jax.ops import layer_norm as layer_norm_ops
+
+# What the gradient pass computes again instead of keeping it. "selective": norms, GELU
+# and mixtures of feature maps, which are cheap; inputs and results of the matrix
+# products are kept. "full": everything but the input of each block.
+REMATS = ("none", "selective", "full")
 
 token_init = nn.initializers.normal(stddev=0.02)
 
@@ -45,9 +51,17 @@ def dense(features: int, dtype: DTypeLike, **kwargs: Any) -> nn.Dense:
     )
 
 
-def layer_norm(dtype: DTypeLike, **kwargs: Any) -> nn.LayerNorm:
-    """Makes a layer norm of epsilon 1e-6 with float32 statistics."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, use_fast_variance=False, **kwargs)
+class LayerNorm(nn.Module):
+    """Layer norm of epsilon 1e-6 with float32 statistics."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        return layer_norm_ops.layer_norm(x, scale, bias, 1e-6, self.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -70,67 +84,121 @@ class PatchEmbed(nn.Module):
         return dense(self.dim, self.dtype, bias_init=bias_init, name="proj")(patches)
 
 
+class SplitDense(nn.Module):
+    """One linear layer whose result comes in equal parts.
+
+    The parts are products with parts of the matrix: cutting the matrix is cheap, cutting
+    the result would copy every activation.
+    """
+
+    features: int
+    parts: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n f"]]:
+        shape = (x.shape[-1], self.parts * self.features)
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
+        kernels = jnp.split(kernel, self.parts, axis=1)
+        biases = jnp.split(bias[None, None], self.parts, axis=2)
+        return [x @ w + b for w, b in zip(kernels, biases, strict=True)]
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` over itself, or over `context` when it is given.
 
     The context may have another width; keys and values are projected from it directly.
     """
 
+    dim: int
     num_heads: int
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        # qkv is used, or q and kv: a layer that is not called has no parameters.
+        self.qkv = SplitDense(self.dim, 3, self.dtype)
+        self.q = dense(self.dim, self.dtype)
+        self.kv = SplitDense(self.dim, 2, self.dtype)
+        self.proj = dense(self.dim, self.dtype)
+
     def __call__(
         self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
     ) -> Float[Array, "b q d"]:
-        dim = x.shape[-1]
+        return self.attend(*self.project(x, context))
+
+    def project(
+        self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
+    ) -> list[Float[Array, "b n d"]]:
+        """Returns queries, keys and values."""
         if context is None:
-            fused = [dense(3 * dim, self.dtype, name="qkv")(x)]
-        else:
-            fused = [
-                dense(dim, self.dtype, name="q")(x),
-                dense(2 * dim, self.dtype, name="kv")(context),
-            ]
+            return self.qkv(x)
+        return [self.q(x), *self.kv(context)]
+
+    def attend(
+        self,
+        queries: Float[Array, "b q d"],
+        keys: Float[Array, "b k d"],
+        values: Float[Array, "b k d"],
+    ) -> Float[Array, "b q d"]:
+        """Attends with what `project` returned."""
         q, k, v = (
-            part
-            for array in fused
-            for part in einops.rearrange(
-                array, "b n (part h d) -> part b n h d",
-                part=array.shape[-1] // dim, h=self.num_heads,
-            )
+            einops.rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)
+            for x in (queries, keys, values)
         )
         out = attention_ops.attention(q, k, v)
-        out = einops.rearrange(out, "b q h d -> b q (h d)")
-        return dense(dim, self.dtype, name="proj")(out)
+        return self.proj(einops.rearrange(out, "b q h d -> b q (h d)"))
 
 
 class Mlp(nn.Module):
     """Two linear layers with an exact GELU between them."""
 
+    dim: int
     mlp_ratio: float
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.fc1 = dense(int(self.dim * self.mlp_ratio), self.dtype)
+        self.fc2 = dense(self.dim, self.dtype)
+
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        dim = x.shape[-1]
-        x = dense(int(dim * self.mlp_ratio), self.dtype, name="fc1")(x)
-        return dense(dim, self.dtype, name="fc2")(nn.gelu(x, approximate=False))
+        return self.contract(self.fc1(x))
+
+    def contract(self, hidden: Float[Array, "b n m"]) -> Float[Array, "b n d"]:
+        """Applies the GELU and the second layer."""
+        return self.fc2(nn.gelu(hidden, approximate=False))
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, each on a norm of the residual stream."""
+    """Self-attention and MLP, each on a norm of the residual stream.
 
+    Attributes:
+      remat: one of `REMATS`.
+    """
+
+    dim: int
     num_heads: int
     mlp_ratio: float
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        self.norm1 = LayerNorm(self.dtype)
+        self.attn = Attention(self.dim, self.num_heads, self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
+        self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype)
+
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        norm = layer_norm(self.dtype, name="norm1")
-        x = x + Attention(self.num_heads, self.dtype, name="attn")(norm(x))
-        norm = layer_norm(self.dtype, name="norm2")
-        x = x + Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x))
-        return x
+        return _again("full", self.remat, Block._run)(self, x)
+
+    def _run(self, x):
+        project = _again("selective", self.remat, Block._project)
+        x = x + self.attn.attend(*project(self, x))
+        return x + _mlp(self, x)
+
+    def _project(self, x):
+        return self.attn.project(self.norm1(x))
 
 
 class CrossBlock(nn.Module):
@@ -138,24 +206,54 @@ class CrossBlock(nn.Module):
 
     The context is used as it comes: it is normed where it is made. With
     `self_attention` the queries first attend to each other (the paper's ablation).
+
+    Attributes:
+      remat: one of `REMATS`.
     """
 
+    dim: int
     num_heads: int
     mlp_ratio: float
     self_attention: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        if self.self_attention:
+            self.norm0 = LayerNorm(self.dtype)
+            self.self_attn = Attention(self.dim, self.num_heads, self.dtype)
+        self.norm1 = LayerNorm(self.dtype)
+        self.cross_attn = Attention(self.dim, self.num_heads, self.dtype)
+        self.norm2 = LayerNorm(self.dtype)
+        self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype)
+
     def __call__(
         self, x: Float[Array, "b q d"], context: Float[Array, "b k e"]
     ) -> Float[Array, "b q d"]:
+        return _again("full", self.remat, CrossBlock._run)(self, x, context)
+
+    def _run(self, x, context):
         if self.self_attention:
-            norm = layer_norm(self.dtype, name="norm0")
-            x = x + Attention(self.num_heads, self.dtype, name="self_attn")(norm(x))
-        norm = layer_norm(self.dtype, name="norm1")
-        x = x + Attention(self.num_heads, self.dtype, name="cross_attn")(
-            norm(x), context
-        )
-        norm = layer_norm(self.dtype, name="norm2")
-        x = x + Mlp(self.mlp_ratio, self.dtype, name="mlp")(norm(x))
-        return x
+            project = _again("selective", self.remat, CrossBlock._project_self)
+            x = x + self.self_attn.attend(*project(self, x))
+        project = _again("selective", self.remat, CrossBlock._project)
+        x = x + self.cross_attn.attend(*project(self, x, context))
+        return x + _mlp(self, x)
+
+    def _project_self(self, x):
+        return self.self_attn.project(self.norm0(x))
+
+    def _project(self, x, context):
+        return self.cross_attn.project(self.norm1(x), context)
+
+
+def _again(mode, remat, function):
+    """Returns the function, its inner values recomputed if `remat` is the mode."""
+    return nn.remat(function) if remat == mode else function
+
+
+def _mlp(block, x):
+    """Returns what the MLP of a block adds to the residual stream."""
+    expand = _again("selective", block.remat, lambda b, x: b.mlp.fc1(b.norm2(x)))
+    contract = _again("selective", block.remat, lambda b, x: b.mlp.contract(x))
+    return contract(block, expand(block, x))

@@ -109,7 +109,7 @@ def build_encoder(config: ConfigDict) -> vit.ViT:
     return vit.ViT(
         size=size, patch_size=patch_size, image_size=tuple(config.data.image_size),
         channels=config.data.channels, mlp_ratio=config.model.mlp_ratio,
-        final_norm=config.model.fusion != "inter_block",
+        final_norm=config.model.fusion != "inter_block", remat=config.model.remat,
         dtype=jnp.dtype(config.model.dtype),
     )
 
@@ -124,6 +124,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
     _choice("fusion", model.fusion, FUSIONS)
     _choice("decoder", model.decoder, DECODERS)
     _choice("dtype", model.dtype, ("bfloat16", "float32"))
+    _choice("remat", model.remat, layers.REMATS)
     if model.decoder == "mae" and model.fusion != "last":
         raise ValueError(
             f"decoder='mae' takes the encoder's last map only, but fusion="
@@ -153,13 +154,13 @@ def build(config: ConfigDict) -> MaskedImageModel:
             maps=fusion.resolve_maps(
                 model.fusion_maps, depth=size.depth, include_input=model.fusion_input
             ),
-            decoder_depth=model.decoder_depth, dtype=dtype,
+            decoder_depth=model.decoder_depth, remat=model.remat, dtype=dtype,
         ) if mixes else None,
         decoder=DECODERS[model.decoder](
             dim=model.decoder_dim, depth=model.decoder_depth,
             num_heads=model.decoder_heads,
             out_dim=patch_size**2 * config.data.channels,
-            grid=grid, mlp_ratio=mlp_ratio, dtype=dtype, **extra,
+            grid=grid, mlp_ratio=mlp_ratio, remat=model.remat, dtype=dtype, **extra,
         ),
         aggregator=aggregator.Aggregator(
             kind=model.aggregator.kind, dim=model.decoder_dim, grid=grid,

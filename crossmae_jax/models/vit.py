@@ -95,6 +95,7 @@ class ViT(nn.Module):
     Attributes:
       final_norm: CrossMAE has none when it mixes feature maps: each mixture is normed.
       learned_positions: makes the position table a parameter, as in fine-tuning.
+      remat: what the gradient pass computes again, one of `layers.REMATS`.
     """
 
     size: Size
@@ -104,6 +105,7 @@ class ViT(nn.Module):
     mlp_ratio: float = 4.0
     final_norm: bool = True
     learned_positions: bool = False
+    remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -144,9 +146,10 @@ class ViT(nn.Module):
         feature_maps = [x]
         for i in range(self.size.depth):
             x = layers.Block(
-                self.size.num_heads, self.mlp_ratio, self.dtype, name=f"blocks_{i}"
+                self.size.dim, self.size.num_heads, self.mlp_ratio, self.remat,
+                self.dtype, name=f"blocks_{i}",
             )(x)
             feature_maps.append(x)
         if self.final_norm:
-            x = layers.layer_norm(self.dtype, name="norm")(x)
+            x = layers.LayerNorm(self.dtype, name="norm")(x)
         return Encoded(x, tuple(feature_maps))
