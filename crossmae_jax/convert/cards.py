@@ -154,6 +154,7 @@ def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
     """Returns the card of a pre-training run's weights."""
     settings = json.loads(config.to_json())
     data, optim = settings["data"], settings.get("optim", {})
+    settings["model"].pop("remat", None)  # says how gradients are computed, no more
     recipe = {
         "data": data.get("name") or data.get("source"),
         "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"), **optim,

@@ -31,7 +31,7 @@ def config_of(card: Card) -> ConfigDict:
     What the card does not know is filled in with values that no tensor depends on.
     """
     masking = dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.0, retain="random")
-    model = dict(card.model, dtype="float32")
+    model = dict(card.model, remat="none", dtype="float32")
     if model.get("fusion_maps") is not None:
         model["fusion_maps"] = tuple(model["fusion_maps"])
     return ConfigDict(dict(
@@ -295,7 +295,6 @@ def _decoder_settings(
         fusion_input=with_input, decoder=kind, decoder_dim=dim,
         decoder_depth=decoder_depth, decoder_heads=heads,
         decoder_self_attention=attends,
-        remat="selective",
         aggregator=dict(
             kind="none", kernel_size=7, rewrites_retained=False,
             visible="decoder" if kind == "mae" else "encoder",

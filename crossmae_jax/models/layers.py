@@ -87,8 +87,8 @@ class PatchEmbed(nn.Module):
 class SplitDense(nn.Module):
     """One linear layer whose result comes in equal parts.
 
-    The parts are products with parts of the matrix: cutting the matrix is cheap, cutting
-    the result would copy every activation.
+    The parts are products with parts of the matrix: cutting the matrix is cheap,
+    cutting the result would copy every activation.
     """
 
     features: int
