@@ -57,8 +57,8 @@ class Evaluations:
             config.evals.to_dict(), num_images=self._num_images,
             num_classes=opened["train"].num_classes,
         )
-        self._predict = jax.jit(objective.predict)
-        self._reconstruct = jax.jit(objective.reconstruct)
+        self._predict = jax.jit(parallel.within(mesh, objective.predict))
+        self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
         self.files: list[Path] = []
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
@@ -68,6 +68,29 @@ class Evaluations:
             if options.every_epochs
             and step % max(1, round(options.every_epochs * steps_per_epoch)) == 0
         ]
+
+    def trace(self, variables: Any) -> None:
+        """Traces what the evaluators will compute, without computing it."""
+        def batch(num_images: int | None = None) -> Any:
+            blank = pipeline.blank_batch(
+                self._config.data, batch_size=self._batch_size(num_images), valid=True
+            )
+            return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
+
+        evals = self._config.evals
+        if any(name in evals for name in _COMPARED):
+            jax.eval_shape(self._predict, variables, batch())
+        if "reconstruction" in evals:
+            size = evals.reconstruction.num_images
+            jax.eval_shape(self._reconstruct, variables, batch(size), self._panel_key)
+
+    def _batch_size(self, num_images: int | None) -> int:
+        """Returns the size of batches for so many images, None for all."""
+        size = self._config.data.batch_size
+        if num_images is None:
+            return size
+        per_device = -(-num_images // self._mesh.size)  # no more padding than needed
+        return min(size, per_device * self._mesh.size)
 
     def run(
         self,
@@ -128,13 +151,10 @@ class Evaluations:
 
     def _evaluation(self, predict, stop, **pictures: Any) -> evaluators.Evaluation:
         def batches(split: str, num_images: int | None) -> Iterator[evaluators.Batch]:
-            size = self._config.data.batch_size
-            if num_images is not None:  # no more padding than the devices need
-                per_device = -(-num_images // self._mesh.size)
-                size = min(size, per_device * self._mesh.size)
             with pipeline.eval_batches(
-                self._sources[split], self._config.data, batch_size=size,
-                num_images=num_images, process_index=jax.process_index(),
+                self._sources[split], self._config.data,
+                batch_size=self._batch_size(num_images), num_images=num_images,
+                process_index=jax.process_index(),
                 process_count=jax.process_count(), workdir=str(self._directory),
             ) as made:
                 for batch in made:

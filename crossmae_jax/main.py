@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
     # Loader workers import this file anew, and must not import JAX.
     from crossmae_jax import checkpoint, environment, train
     from crossmae_jax.data import bad_images, transforms
+    from crossmae_jax.ops import attention_check
 
     try:
         train.run(_CONFIG.value, _WORKDIR.value)
@@ -140,6 +141,7 @@ def main(argv: list[str]) -> None:
     except (
         train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
         bad_images.TooManyBadImages, transforms.ChannelMismatch,
+        attention_check.KernelError,
     ) as error:
         sys.exit(f"error: {error}")
 

@@ -9,6 +9,8 @@ between versions of JAX belong here. One that matters: `jax.make_mesh` makes Exp
 axes in some versions and Auto ones in others, so the mesh is built from its parts.
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,14 +31,37 @@ def start() -> str:
     return line
 
 
-def make_mesh() -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of all devices, with the devices of a host side by side.
 
     The data pipeline hands each host a contiguous slice of the batch; in this order the
     slices make up the batch in the order of its sample numbers.
+
+    Args:
+      devices: those of the mesh, if not all.
     """
-    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    devices = jax.devices() if devices is None else devices
+    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
     return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function with the mesh in use while it is traced.
+
+    Kernels learn from it how a batch is shared (crossmae_jax/ops/attention_tpu.py). So
+    whatever runs a model on the devices of a mesh is jitted as
+
+        jax.jit(within(mesh, function))
+
+    Every call returns another function, whose traces JAX keeps by themselves.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

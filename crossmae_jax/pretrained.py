@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from crossmae_jax import augment, patches
+from crossmae_jax import augment, parallel, patches
 from crossmae_jax.convert import exporting, names, sources, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.hints import Facts
@@ -51,7 +51,8 @@ class Encoder:
         self.card = card
         self.variables = variables
         self._model = structure.build(card)
-        self._apply = jax.jit(self._run)
+        mesh = parallel.make_mesh(jax.local_devices()[:1])  # where new arrays lie
+        self._apply = jax.jit(parallel.within(mesh, self._run))
 
     def __call__(self, images: Any) -> Float[Array, "b d"]:
         """Returns a vector per image: what the evaluations of this library use.

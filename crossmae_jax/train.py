@@ -36,6 +36,7 @@ from crossmae_jax import (
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives import OBJECTIVES
+from crossmae_jax.ops import attention, attention_check
 
 REQUEUE = 75  # exit status when stopped: saved, run the same command again
 
@@ -127,21 +128,18 @@ def compile_steps(
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
-    The state lies whole on every device. Kernels learn from the mesh in use how the
-    batch is shared (crossmae_jax/ops/attention_tpu.py). A step takes the memory of the
-    state that it is given, which cannot be used any more.
+    The state lies whole on every device. A step takes the memory of the state that it
+    is given, which cannot be used any more.
     """
     everywhere = parallel.replicated(mesh)
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
-    step_of_mesh = make_train_step(
+    step = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
-
-    def step(state, batch):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return step_of_mesh(state, batch)
-
-    return init, jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    step = jax.jit(
+        parallel.within(mesh, step), donate_argnums=0, out_shardings=everywhere
+    )
+    return init, step
 
 
 def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
@@ -202,6 +200,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
       SetupError: if configuration, data or directory contradict each other.
       AcceleratorError: if JAX leaves the machine's accelerator idle.
       RestoreError: if there are checkpoints, but none that can be restored.
+      KernelError: if a kernel does not compute what it should on these devices.
       FloatingPointError: if the loss is no longer finite.
     """
     directory = Path(directory)
@@ -271,6 +270,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             f"of {config.data.batch_size} images, peak learning rate "
             f"{optim.peak_lr(config):.3g}", flush=True,
         )
+
+        blank = pipeline.blank_batch(config.data, batch_size=config.data.batch_size)
+        with attention.recording() as choices:  # JAX keeps the traces for what follows
+            if start < total:
+                jax.eval_shape(train_step, state, parallel.with_sharding(
+                    blank, parallel.batch_sharding(mesh)
+                ))
+            evaluations.trace(state.variables)
+        attention_check.check(choices, mesh=mesh)
 
         with _setting_up():
             writer = metrics.MetricWriter(

@@ -193,9 +193,6 @@ def libtpu(monkeypatch):
         importlib.util, "find_spec",
         lambda name: find_spec("jax") if name == "libtpu" else find_spec(name),
     )
-    attention._choose.cache_clear()
-    yield
-    attention._choose.cache_clear()
 
 
 def test_the_platform_that_is_compiled_for_chooses(libtpu, monkeypatch):

@@ -151,6 +151,7 @@ FAILING = """
 import sys
 from crossmae_jax import checkpoint, environment, main, train
 from crossmae_jax.data import bad_images, transforms
+from crossmae_jax.ops import attention_check
 
 names, sys.argv = sys.argv[1].split(), sys.argv[1:]
 main.parse_flags(sys.argv)
@@ -170,6 +171,7 @@ def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path)
     for_users = [
         "train.SetupError", "environment.AcceleratorError", "checkpoint.MismatchError",
         "bad_images.TooManyBadImages", "transforms.ChannelMismatch",
+        "attention_check.KernelError",
     ]
     bugs = ["ValueError", "RuntimeError", "FloatingPointError"]
     found = run(

@@ -116,6 +116,24 @@ def eval_batches(
     return Batches(loader, -(-count // batch_size), data.workers, bad_images, keys)
 
 
+def blank_batch(data: ConfigDict, *, batch_size: int, valid: bool = False) -> Batch:
+    """Returns zeros, in no memory, with the shapes and types of a global batch.
+
+    Args:
+      valid: of evaluation, which has an array more.
+    """
+    shapes = {
+        "image": ((batch_size, *data.image_size, data.channels), np.uint8),
+        "label": ((batch_size,), np.int32),
+        **({"valid": ((batch_size,), np.bool_)} if valid else {}),
+        "sample": ((batch_size,), np.uint32),
+    }
+    return {
+        name: np.broadcast_to(np.zeros((), dtype), shape)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
 class Batches(Iterator[Batch]):
     """Batches that are made ahead of their use, a bounded number of them.
 

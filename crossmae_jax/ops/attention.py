@@ -8,15 +8,18 @@ number: self-attention and cross-attention are the same function.
 
 Each platform has implementations in the order in which they are tried. Which of them
 takes the shapes is settled as the model is traced; which platform it is, as the trace
-is compiled, perhaps on another machine (`jax.lax.platform_dependent`).
+is compiled, perhaps on another machine (`jax.lax.platform_dependent`). What was chosen,
+and why, can be recorded; `attention_check` compares it with float32.
 """
 
-import functools
+import contextlib
+import contextvars
 import importlib.util
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from jaxtyping import Array, Float
 
 from crossmae_jax.ops import attention_cudnn, attention_tpu
@@ -46,36 +49,83 @@ def attention(
         x if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
         for x in (q, k, v, bias)
     )
-    # The mesh and the number of devices are in the key because "tpu" declines by them.
-    key = (*arrays, attention_tpu.mesh_in_use(), jax.device_count())
-    chosen = {platform: _choose(platform, *key) for platform in ORDER}
+    chosen = {platform: _choose(platform, arrays) for platform in ORDER}
+    if (recorded := _recorded.get()) is not None:
+        here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+        recorded.append(chosen.get(here, Choice(arrays, "xla", ())))
     others = {
-        platform: IMPLEMENTATIONS[name]
-        for platform, name in chosen.items() if name != "xla"
+        platform: IMPLEMENTATIONS[choice.impl]
+        for platform, choice in chosen.items() if choice.impl != "xla"
     }
     if not others:
         return _xla(q, k, v, bias)
     return jax.lax.platform_dependent(q, k, v, bias, default=_xla, **others)
 
 
-@functools.cache
-def _choose(platform, q, k, v, bias, mesh, num_devices):
-    """Returns the first implementation that takes the arrays; logs it, and why."""
+class Choice(NamedTuple):
+    """Which implementation was taken for some arrays, and why.
+
+    Attributes:
+      arrays: q, k, v and bias, which may be None; their shapes and types.
+      impl: the implementation for the platform that JAX runs on.
+      reasons: why each before it did not take them, "cudnn: ...".
+    """
+
+    arrays: tuple[jax.ShapeDtypeStruct | None, ...]
+    impl: str
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns `attention 50 x 50, 12 heads of 64, bfloat16: xla; not cudnn: ...`.
+
+        The number of images is left out; a bias stands there as `float32 bias 1 x 12`
+        or, if each image has its own, `b x 12`.
+        """
+        q, k, _, bias = self.arrays
+        extra = ""
+        if bias is not None:
+            images = 1 if bias.shape[0] == 1 else "b"
+            extra = f", {bias.dtype} bias {images} x {bias.shape[1]}"
+        return (
+            f"attention {q.shape[1]} x {k.shape[1]}, {q.shape[2]} heads of"
+            f" {q.shape[3]}, {q.dtype}{extra}: "
+            + "; not ".join((self.impl, *self.reasons))
+        )
+
+
+_recorded: contextvars.ContextVar[list[Choice] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Choice]]:
+    """Collects what is chosen for every attention traced meanwhile, in this order.
+
+    What JAX has traced before it does not trace again: give it new functions.
+
+    Example:
+      with recording() as choices:
+          jax.eval_shape(jax.jit(step), state, batch)
+    """
+    choices: list[Choice] = []
+    token = _recorded.set(choices)
+    try:
+        yield choices
+    finally:
+        _recorded.reset(token)
+
+
+def _choose(platform, arrays):
+    """Returns the platform's first implementation that takes the arrays."""
     reasons = []
     for name in ORDER[platform]:
         try:
-            CHECKS[name](q, k, v, bias)
+            CHECKS[name](*arrays)
             break
         except NotImplementedError as reason:
-            reasons.append(f"; not {name}: {reason}")
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if platform == here and jax.process_index() == 0:
-        logging.info(
-            "Attention %d x %d, %d heads of %d, %s%s: %s%s",
-            q.shape[1], k.shape[1], *q.shape[2:], q.dtype,
-            "" if bias is None else " with bias", name, "".join(reasons),
-        )
-    return name
+            reasons.append(f"{name}: {reason}")
+    return Choice(arrays, name, tuple(reasons))
 
 
 def _forced(impl, q, k, v, bias):
@@ -109,11 +159,10 @@ def _find_tpu_compiler():
 def _check_tpu(q, k, v, bias):
     _find_tpu_compiler()
     attention_tpu.check(q, k, v, bias)
-    if attention_tpu.mesh_in_use() is None and jax.device_count() > 1:
+    if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         raise NotImplementedError(
             f"There are {jax.device_count()} devices, but no mesh is in use to share a"
-            " kernel's work by; trace the model within"
-            " jax.sharding.use_abstract_mesh(mesh.abstract_mesh)."
+            " kernel's work by; jit the function as crossmae_jax.parallel.within does."
         )
 
 

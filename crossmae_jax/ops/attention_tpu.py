@@ -17,11 +17,8 @@ Queries beyond 256 come in several blocks, whose last one has a tail; it is zero
 
 The compiler cannot share a kernel's work over devices by itself, and on TPUs it does
 not ask `custom_partitioning` (https://github.com/jax-ml/jax/issues/38196). So a batch
-over several devices needs the mesh in use when the model is traced,
-
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-
-and each device takes its part of the images.
+over several devices needs the mesh in use when the model is traced
+(`parallel.within`), and each device takes its part of the images.
 """
 
 import functools
