@@ -9,20 +9,18 @@ package libtpu, GPU targets jax[cuda13].
 """
 
 import argparse
-import os
-import re
 import time
 
-if __name__ == "__main__":  # before JAX is imported, which would look for hardware
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+from crossmae_jax import hardware
+
+if __name__ == "__main__":
+    hardware.without_devices()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from benchmarks import compilation, step  # noqa: E402
-from crossmae_jax import parallel  # noqa: E402
+from benchmarks import step  # noqa: E402
+from crossmae_jax import collectives, parallel  # noqa: E402
 from crossmae_jax.ops import attention  # noqa: E402
 from tests import attention_cases  # noqa: E402
 
@@ -57,13 +55,10 @@ def compile_case(case, *, dtype, mesh, images: int) -> list[str]:
         return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     found = [name for name, call in KERNELS.items() if call in text] or ["xla"]
-    counts = {
-        name: len(re.findall(rf" {name}(?:-start)?\(", text))
-        for name in compilation.COLLECTIVES
-    }
+    exchanged = collectives.read(text)
     return [
         " ".join(found),
-        ", ".join(f"{n} {name}" for name, n in counts.items() if n) or "none",
+        ", ".join(f"{each.count} {each.kind}" for each in exchanged) or "none",
         f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
         f"{seconds:.1f}",
     ]
@@ -85,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     print(step.row(head))
     print(step.row(["---"] * len(head)))
     for target in args.target:
-        mesh = compilation.target_mesh(target)
+        mesh = hardware.target_mesh(target)
         for case in attention_cases.CASES:
             for dtype in args.dtype or ["bfloat16", "float32"]:
                 if args.case not in case.name:

@@ -28,26 +28,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from crossmae_jax import cost, environment, optim, parallel, train
+from crossmae_jax import cost, environment, hardware, optim, parallel, train
 from crossmae_jax import main as train_main
 from crossmae_jax.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results" / "step.md"
 
-# Dense bf16 TFLOP/s of one device as JAX counts them, from the makers' data sheets: for
-# GPUs without sparsity. The first name found in the device's own decides.
-PEAK_TFLOPS = {
-    "A100": 312,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "TPU v4": 275,
-    "TPU v5 lite": 197,
-    "TPU v5e": 197,
-    "TPU v5": 459,
-    "TPU v6 lite": 918,
-    "TPU v6e": 918,
-}
+# Dense bf16 TFLOP/s of one device; the first name found in the device's own decides.
+PEAK_TFLOPS = {name: device.tflops for name, device in hardware.DEVICES.items()}
 
 
 @dataclasses.dataclass

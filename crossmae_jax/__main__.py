@@ -13,6 +13,7 @@ import sys
 COMMANDS = {
     "train": "crossmae_jax.commands.train",
     "cost": "crossmae_jax.commands.cost",
+    "estimate": "crossmae_jax.commands.estimate",
     "convert": "crossmae_jax.commands.convert",
     "data": "crossmae_jax.commands.data",
     "doctor": "crossmae_jax.commands.doctor",

@@ -111,6 +111,41 @@ def parse_config(argv: list[str], parse: Callable[[list[str]], list[str]]) -> Pa
     return path
 
 
+def parse_command(
+    name: str, argv: list[str], values: flags.FlagValues, *, usage: str
+) -> tuple[Path, str]:
+    """Parses the flags of a command that takes --config; stops where they are wrong.
+
+    Returns the file, and a line that names it and the settings that were changed.
+
+    Args:
+      argv: what follows the command's name.
+      values: the command's own flags, to which --config is added.
+      usage: of the command's own flags.
+    """
+    argv = [f"crossmae-jax {name}", *argv]
+    config_flags.DEFINE_config_file(
+        "config", None, "File that describes an experiment.", flag_values=values,
+        sys_argv=argv,
+    )
+
+    def parse(argv):
+        try:
+            return values(argv)
+        except flags.Error as error:
+            stop(
+                f"{error}\nWrite --config=FILE [--config.KEY=VALUE ...] {usage}, "
+                "values of the type that they have in the file."
+            )
+
+    path = parse_config(argv, parse)
+    changes = config_flags.get_override_values(values["config"])
+    title = f"`{path}`"
+    if changes:
+        title += " with " + ", ".join(f"`{k}={v}`" for k, v in changes.items())
+    return path, title
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags of training."""
     if any(argument.lstrip("-").startswith("help") for argument in argv):

@@ -182,7 +182,8 @@ def _stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, previous[number])
 
 
-def _objective(config: ConfigDict) -> Any:
+def make_objective(config: ConfigDict) -> Any:
+    """Returns what `config.objective` names; ValueError if there is no such thing."""
     if config.objective not in OBJECTIVES:
         raise ValueError(
             f"Unknown objective {config.objective!r}. Known: {', '.join(OBJECTIVES)}."
@@ -206,7 +207,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     directory = Path(directory)
     environment.check_accelerator()
     with _setting_up():
-        objective, mesh = _objective(config), parallel.make_mesh()
+        objective, mesh = make_objective(config), parallel.make_mesh()
         parallel.check_batch_size(
             config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
         )

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from benchmarks import ablation, compilation, gradients, sampling, step
-from crossmae_jax import parallel, train
+from benchmarks import ablation, gradients, sampling, step
+from crossmae_jax import train
 from tests.test_benchmarks import TINY
 
 SHORT = [*TINY, "model.dtype=float32", "epochs=0.3", "optim.warmup_epochs=0.1"]
@@ -73,7 +73,7 @@ def test_table_2_crosses_ratio_method_and_choice():
     found = set()
     for name, overrides in grid.items():  # whatever the config throws by itself
         config = step.load_config("configs/vitb_mae_prmim.py", overrides=overrides)
-        train._objective(config)
+        train.make_objective(config)
         masking, kind = config.masking, config.model.aggregator.kind
         found.add((masking.throw_ratio, kind, masking.retain))
         assert ("progressive" in name) == (kind == "conv")
@@ -129,13 +129,3 @@ def test_the_choice_of_tokens_is_timed_against_the_step(capsys):
     for choice in ("random", "furthest"):
         (row,) = cells(printed, choice)
         assert float(row[2].rstrip("%")) > 0
-
-
-def test_a_step_is_compiled_for_a_mesh_without_running_it(monkeypatch, capsys):
-    monkeypatch.setattr(compilation, "target_mesh", lambda _: parallel.make_mesh())
-    compilation.main([
-        "--config=configs/digits_cross_prmim.py", "--target=v5e:2x4", "--batch=16",
-        *(f"--override={change}" for change in TINY),
-    ])
-    (row,) = cells(capsys.readouterr().out, "digits_cross_prmim")
-    assert "all-reduce" in row[-1] and "all-gather" not in row[-1]

@@ -13,7 +13,7 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
-     "visualize", "digests", "environment", "workdir"),
+     "visualize", "digests", "environment", "workdir", "hardware", "collectives"),
     ("masking", "models.layers", "checkpoint", "optim", "targets"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
@@ -22,6 +22,7 @@ ROWS = (
     ("objectives", "evaluators"),
     ("evaluation", "convert"),
     ("train", "pretrained"),
+    ("estimate",),
     ("main", "commands", "__main__"),
 )
 
@@ -77,6 +78,7 @@ def test_evaluators_know_neither_objectives_nor_models():
 @pytest.mark.parametrize("module", [
     "crossmae_jax", "crossmae_jax.data.sources", "crossmae_jax.data.transforms",
     "configs.vitb_cross", "crossmae_jax.main", "crossmae_jax.visualize",
+    "crossmae_jax.hardware", "crossmae_jax.commands.estimate",
 ])
 def test_these_do_not_import_jax(module):
     code = f"import sys, {module}; print('jax' in sys.modules)"

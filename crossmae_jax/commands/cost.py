@@ -12,32 +12,11 @@ import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from crossmae_jax import cost
 from crossmae_jax import main as train_main
 from crossmae_jax.objectives import pretrain
-
-
-def _parse(argv: list[str]) -> flags.FlagValues:
-    """Returns the values of --config and --against; stops where they are wrong."""
-    values, argv = flags.FlagValues(), ["crossmae-jax cost", *argv]
-    config_flags.DEFINE_config_file(
-        "config", None, "File to count.", flag_values=values, sys_argv=argv
-    )
-    flags.DEFINE_string("against", None, "File to compare with.", flag_values=values)
-
-    def parse(argv):
-        try:
-            return values(argv)
-        except flags.Error as error:
-            train_main.stop(
-                f"{error}\nWrite --config=FILE [--config.KEY=VALUE ...] "
-                "[--against=FILE], values of the type that they have in the file."
-            )
-
-    train_main.parse_config(argv, parse)
-    return values
 
 
 def _count(config: ConfigDict, path: str) -> cost.Cost:
@@ -108,15 +87,14 @@ def main(argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
-    values = _parse(argv)
-    path = config_flags.get_config_filename(values["config"])
-    changes = config_flags.get_override_values(values["config"])
-    title = f"`{path}`"
-    if changes:
-        title += " with " + ", ".join(f"`{k}={v}`" for k, v in changes.items())
+    values = flags.FlagValues()
+    flags.DEFINE_string("against", None, "File to compare with.", flag_values=values)
+    path, title = train_main.parse_command(
+        "cost", argv, values, usage="[--against=FILE]"
+    )
     against = None
     try:
-        counted = _count(values.config, path)
+        counted = _count(values.config, str(path))
         if values.against is not None:
             title += f"\nagainst `{values.against}`"
             other = train_main.load_config(Path(values.against))

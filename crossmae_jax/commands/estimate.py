@@ -1,0 +1,236 @@
+"""Compiles the training step for hardware one need not own; says what it needs.
+
+    python -m crossmae_jax estimate --config=FILE [--config.KEY=VALUE ...] --target=h200
+
+Targets: h200; TPUs in the layouts that they are sold in, v5e:4x4, v5p:2x2x1, v6e:4x4;
+this, the devices of this process. The batch of the configuration is cut over the
+target's devices. Nothing is run: memory and exchanges are those of the compiled
+program, operations are counted, and the step time is a bound.
+
+Compiling ViT-B takes about half a minute for an H200 and several for a TPU. So the step
+is compiled once, and again only where that is asked for:
+
+    --batches=1024,2048   also at these batches: the largest that fits is interpolated
+    --tests=1             of the settings that are suggested where it does not fit, how
+                          many are compiled, each as long; 0 for none
+
+Exit status 2 if the command line is wrong, 1 if a configuration contradicts itself or
+the target's compiler is missing; 0 otherwise, whether it fits or not.
+"""
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from crossmae_jax import hardware
+from crossmae_jax import main as train_main
+
+if TYPE_CHECKING:  # JAX is imported when the target is known
+    from crossmae_jax.estimate import Estimate, LargestBatch, Suggestion
+
+
+def _size(num_bytes: int | float) -> str:
+    unit, name = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB")
+    return f"{num_bytes / unit:.2f} {name}"
+
+
+def _verdict(found: "Estimate") -> str:
+    if found.refusal:
+        return f"no: the compiler refuses: {found.refusal.splitlines()[0]}"
+    if found.fits == "unknown":
+        return f"unknown: no figures for {found.device_kind!r}; {_need(found)}"
+    sure, most, why, between = found.capacity
+    text = f"{found.fits}: {_need(found)} of {_size(sure)}, {why}"
+    if found.fits == "barely":
+        text += f"; {between}"
+    elif found.fits == "no" and most > sure:
+        text += f"; at most {_size(most)} can be used"
+    return text
+
+
+def _need(found: "Estimate") -> str:
+    return _size(found.memory.total)
+
+
+def _memory(found: "Estimate") -> str:
+    memory = found.memory
+    rows = {
+        "weights": memory.weights,
+        "moments of the optimiser": memory.moments,
+        "images": memory.images,
+        "activations and other temporaries": memory.temporaries,
+        "layout, results, code": memory.other,
+        "all": memory.total,
+    }
+    unit, word = (1e9, "GB") if memory.total >= 1e8 else (1e6, "MB")
+    lines = [f"| {name} | {size / unit:.3f} |" for name, size in rows.items()]
+    return "\n".join([f"| memory of a device | {word} |", "| --- | --- |", *lines])
+
+
+def _exchanged(found: "Estimate") -> str:
+    if not found.exchanged:
+        return "none"
+    parts = []
+    for kind in found.exchanged:
+        least = "" if kind.exact else "at least "
+        parts.append(f"{least}{kind.count} {kind.kind} of {_size(kind.num_bytes)}")
+    return f"{', '.join(parts)}; a device sends {_size(found.sent)} or more"
+
+
+def _bound(found: "Estimate", *, bfloat16: bool) -> str:
+    bounds = found.bounds()
+    if not bounds:
+        return f"unknown: no figures for {found.device_kind!r}"
+    terms = {
+        "operations": "counted, at the bfloat16 peak",
+        "memory": "accesses as the compiler counts them",
+        "links": "what a device must send",
+    }
+    parts = [f"{name} {bounds[name] * 1e3:.3g} ms ({terms[name]})" for name in bounds]
+    if "memory" not in bounds:
+        parts.append("memory accesses not known")
+    largest = max(bounds.values())
+    rate = found.batch_size / largest
+    text = (
+        f"{largest * 1e3:.3g} ms or more, {rate:.3g} images/s or fewer: a bound, not "
+        f"measured\n                the largest of: {', '.join(parts)}"
+    )
+    if not bfloat16:
+        text += "\n                this model does not compute in bfloat16: slower"
+    return text
+
+
+def _largest(found: "Estimate", largest: "LargestBatch | None", tried: list[int]):
+    if not tried:
+        return "not sought; --batches=N,... compiles further batches to find it"
+    if largest is None:
+        return "not known: two batches are needed that the compiler did not refuse"
+    if largest.batch_size == 0:
+        return "none: not even one image a device"
+    between = largest.compiled[0] <= largest.batch_size <= largest.compiled[1]
+    how = "interpolated" if between else "extrapolated"
+    unit = found.num_devices * found.accum_steps
+    digits = max(0, int(math.log10(largest.batch_size)) - 1)
+    about = largest.batch_size // 10**digits * 10**digits // unit * unit
+    return (
+        f"about {about or largest.batch_size} images ({how} from compilations at "
+        f"{' and '.join(map(str, largest.compiled))})"
+    )
+
+
+def _suggested(found: "Estimate", suggestions: "list[Suggestion]") -> str:
+    if not suggestions:
+        return (
+            "No number of micro-batches and no smaller batch makes it fit: weights, "
+            "moments and\ngradients take nearly all of it, or the batch cannot be cut."
+        )
+    lines = ["It may fit with one of"]
+    for settings, tried in suggestions:
+        flag = " ".join(f"--config.{name}={value}" for name, value in settings.items())
+        what = "untested"
+        if tried is not None:
+            what = f"compiled, fits: {_verdict(tried)}"
+        if "data.batch_size" in settings:
+            what += " (a smaller batch is another training)"
+        lines.append(f"    {flag:34} {what}")
+    return "\n".join(lines)
+
+
+def report(
+    found: "Estimate",
+    *,
+    bfloat16: bool,
+    largest: "LargestBatch | None" = None,
+    tried: list[int] | None = None,
+    suggestions: "list[Suggestion] | None" = None,
+) -> str:
+    """Returns an estimate as text.
+
+    Args:
+      bfloat16: whether the model computes in that type, which the peak is of.
+      tried: the further batches that `largest` was sought with.
+      suggestions: what `estimate.suggest` returned, for one that does not fit.
+    """
+    a_device = found.batch_size // found.num_devices
+    lines = [
+        f"fits            {_verdict(found)}",
+        f"compiled        in {found.seconds:.0f} s for {found.num_devices} x "
+        f"{found.device_kind}; not run",
+        f"a device's step {a_device} images"
+        + (f" in {found.accum_steps} parts" if found.accum_steps > 1 else "")
+        + f", {found.flops / 1e12:.4g} TFLOP",
+        f"step time       {_bound(found, bfloat16=bfloat16)}",
+        f"largest batch   {_largest(found, largest, tried or [])}",
+    ]
+    parts = []
+    if found.memory is not None:
+        lines += [
+            f"attention       {found.attention}", f"exchanged       {_exchanged(found)}"
+        ]
+        parts.append(_memory(found))
+    parts.insert(0, "\n".join(lines))
+    if suggestions is not None:
+        parts.append(_suggested(found, suggestions))
+    return "\n\n".join(parts)
+
+
+def _batches(texts: list[str]) -> list[int]:
+    if not all(text.isdecimal() and int(text) > 0 for text in texts):
+        train_main.stop(
+            f"--batches={','.join(texts)} must be whole numbers, such as "
+            "--batches=1024,2048."
+        )
+    return [int(text) for text in texts]
+
+
+def main(argv: list[str]) -> int:
+    """Prints what the configuration that `argv` describes needs of a target."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    values = flags.FlagValues()
+    flags.DEFINE_string("target", None, "Hardware.", flag_values=values)
+    flags.DEFINE_list("batches", [], "Further batches.", flag_values=values)
+    flags.DEFINE_integer("tests", 1, "Trials.", flag_values=values, lower_bound=0)
+    path, title = train_main.parse_command(
+        "estimate", argv, values,
+        usage="--target=h200 [--batches=N,...] [--tests=N]",
+    )
+    batches = _batches(values.batches)
+    if values.target is None:
+        train_main.stop("--target is missing: this, h200, or TPUs such as v5e:4x4.")
+    try:
+        hardware.check_target(values.target)
+    except ValueError as error:
+        train_main.stop(str(error))
+    except hardware.MissingCompiler as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if values.target != "this":
+        hardware.without_devices()
+    from crossmae_jax import estimate  # now that JAX may be imported
+
+    config = values.config
+    print(f"{title}\nfor {values.target}\n", flush=True)
+    try:
+        found = estimate.estimate(config, values.target)
+        others = [
+            estimate.estimate(
+                estimate.with_settings(config, {"data.batch_size": size}),
+                values.target,
+            )
+            for size in batches if size != found.batch_size
+        ]
+        suggestions = None
+        if found.fits == "no":
+            suggestions = estimate.suggest(config, found, num_tests=values.tests)
+    except ValueError as error:
+        print(f"error: {path}: {error}", file=sys.stderr)
+        return 1
+    print(report(
+        found, bfloat16=config.model.dtype == "bfloat16", tried=batches,
+        largest=estimate.largest_batch([found, *others]), suggestions=suggestions,
+    ))
+    return 0

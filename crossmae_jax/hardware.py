@@ -1,0 +1,216 @@
+"""Devices: what their makers say of them, and meshes of some that need not be there.
+
+A target is written "h200" (one GPU), "v5e:4x4" (TPUs in the layout that Google sells
+them in), or "this" (the devices of this process). Meshes of the first two are for
+compiling only: the makers' compilers run without the devices.
+
+The figures are those of the makers' documents: NVIDIA's data sheets of A100, H100 and
+H200 (dense operations; the sheets' own are with sparsity, twice as many), and the pages
+"TPU v4", "v5e", "v5p" and "v6e" of the Google Cloud TPU documentation. Links are given
+there for both directions together; here for one.
+
+JAX is imported inside the functions: what `without_devices` sets is read by the import.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device as JAX counts them; None where the makers give no figure.
+
+    Attributes:
+      tflops: 10^12 dense bfloat16 operations a second, a multiply-add counted as two.
+      memory: 10^9 bytes.
+      bandwidth: of that memory, 10^9 bytes a second.
+      link: 10^9 bytes a second that it can send to the devices next to it.
+    """
+
+    tflops: int
+    memory: int
+    bandwidth: int
+    link: int | None
+
+
+# The first name that stands in JAX's name for a device decides.
+DEVICES = {
+    "A100-SXM4-80GB": Device(312, 80, 2039, 300),
+    "A100 80GB PCIe": Device(312, 80, 1935, 300),
+    "A100": Device(312, 40, 1555, 300),
+    "H100 PCIe": Device(756, 80, 2000, 300),
+    "H100 NVL": Device(835, 94, 3900, 300),
+    "H100": Device(989, 80, 3350, 450),
+    "H200 NVL": Device(835, 141, 4800, 450),
+    "H200": Device(989, 141, 4800, 450),
+    "TPU v4": Device(275, 32, 1200, None),
+    "TPU v5 lite": Device(197, 16, 819, 200),
+    "TPU v5e": Device(197, 16, 819, 200),
+    "TPU v5": Device(459, 95, 2765, 600),
+    "TPU v6 lite": Device(918, 32, 1638, 400),
+    "TPU v6e": Device(918, 32, 1638, 400),
+}
+
+# TPUs that can be compiled for: how many axes a layout has, most chips, an example.
+_TPUS = {
+    "v5e": (2, 256, "v5e:4x4"),
+    "v5p": (3, 6144, "v5p:2x2x1"),
+    "v6e": (2, 256, "v6e:4x4"),
+}
+
+# XLA's description of an H200: the data sheet, and what CUDA reports of its chip.
+_H200 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 } threads_per_block_limit: 1024
+  threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 62914560 clock_rate_ghz: 1.98
+  device_memory_size: 150000000000 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "H200"
+"""
+
+
+class MissingCompiler(RuntimeError):
+    """The compiler for a target is not installed."""
+
+
+def find(device_kind: str) -> Device | None:
+    """Returns what is known of a device by JAX's name for it, None if nothing is."""
+    for name, device in DEVICES.items():
+        if re.search(rf"\b{name}\b", device_kind, re.IGNORECASE):
+            return device
+    return None
+
+
+def check_target(target: str) -> None:
+    """Checks that a target can be compiled for here; imports no JAX.
+
+    Raises:
+      ValueError: if there is no such target.
+      MissingCompiler: if its compiler is not installed.
+    """
+    if target == "this":
+        return
+    if target == "h200":
+        plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+        if not any(map(_installed, plugins)):
+            raise MissingCompiler(
+                "target='h200' needs NVIDIA's compiler, which comes with JAX for GPUs: "
+                'pip install "jax[cuda13]". No GPU is needed.'
+            )
+        return
+    kind, _, layout = target.partition(":")
+    if kind not in _TPUS or not re.fullmatch(r"\d+(x\d+)*", layout):
+        raise ValueError(
+            f"Unknown target {target!r}. Known: this, h200, and TPUs such as "
+            f"{', '.join(example for _, _, example in _TPUS.values())}."
+        )
+    sides = [int(side) for side in layout.split("x")]
+    axes, most, example = _TPUS[kind]
+    chips = 1
+    for side in sides:
+        chips *= side
+    if len(sides) != axes or not 0 < chips <= most:
+        raise ValueError(
+            f"target={target!r} has {len(sides)} sides and {chips} chips; a {kind} "
+            f"has {axes} sides and at most {most} chips, such as {example}."
+        )
+    if not _installed("libtpu"):
+        raise MissingCompiler(
+            f"target={target!r} needs Google's compiler: pip install libtpu. No TPU is "
+            "needed."
+        )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that it would lie in
+        return False
+
+
+def without_devices() -> None:
+    """Keeps JAX from looking for hardware; to be called before JAX is imported.
+
+    Sets environment variables that are not set: JAX itself computes on the CPU, and the
+    compilers neither ask a cloud's server what machine this is, nor look for a driver,
+    nor wait for a process that holds the TPUs.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Without them the TPU compiler prints that it does not know its host.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+    _let_compilers_load()
+
+
+def _let_compilers_load() -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+
+
+def target_mesh(target: str) -> "Mesh":
+    """Returns the mesh of a target's devices, with the axis that training has.
+
+    Raises:
+      ValueError: if there is no such target.
+      MissingCompiler: if its compiler is not installed.
+    """
+    check_target(target)
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh
+
+    from crossmae_jax import parallel
+
+    if target == "this":
+        return parallel.make_mesh()
+    _let_compilers_load()
+    try:
+        if target == "h200":
+            topology = topologies.get_topology_desc(
+                platform="cuda", topology_name="any", topology="1x1x1",
+                target_config=_H200,
+            )
+        else:
+            topology = topologies.get_topology_desc(
+                platform="tpu", topology_name=target
+            )
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("INVALID_ARGUMENT"):  # the status is in the text
+            raise
+        raise ValueError(f"The compiler refuses target={target!r}: {error}") from error
+    devices = np.array(topology.devices)
+    return Mesh(devices, (parallel.DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def compiler_options(target: str) -> dict[str, Any]:
+    """Returns what `lowered.compile(compiler_options=...)` needs for a target.
+
+    Without a GPU there is no autotuning, for which XLA's own matrix kernels ask.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if target == "h200" else {}
+
+
+def host_memory() -> int:
+    """Returns the bytes of memory that this machine or container has."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = "/sys/fs/cgroup/memory.max"
+    if os.path.exists(limit):
+        with open(limit) as file:
+            text = file.read().strip()
+        if text != "max":
+            total = min(total, int(text))
+    return total

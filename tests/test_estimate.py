@@ -1,0 +1,325 @@
+"""What a step needs of hardware: this process' devices, and made-up small ones."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import step
+from crossmae_jax import __main__ as front_door
+from crossmae_jax import collectives, cost, estimate, hardware
+from crossmae_jax.commands import estimate as estimate_command
+from tests.test_benchmarks import TINY
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "configs/digits_cross.py"
+SIZES = [*TINY, "optim.accum_steps=2"]
+FLAGS = [f"--config={CONFIG}", "--target=this", *(f"--config.{x}" for x in SIZES)]
+
+
+def load(batch_size):
+    return step.load_config(
+        CONFIG, overrides=[*SIZES, f"data.batch_size={batch_size}"]
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Every configuration is really compiled, but one that was before is remembered."""
+    really, known = estimate.estimate, {}
+
+    def remember(config, target):
+        key = config.to_json(), target
+        if key not in known:
+            known[key] = really(config, target)
+        found, memory = known[key], hardware.host_memory() // 8
+        room = found.capacity._replace(sure=memory, most=memory)
+        return dataclasses.replace(found, capacity=room)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "estimate", remember)
+        yield really
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What 16 images in two micro-batches need, on the eight devices."""
+    return estimate.estimate(load(16), "this")
+
+
+@pytest.fixture(scope="module")
+def larger():
+    """The same for 64 images."""
+    return estimate.estimate(load(64), "this")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Returns a function that runs the command: status, output, errors."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments):
+        try:
+            status = front_door.main(["estimate", *arguments])
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def make(total, *, batch_size=64, sure=100, most=None, accum_steps=1, **changes):
+    """An estimate for two made-up devices: 10 bytes of weights, 20 of moments."""
+    memory = total and estimate.Memory(10, 20, 1, total - 31, 0)
+    return estimate.Estimate(
+        target="h200", device_kind="H200", num_devices=2,
+        device=hardware.Device(tflops=2, memory=1, bandwidth=100, link=4),
+        capacity=estimate.Capacity(sure, most or sure, "all", "do something"),
+        batch_size=batch_size, accum_steps=accum_steps, seconds=1.0, flops=12e12,
+        memory=memory, refusal="" if total else "RESOURCE_EXHAUSTED: too much",
+        **changes,
+    )
+
+
+def test_weights_moments_and_images_are_those_of_the_config(found):
+    counted = cost.count(load(16))
+    trained = counted.params - counted.table_params
+    assert found.memory.weights == 4 * counted.params
+    assert found.memory.moments == 2 * 4 * trained + 3 * 4  # and three counters
+    assert found.memory.images == 16 * (16 * 16 + 4) // 8  # bytes, and their numbers
+    assert found.memory.temporaries > 0
+    assert 0 <= found.memory.other < 0.1 * found.memory.total
+    assert found.flops == counted.train_flops * 16 / 8
+
+
+def test_temporaries_grow_with_the_batch_and_the_state_does_not(found, larger):
+    more = larger.memory.images - found.memory.images
+    assert larger.memory.temporaries > found.memory.temporaries + more
+    assert larger.memory.weights == found.memory.weights
+    assert larger.memory.images == 4 * found.memory.images
+    assert larger.flops == 4 * found.flops
+
+
+def test_every_gradient_is_exchanged_in_every_micro_batch(found):
+    (kind,) = found.exchanged
+    assert kind.kind == "all-reduce" and kind.exact
+    counted = cost.count(load(16))
+    trained = counted.params - counted.table_params
+    assert 2 * 4 * trained <= kind.num_bytes <= 2 * 4 * (trained + 8)  # and losses
+    assert found.sent == pytest.approx(2 * 7 / 8 * kind.num_bytes)
+
+
+def test_this_machine_is_known_to_be_no_accelerator(found):
+    assert (found.device, found.device_kind, found.num_devices) == (None, "cpu", 8)
+    assert found.attention == "XLA" and found.bounds() == {}
+    assert found.capacity.sure == hardware.host_memory() // 8
+    assert found.fits == "yes" and found.accessed is None and found.seconds > 0
+
+
+def test_the_command_prints_it(run, found):
+    status, printed, errors = run(*FLAGS, "--config.data.batch_size=16")
+    assert (status, errors) == (0, "")
+    assert printed.startswith(f"`{CONFIG}` with `model.size=W16-D1-H2/4`")
+    for text in (
+        "fits            yes: ", "8 x cpu; not run", "unknown: no figures for 'cpu'",
+        f"2 images in 2 parts, {found.flops / 1e12:.4g} TFLOP",
+        "largest batch   not sought", "exchanged       2 all-reduce of ",
+        f"| weights | {found.memory.weights / 1e6:.3f} |",
+        f"| all | {found.memory.total / 1e6:.3f} |",
+    ):
+        assert text in printed
+
+
+def test_further_batches_are_compiled_where_asked_for(run):
+    status, printed, _ = run(*FLAGS, "--config.data.batch_size=16", "--batches=16,64")
+    assert status == 0
+    assert "images (extrapolated from compilations at 16 and 64)" in printed
+
+
+@pytest.fixture
+def small(monkeypatch, found, larger):
+    """Makes this machine's memory too small for 64 images and large enough for 16."""
+    room = 8 * (found.memory.total + larger.memory.total) // 2
+    monkeypatch.setattr(hardware, "host_memory", lambda: room)
+
+
+def test_what_is_suggested_is_compiled_and_said_to_fit_or_not(run, small):
+    status, printed, _ = run(*FLAGS, "--config.data.batch_size=64")
+    assert status == 0
+    assert re.search(r"^fits +no: ", printed, re.MULTILINE)
+    accum, batch = printed.splitlines()[-2:]
+    assert re.search(r"--config.optim.accum_steps=4 +compiled, fits: yes: ", accum)
+    assert re.search(r"--config.data.batch_size=\d+ +untested .*other training", batch)
+
+
+def test_no_suggestion_is_compiled_where_that_is_not_wanted(small, monkeypatch):
+    too_large = estimate.estimate(load(64), "this")
+    monkeypatch.setattr(estimate, "estimate", lambda *_: pytest.fail("compiled"))
+    suggested = estimate.suggest(load(64), too_large, num_tests=0)
+    assert [list(each.settings) for each in suggested] == [
+        ["optim.accum_steps"], ["data.batch_size"]
+    ]
+    assert all(each.tried is None for each in suggested)
+
+
+def test_recomputation_is_suggested_only_where_there_is_more_of_it():
+    large = make(200)
+    config = load(64)
+    ways = [list(next(way)) for way in estimate.candidates(config, large)]
+    assert ["model.remat"] not in ways
+    for value, expected in (("selective", True), ("full", False)):
+        with config.unlocked():
+            config.model.remat = value
+        ways = [next(way) for way in estimate.candidates(config, large)]
+        assert ({"model.remat": "full"} in ways) == expected
+
+
+def test_the_mildest_setting_that_should_do_comes_first():
+    # 30 of state, 10 a gradient: 160 bytes for 64 images, of which 60 have room.
+    accum, batch = estimate.candidates(load(64), make(200))
+    assert next(accum) == {"optim.accum_steps": 4}  # 3.3 parts or more; 64 / 2 / 4
+    assert next(batch) == {"data.batch_size": 16}  # 2.9 times fewer, halved
+    # Twelve images on two devices cannot be cut in four.
+    accum, batch = estimate.candidates(load(64), make(200, batch_size=12))
+    assert list(accum) == [{"optim.accum_steps": 6}]
+    assert next(batch, None) is None  # neither 3 nor 1 divide over two devices
+    # Of what the compiler refused no sizes are known.
+    accum, batch = estimate.candidates(load(64), make(None, accum_steps=2))
+    assert next(accum) == {"optim.accum_steps": 4}
+    assert next(batch) == {"data.batch_size": 32}
+
+
+def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
+    def compile_it(config, target):
+        return make(150 if config.optim.accum_steps < 16 else 90)
+
+    monkeypatch.setattr(estimate, "estimate", compile_it)
+    suggested = estimate.suggest(load(64), make(200), num_tests=4)
+    assert [(each.settings, each.tried and each.tried.fits) for each in suggested] == [
+        ({"optim.accum_steps": 4}, "no"), ({"optim.accum_steps": 8}, "no"),
+        ({"optim.accum_steps": 16}, "yes"), ({"data.batch_size": 16}, "no"),
+        ({"data.batch_size": 8}, None),
+    ]
+
+
+def test_nothing_is_suggested_where_the_weights_alone_are_too_large():
+    assert estimate.candidates(load(64), make(200, sure=30)) == []
+
+
+def test_it_fits_within_what_jax_takes_and_barely_within_what_it_can():
+    assert make(100).fits == "yes"
+    assert make(101).fits == "no"
+    assert make(101, most=101).fits == "barely"
+    assert make(102, most=101).fits == "no"
+    assert make(None).fits == "no"
+
+
+class Elsewhere:
+    """A device that is not there: it cannot say how much memory it has."""
+
+    def __init__(self, platform):
+        self.platform, self.memory_stats = platform, dict
+
+
+def test_a_gpu_has_what_jax_takes_and_a_tpu_what_its_maker_says():
+    gpu = estimate.capacity("h200", hardware.find("H200"), Elsewhere("gpu"))
+    assert (gpu.sure, gpu.most) == (105_750_000_000, 133_950_000_000)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95" in gpu.between
+    tpu = estimate.capacity("v5e:2x2", hardware.find("TPU v5e"), Elsewhere("tpu"))
+    assert (tpu.sure, tpu.most) == (16 * 10**9, 2**34)
+    assert estimate.capacity("this", None, Elsewhere("gpu")) is None
+
+
+def test_the_bound_is_the_largest_of_the_terms_that_are_known():
+    exchanged = (collectives.Collective("all-reduce", 1, 32 * 10**9),)
+    known = make(50, accessed=300e9, exchanged=exchanged)
+    # 12 TFLOP at 2 a second; 300 GB at 100; 2 (2 - 1) / 2 * 32 GB at 4.
+    assert known.bounds() == pytest.approx(
+        {"operations": 6.0, "memory": 3.0, "links": 8.0}
+    )
+    assert make(50).bounds() == pytest.approx({"operations": 6.0})
+    printed = estimate_command.report(known, bfloat16=True)
+    assert "8e+03 ms or more, 8 images/s or fewer: a bound, not" in printed
+    assert "measured" in printed and "does not compute in bfloat16" not in printed
+    assert "does not compute in bfloat16" in estimate_command.report(
+        make(50), bfloat16=False
+    )
+
+
+def test_the_largest_batch_lies_on_the_line_through_two():
+    two = [make(50, batch_size=16), make(70, batch_size=32)]  # 5 bytes for 4 images
+    assert estimate.largest_batch(two) == (56, (16, 32))
+    odd = [make(50, batch_size=15), make(81, batch_size=30)]  # the room is for 39.2
+    assert estimate.largest_batch(odd).batch_size == 38  # two devices
+    assert estimate.largest_batch([*two, make(None, batch_size=64)]) == (56, (16, 32))
+    # The two nearest to the room of 100 count: here 40 bytes for 32 images.
+    three = [*two, make(110, batch_size=64)]
+    assert estimate.largest_batch(three) == (56, (32, 64))
+    small = [make(150, batch_size=4), make(200, batch_size=8)]
+    assert estimate.largest_batch(small).batch_size == 0
+
+
+def test_without_two_batches_that_were_compiled_none_is_the_largest():
+    assert estimate.largest_batch([make(50)]) is None
+    assert estimate.largest_batch([make(50), make(50)]) is None
+    assert estimate.largest_batch([make(50), make(None, batch_size=128)]) is None
+    flat = [make(50, batch_size=16), make(50, batch_size=32)]
+    assert estimate.largest_batch(flat) is None
+
+
+def test_a_refusal_is_reported_in_the_compilers_words():
+    printed = estimate_command.report(make(None), bfloat16=True, suggestions=[])
+    assert "no: the compiler refuses: RESOURCE_EXHAUSTED: too much" in printed
+    assert "| weights |" not in printed
+    assert "No number of micro-batches" in printed
+
+
+WRONG = {
+    "Unknown target 'h201'. Known: this, h200, and TPUs such as v5e:4x4, v5p:2x2x1,":
+        (2, ["--target=h201"]),
+    "Unknown target 'v5e'. Known": (2, ["--target=v5e"]),
+    "target='v5e:2x2x1' has 3 sides and 4 chips; a v5e has 2 sides and at most 256":
+        (2, ["--target=v5e:2x2x1"]),
+    "target='v6e:16x32' has 2 sides and 512 chips": (2, ["--target=v6e:16x32"]),
+    "target='v5e:0x4' has 2 sides and 0 chips": (2, ["--target=v5e:0x4"]),
+    "--target is missing: this, h200, or": (2, []),
+    "--batches=16,many must be whole numbers": (2, ["--batches=16,many"]),
+    "Unknown setting --config.data.batch. Did you mean batch_size?":
+        (2, ["--config.data.batch=8"]),
+    "flag --tests=-1: -1 is not a non-negative integer":
+        (2, ["--target=this", "--tests=-1"]),
+    f"error: {CONFIG}: batch_size=12 does not divide over 8 devices; nearest: 8, 16.":
+        (1, ["--target=this", "--config.data.batch_size=12"]),
+    f"error: {CONFIG}: pred_ratio=0.9 predicts":
+        (1, ["--target=this", "--config.masking.pred_ratio=0.9"]),
+    f"error: {CONFIG}: Unknown objective 'x'":
+        (1, ["--target=this", "--config.objective=x"]),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_is_said_in_two_lines_at_most(run, message):
+    expected, arguments = WRONG[message]
+    status, _, errors = run(f"--config={CONFIG}", *arguments)
+    assert status == expected and message in errors
+    assert len(errors.splitlines()) <= 2 and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("target, cure", [
+    ("v5e:4x4", "pip install libtpu"), ("h200", 'pip install "jax[cuda13]"')
+])
+def test_a_compiler_that_is_not_installed_is_named(run, monkeypatch, target, cure):
+    monkeypatch.setattr(hardware, "_installed", lambda module: False)
+    status, printed, errors = run(f"--config={CONFIG}", f"--target={target}")
+    assert (status, printed) == (1, "")
+    assert f"error: target='{target}' needs" in errors and cure in errors
+    with pytest.raises(hardware.MissingCompiler):
+        hardware.target_mesh(target)
+
+
+def test_help_says_how_to_call_it(run):
+    status, printed, _ = run("--help")
+    assert status == 0
+    for text in ("--config=FILE", "--target=h200", "--batches=", "--tests="):
+        assert text in printed
