@@ -4,9 +4,11 @@ The step that training runs is compiled for the target and read, not run:
 
 * Memory and collectives are those of the compiled program.
 * Operations are counted (crossmae_jax/cost.py): 3 forward passes, 2 a multiply-add.
-* The time is the roofline's, no measurement: a step takes at least as long as the
-  slowest of its operations at the device's peak, its memory accesses at the memory's
-  bandwidth, and what it must send at the links' bandwidth, did all three overlap.
+* The time is a bound, no measurement: a step takes at least as long as its operations
+  at the device's peak, and as what it must send at the bandwidth of the links. The
+  third side of the roofline, memory accesses at the memory's bandwidth, is given beside
+  it and not in it: the compiler's count has accesses that never leave the chip. The
+  count of operations is a per cent or two above what runs (crossmae_jax/cost.py).
 
 It fits if the memory that the compiler reserves stays within what JAX may use; what
 else lives on a device (the runtime, a second batch on its way, fragments) is not in the
@@ -117,15 +119,19 @@ class Estimate:
         """Bytes that a device must send at least in a step."""
         return sum((kind.sent(self.num_devices) for kind in self.exchanged), 0.0)
 
-    def bounds(self) -> dict[str, float]:
-        """Returns the least seconds of a step, for each limit that is known."""
+    def roofline(self) -> dict[str, float]:
+        """Returns the seconds of a step by "operations", "links" and "memory".
+
+        Those of which no figures are known are left out. "memory" is no bound: some of
+        the accesses that the compiler counts may stay on the chip.
+        """
         if self.device is None:
             return {}
         seconds = {"operations": self.flops / (self.device.tflops * 1e12)}
-        if self.accessed is not None:
-            seconds["memory"] = self.accessed / (self.device.bandwidth * 1e9)
         if self.device.link is not None and self.sent:
             seconds["links"] = self.sent / (self.device.link * 1e9)
+        if self.accessed is not None:
+            seconds["memory"] = self.accessed / (self.device.bandwidth * 1e9)
         return seconds
 
 

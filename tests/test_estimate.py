@@ -112,7 +112,7 @@ def test_every_gradient_is_exchanged_in_every_micro_batch(found):
 
 def test_this_machine_is_known_to_be_no_accelerator(found):
     assert (found.device, found.device_kind, found.num_devices) == (None, "cpu", 8)
-    assert found.attention == "XLA" and found.bounds() == {}
+    assert found.attention == "XLA" and found.roofline() == {}
     assert found.capacity.sure == hardware.host_memory() // 8
     assert found.fits == "yes" and found.accessed is None and found.seconds > 0
 
@@ -231,20 +231,20 @@ def test_a_gpu_has_what_jax_takes_and_a_tpu_what_its_maker_says():
     assert estimate.capacity("this", None, Elsewhere("gpu")) is None
 
 
-def test_the_bound_is_the_largest_of_the_terms_that_are_known():
+def test_the_bound_is_the_larger_of_operations_and_links():
     exchanged = (collectives.Collective("all-reduce", 1, 32 * 10**9),)
-    known = make(50, accessed=300e9, exchanged=exchanged)
-    # 12 TFLOP at 2 a second; 300 GB at 100; 2 (2 - 1) / 2 * 32 GB at 4.
-    assert known.bounds() == pytest.approx(
-        {"operations": 6.0, "memory": 3.0, "links": 8.0}
+    known = make(50, accessed=900e9, exchanged=exchanged)
+    # 12 TFLOP at 2 a second; 2 (2 - 1) / 2 * 32 GB at 4; 900 GB at 100.
+    assert known.roofline() == pytest.approx(
+        {"operations": 6.0, "links": 8.0, "memory": 9.0}
     )
-    assert make(50).bounds() == pytest.approx({"operations": 6.0})
+    assert make(50).roofline() == pytest.approx({"operations": 6.0})
     printed = estimate_command.report(known, bfloat16=True)
-    assert "8e+03 ms or more, 8 images/s or fewer: a bound, not" in printed
-    assert "measured" in printed and "does not compute in bfloat16" not in printed
-    assert "does not compute in bfloat16" in estimate_command.report(
-        make(50), bfloat16=False
-    )
+    assert "8e+03 ms or more, 8 images/s or fewer: a bound, not measured" in printed
+    assert "memory 9e+03 ms, not in the bound" in printed
+    assert "does not compute in bfloat16" not in printed
+    printed = estimate_command.report(make(50), bfloat16=False)
+    assert "memory not known" in printed and "does not compute in bfloat16" in printed
 
 
 def test_the_largest_batch_lies_on_the_line_through_two():

@@ -79,27 +79,31 @@ def _exchanged(found: "Estimate") -> str:
     return f"{', '.join(parts)}; a device sends {_size(found.sent)} or more"
 
 
+_TERMS = {
+    "operations": "counted, at the bfloat16 peak",
+    "links": "what a device must send to the others",
+    "memory": "not in the bound: as the compiler counts, on the chip and off it",
+}
+
+
 def _bound(found: "Estimate", *, bfloat16: bool) -> str:
-    bounds = found.bounds()
-    if not bounds:
+    terms = found.roofline()
+    if not terms:
         return f"unknown: no figures for {found.device_kind!r}"
-    terms = {
-        "operations": "counted, at the bfloat16 peak",
-        "memory": "accesses as the compiler counts them",
-        "links": "what a device must send",
-    }
-    parts = [f"{name} {bounds[name] * 1e3:.3g} ms ({terms[name]})" for name in bounds]
-    if "memory" not in bounds:
-        parts.append("memory accesses not known")
-    largest = max(bounds.values())
-    rate = found.batch_size / largest
-    text = (
-        f"{largest * 1e3:.3g} ms or more, {rate:.3g} images/s or fewer: a bound, not "
-        f"measured\n                the largest of: {', '.join(parts)}"
-    )
+    least = max(seconds for name, seconds in terms.items() if name != "memory")
+    lines = [
+        f"{least * 1e3:.3g} ms or more, {found.batch_size / least:.0f} images/s or "
+        "fewer: a bound, not measured"
+    ]
+    lines += [
+        f"{name} {seconds * 1e3:.3g} ms, {_TERMS[name]}"
+        for name, seconds in terms.items()
+    ]
+    if "memory" not in terms:
+        lines.append("memory not known: the compiler does not count its accesses")
     if not bfloat16:
-        text += "\n                this model does not compute in bfloat16: slower"
-    return text
+        lines.append("this model does not compute in bfloat16, and is slower")
+    return ("\n" + 16 * " ").join(lines)
 
 
 def _largest(found: "Estimate", largest: "LargestBatch | None", tried: list[int]):
