@@ -338,14 +338,14 @@ def candidates(config: ConfigDict, found: Estimate) -> list[Iterator[dict[str, A
             if batch % (devices * parts) == 0
         )
     if smaller := _divisor(found, copies=1):
+        if "remat" in config.model and config.model.remat != "full":
+            ways.append(iter([{"model.remat": "full"}]))
         halved = (batch // 2**power for power in range(1, batch.bit_length()))
         ways.append(
             {"data.batch_size": size}
             for size in halved
             if size <= batch / smaller and size % (devices * now) == 0
         )
-    if "remat" in config.model and config.model.remat != "full":
-        ways.insert(1, iter([{"model.remat": "full"}]))
     return ways
 
 

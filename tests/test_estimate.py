@@ -148,7 +148,8 @@ def test_what_is_suggested_is_compiled_and_said_to_fit_or_not(run, small):
     status, printed, _ = run(*FLAGS, "--config.data.batch_size=64")
     assert status == 0
     assert re.search(r"^fits +no: ", printed, re.MULTILINE)
-    accum, batch = printed.splitlines()[-2:]
+    accum, remat, batch = printed.splitlines()[-3:]
+    assert re.search(r"--config.model.remat=full +untested$", remat)
     assert re.search(r"--config.optim.accum_steps=4 +compiled, fits: yes: ", accum)
     assert re.search(r"--config.data.batch_size=\d+ +untested .*other training", batch)
 
@@ -158,34 +159,34 @@ def test_no_suggestion_is_compiled_where_that_is_not_wanted(small, monkeypatch):
     monkeypatch.setattr(estimate, "estimate", lambda *_: pytest.fail("compiled"))
     suggested = estimate.suggest(load(64), too_large, num_tests=0)
     assert [list(each.settings) for each in suggested] == [
-        ["optim.accum_steps"], ["data.batch_size"]
+        ["optim.accum_steps"], ["model.remat"], ["data.batch_size"]
     ]
     assert all(each.tried is None for each in suggested)
 
 
 def test_recomputation_is_suggested_only_where_there_is_more_of_it():
-    large = make(200)
     config = load(64)
-    ways = [list(next(way)) for way in estimate.candidates(config, large)]
-    assert ["model.remat"] not in ways
-    for value, expected in (("selective", True), ("full", False)):
-        with config.unlocked():
-            config.model.remat = value
-        ways = [next(way) for way in estimate.candidates(config, large)]
-        assert ({"model.remat": "full"} in ways) == expected
+    for value in ("none", "selective", "full"):
+        config.model.remat = value
+        ways = [next(way) for way in estimate.candidates(config, make(200))]
+        assert ({"model.remat": "full"} in ways) == (value != "full")
+    with config.unlocked():
+        del config.model["remat"]  # of a run from before there was one
+    ways = [next(way) for way in estimate.candidates(config, make(200))]
+    assert {"model.remat": "full"} not in ways
 
 
 def test_the_mildest_setting_that_should_do_comes_first():
     # 30 of state, 10 a gradient: 160 bytes for 64 images, of which 60 have room.
-    accum, batch = estimate.candidates(load(64), make(200))
+    accum, _, batch = estimate.candidates(load(64), make(200))
     assert next(accum) == {"optim.accum_steps": 4}  # 3.3 parts or more; 64 / 2 / 4
     assert next(batch) == {"data.batch_size": 16}  # 2.9 times fewer, halved
     # Twelve images on two devices cannot be cut in four.
-    accum, batch = estimate.candidates(load(64), make(200, batch_size=12))
+    accum, _, batch = estimate.candidates(load(64), make(200, batch_size=12))
     assert list(accum) == [{"optim.accum_steps": 6}]
     assert next(batch, None) is None  # neither 3 nor 1 divide over two devices
     # Of what the compiler refused no sizes are known.
-    accum, batch = estimate.candidates(load(64), make(None, accum_steps=2))
+    accum, _, batch = estimate.candidates(load(64), make(None, accum_steps=2))
     assert next(accum) == {"optim.accum_steps": 4}
     assert next(batch) == {"data.batch_size": 32}
 
@@ -195,11 +196,11 @@ def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
         return make(150 if config.optim.accum_steps < 16 else 90)
 
     monkeypatch.setattr(estimate, "estimate", compile_it)
-    suggested = estimate.suggest(load(64), make(200), num_tests=4)
+    suggested = estimate.suggest(load(64), make(200), num_tests=5)
     assert [(each.settings, each.tried and each.tried.fits) for each in suggested] == [
         ({"optim.accum_steps": 4}, "no"), ({"optim.accum_steps": 8}, "no"),
-        ({"optim.accum_steps": 16}, "yes"), ({"data.batch_size": 16}, "no"),
-        ({"data.batch_size": 8}, None),
+        ({"optim.accum_steps": 16}, "yes"), ({"model.remat": "full"}, "no"),
+        ({"data.batch_size": 16}, "no"), ({"data.batch_size": 8}, None),
     ]
 
 
