@@ -3,6 +3,9 @@
     python -m benchmarks.step --batch=64 --against=configs/vitb_mae.py \\
         --config=configs/vitb_cross.py --config=configs/vitb_cross75.py
 
+With `--profile` a trace of a few more steps is written, and where their time goes is
+printed (benchmarks/profiling.py).
+
 Several configurations are compiled first and then take turns, a step each, in one
 process: what slows the machine down slows all of them, and a ratio is the median of the
 ratios of neighbouring steps. The step is the one that training runs, on every device;
@@ -28,11 +31,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from benchmarks import profiling
 from crossmae_jax import cost, environment, hardware, optim, parallel, train
 from crossmae_jax import main as train_main
 from crossmae_jax.objectives import OBJECTIVES
 
 RESULTS = Path(__file__).parent / "results" / "step.md"
+PROFILED_STEPS = 3
 
 # Dense bf16 TFLOP/s of one device; the first name found in the device's own decides.
 PEAK_TFLOPS = {name: device.tflops for name, device in hardware.DEVICES.items()}
@@ -48,6 +53,7 @@ class Run:
     memory_bytes: int
     step: Callable[[], None]
     seconds: list[float] = dataclasses.field(default_factory=list)
+    compiled: jax.stages.Compiled | None = None
 
 
 def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
@@ -125,7 +131,7 @@ def prepare(name: str, config: ConfigDict) -> Run:
         name, config, compile_seconds,
         memory.argument_size_in_bytes + memory.output_size_in_bytes
         + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        one_step,
+        one_step, compiled=compiled,
     )
 
 
@@ -193,6 +199,16 @@ def table(runs: list[Run], baseline: Run | None) -> str:
     return "\n".join(lines)
 
 
+def profile(run: Run, directory: Path) -> str:
+    """Traces a few steps and returns where their time goes, as a Markdown table."""
+    path = profiling.trace(run.step, directory, num_steps=PROFILED_STEPS)
+    found = profiling.kernels(
+        path, run.compiled.as_text(), num_steps=PROFILED_STEPS
+    )
+    lines = [f"{run.name}: {PROFILED_STEPS} steps, trace in {path.parent}", ""]
+    return "\n".join(lines + profiling.table(found))
+
+
 def _processor() -> str:
     """Returns the CPU's name, as far as the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
@@ -242,6 +258,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--write", action="store_true", help=f"append the table to {RESULTS.name}"
     )
+    parser.add_argument(
+        "--profile", type=Path, nargs="?", const=Path("runs/profile"), metavar="DIR",
+        help="also trace some steps into DIR (runs/profile); print what takes longest",
+    )
     args = parser.parse_args(argv)
 
     overrides = [f"data.batch_size={args.batch}", *args.override]
@@ -259,6 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(text + "\n")
+    for run in runs if args.profile else ():
+        print(profile(run, args.profile / run.name) + "\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,317 @@
+"""Our training step beside that of the PyTorch reference: MAE and CrossMAE.
+
+    git clone https://github.com/TonyLianLong/CrossMAE REFERENCE
+    python -m benchmarks.peer --reference=REFERENCE --batch=16 --steps=10 \\
+        --override=model.dtype=float32 \\
+        --config=configs/vitb_mae.py --config=configs/vitb_cross.py
+
+The reference is the code that CrossMAE's authors published (arXiv 2401.14391), which
+contains MAE's as well. It is run from a clone and is no part of this project: its
+licence, CC BY-NC 4.0, is its own. Its models are built as the configuration says, and
+their numbers of parameters must agree with those that crossmae_jax/cost.py counts.
+
+Each library's step runs in a process of its own, on the same kind of device, and the
+two take turns (benchmarks/turns.py). A step is forward, backward and AdamW. Ours also
+draws the masks, normalises the images and takes the norm of the gradients for the log;
+of these the reference's step only draws the masks.
+
+The reference's own autocast is to float16, with a loss scaler; here it is to what the
+configuration says, bfloat16 on a GPU, which needs none. Attention is PyTorch's
+scaled_dot_product_attention, with the kernels that the reference's training script
+allows. With `--compile` the model goes through torch.compile first.
+"""
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+if __name__ == "__main__":  # before JAX looks for devices: the peer needs memory, too
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from ml_collections import ConfigDict  # noqa: E402
+
+from benchmarks import step as our_step  # noqa: E402
+from benchmarks import turns  # noqa: E402
+from crossmae_jax import cost, environment  # noqa: E402
+from crossmae_jax import main as train_main  # noqa: E402
+from crossmae_jax.models import vit  # noqa: E402
+
+FILES = ("models_cross.py", "models_mae.py", "transformer_utils.py")
+WARM_UP = 3  # steps; torch.compile may compile again in the second
+
+
+def check_reference(directory: Path) -> None:
+    """Stops the program if a directory is not a clone of the reference."""
+    missing = [name for name in FILES if not (directory / name).is_file()]
+    if missing:
+        train_main.stop(
+            f"--reference={directory} has no {', '.join(missing)}; give a clone of "
+            "https://github.com/TonyLianLong/CrossMAE."
+        )
+
+
+def check_config(name: str, config: ConfigDict) -> None:
+    """Stops the program at what the reference does not have."""
+    model, (height, width) = config.model, config.data.image_size
+    reasons = {
+        "model.aggregator.kind": model.aggregator.kind != "none",
+        "masking.throw_ratio": config.masking.throw_ratio > 0,
+        "data.image_size": height != width,
+        "optim.accum_steps": config.optim.accum_steps > 1,
+        "optim.clip_norm": config.optim.clip_norm is not None,
+    }
+    wrong = [reason for reason, found in reasons.items() if found]
+    if wrong:
+        train_main.stop(
+            f"The reference cannot do what {name} asks for with {', '.join(wrong)}; it "
+            "has MAE and CrossMAE on square images."
+        )
+
+
+@contextlib.contextmanager
+def importable(directory: Path) -> Iterator[None]:
+    """Makes the reference's modules importable, and what they take from timm.
+
+    That is two names: stochastic depth, which is 0 in pre-training and then not built,
+    and a function that makes a pair of a number. Both stand-ins are ours, so that
+    neither timm nor a certain version of it is needed.
+    """
+
+    def no_drop_path(rate=0.0):
+        raise NotImplementedError(f"Pre-training has no stochastic depth, but {rate=}.")
+
+    timm, timm_layers, helpers = (
+        types.ModuleType(name) for name in ("timm", "timm.layers", "timm.layers.helpers")
+    )
+    timm.layers, timm_layers.helpers = timm_layers, helpers
+    timm_layers.DropPath = no_drop_path
+    helpers.to_2tuple = lambda x: x if isinstance(x, tuple) else (x, x)
+    ours = {module.__name__: module for module in (timm, timm_layers, helpers)}
+    hidden = {
+        name: sys.modules.pop(name) for name in list(sys.modules)
+        if name.partition(".")[0] == "timm"
+    }
+    sys.modules.update(ours)
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(directory))
+        for name in ours:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def build(config: ConfigDict, directory: Path):
+    """Returns the reference's model of a configuration, in PyTorch.
+
+    Raises:
+      ValueError: if it does not have as many parameters as ours.
+    """
+    import torch
+
+    with importable(directory):
+        import models_cross
+        import models_mae
+
+    model = config.model
+    size, patch_size = vit.parse_size(model.size)
+    options = dict(
+        img_size=config.data.image_size[0], patch_size=patch_size,
+        in_chans=config.data.channels, embed_dim=size.dim, depth=size.depth,
+        num_heads=size.num_heads, decoder_embed_dim=model.decoder_dim,
+        decoder_depth=model.decoder_depth, decoder_num_heads=model.decoder_heads,
+        mlp_ratio=model.mlp_ratio, norm_pix_loss=config.target.normalize,
+        norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    )
+    if model.decoder == "cross":
+        options |= dict(
+            weight_fm=model.fusion == "inter_block", use_input=model.fusion_input,
+            use_fm=list(model.fusion_maps or [-1]),
+            self_attn=model.decoder_self_attention,
+        )
+    module = models_mae if model.decoder == "mae" else models_cross
+    built = module.MaskedAutoencoderViT(**options)
+    found = sum(parameter.numel() for parameter in built.parameters())
+    expected = cost.count(config).params
+    if found != expected:
+        raise ValueError(
+            f"The reference's model has {found} parameters, ours {expected}; another "
+            "version of the reference, or a difference that this script must learn."
+        )
+    return built
+
+
+def prepare(config: ConfigDict, directory: Path, *, compiled: bool):
+    """Returns the reference's step, which waits for its results, and facts about it."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    # The reference asks for torch.cuda.amp.autocast() as it runs.
+    torch.cuda.amp.autocast = contextlib.nullcontext
+    if config.model.dtype == "bfloat16":
+        torch.cuda.amp.autocast = functools.partial(
+            torch.autocast, device.type, dtype=torch.bfloat16
+        )
+    torch.manual_seed(config.seed)
+    model = build(config, directory).to(device)
+    if cuda:  # as the reference's main_pretrain.py does
+        torch.backends.cudnn.benchmark = True
+        sys.modules["transformer_utils"].handle_flash_attn(
+            types.SimpleNamespace(enable_flash_attention2=False)
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained if p.ndim > 1],
+             "weight_decay": config.optim.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=1e-4, betas=(config.optim.b1, config.optim.b2), fused=True if cuda else None,
+    )
+    data, masking = config.data, config.masking
+    images = torch.randn(
+        data.batch_size, data.channels, *data.image_size, device=device
+    )
+    run = torch.compile(model) if compiled else model
+
+    def one_step():
+        loss = run(
+            images, mask_ratio=masking.mask_ratio, kept_mask_ratio=masking.pred_ratio
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        if cuda:
+            torch.cuda.synchronize()
+
+    begin = time.perf_counter()
+    for _ in range(WARM_UP):
+        one_step()
+    return one_step, {
+        "platform": "gpu" if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "compile_seconds": time.perf_counter() - begin,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _peak_bytes() -> int:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return turns.peak_host_bytes()
+
+
+def theirs(
+    name: str, path: str, overrides: list[str], *, directory: Path, compiled: bool
+) -> turns.Player:
+    """Starts a process with the reference's training step of a configuration."""
+    command = [
+        sys.executable, "-m", "benchmarks.peer", "--serve", f"--reference={directory}",
+        f"--config={path}", *(f"--override={override}" for override in overrides),
+    ]
+    return turns.Player(name, command + ["--compile"] * compiled)
+
+
+HEAD = [
+    "config", "step", "images/s", "step, ms: median (min..max)", "first steps, s",
+    "peak memory, GiB", "our speed / theirs",
+]
+
+
+def rows(name: str, players: list[turns.Player], *, batch: int) -> Iterator[str]:
+    """Yields the lines of a table; the first player is ours."""
+    ours = players[0]
+    for player in players:
+        if player.fallen:
+            yield our_step.row([name, player.name, player.fallen, *[""] * 4])
+            continue
+        low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
+        median = turns.median(player)
+        compared = player is not ours and not ours.fallen
+        yield our_step.row([
+            name, player.name, f"{batch / median:.1f}",
+            f"{median * 1e3:.1f} ({low:.1f}..{high:.1f})",
+            f"{player.facts['compile_seconds']:.1f}",
+            f"{player.peak_bytes / 2**30:.2f}",
+            f"{turns.ratio(player, ours):.2f}" if compared else "",
+        ])
+
+
+def compare(
+    path: str, overrides: list[str], *, directory: Path, num_steps: int, compiled: bool
+) -> Iterator[str]:
+    """Measures a configuration and yields the lines of a table.
+
+    Raises:
+      ValueError: if the two libraries run on different kinds of devices.
+    """
+    config = our_step.load_config(path, overrides=overrides)
+    check_config(path, config)
+    with contextlib.ExitStack() as stack:
+        players = [stack.enter_context(turns.ours("ours", path, overrides))]
+        for name, is_compiled in [("reference", False), ("reference, compiled", True)]:
+            if compiled or not is_compiled:
+                players.append(stack.enter_context(theirs(
+                    name, path, overrides, directory=directory, compiled=is_compiled
+                )))
+        platforms = {p.name: p.facts["platform"] for p in players if not p.fallen}
+        if len(set(platforms.values())) > 1:
+            raise ValueError(
+                f"The steps would run on different devices, {platforms}; install JAX "
+                "and PyTorch for the same one."
+            )
+        turns.measure(players, num_steps=num_steps)
+        yield from rows(Path(path).stem, players, batch=config.data.batch_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compares the configurations named on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peer", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--reference", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE")
+    parser.add_argument("--batch", type=int, default=16, help="images a step (16)")
+    parser.add_argument("--steps", type=int, default=10, help="steps to time (10)")
+    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--compile", action="store_true", help="also through torch.compile"
+    )
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    check_reference(args.reference)
+    if args.serve:
+        config = our_step.load_config(args.config[0], overrides=args.override)
+        turns.serve(
+            lambda: prepare(config, args.reference, compiled=args.compile), _peak_bytes
+        )
+        return
+
+    overrides = [f"data.batch_size={args.batch}", *args.override]
+    what = f"batch {args.batch}, {args.steps} steps in turns, with the reference"
+    print(our_step.conditions(args.override, what))
+    print(f"torch {environment.package_version('torch')}\n")
+    print(our_step.row(HEAD))
+    print(our_step.row(["---"] * len(HEAD)), flush=True)
+    for path in args.config:
+        for line in compare(
+            path, overrides, directory=args.reference, num_steps=args.steps,
+            compiled=args.compile,
+        ):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Training steps in processes of their own, which take turns.
+
+A step of this library and one of another cannot share a process fairly: their threads
+fight for the cores and their allocators for the device's memory. Here each is made in a
+process of its own and then waits on a pipe until it is its turn. What slows the machine
+down slows all of them, and a ratio is the median of the ratios of neighbouring steps.
+
+A process that runs out of memory, or ends for any other reason, is told by its last
+words and leaves the others alone.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+
+from benchmarks import step as our_step
+
+
+
+class Fallen(RuntimeError):
+    """A process that was to take turns has ended."""
+
+
+class Player:
+    """A training step in another process.
+
+    Attributes:
+      facts: what the process said about itself when its step was ready.
+      seconds: of each step.
+      peak_bytes: the most memory that the process has used.
+      fallen: why the process takes no more turns; empty while it does.
+    """
+
+    def __init__(self, name: str, command: list[str]):
+        self.name, self.facts, self.seconds = name, {}, []
+        self.peak_bytes, self.fallen = 0, ""
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment,
+        )
+        self.facts = self._hear()
+
+    def __enter__(self) -> "Player":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def step(self) -> None:
+        """Runs one step there and notes its time; does nothing once it has fallen."""
+        if self.fallen:
+            return
+        try:
+            self._process.stdin.write("step\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended; what it said last is still to be read
+        said = self._hear()
+        if said:
+            self.seconds.append(said["seconds"])
+            self.peak_bytes = said["peak_bytes"]
+
+    def close(self) -> None:
+        """Ends the process, which gives its memory back."""
+        if self._process.stdin.closed:
+            return
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            pass
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _hear(self) -> dict[str, Any]:
+        """Returns what the process says next, nothing if it has ended."""
+        line = self._process.stdout.readline()
+        said = json.loads(line) if line else {}
+        if not line:
+            self.fallen = f"ended with status {self._process.wait()}"
+        elif "error" in said:
+            self.fallen = said["error"]
+        return {} if self.fallen else said
+
+
+def median(player: Player) -> float:
+    """Returns the median time of a player's steps, in seconds."""
+    return statistics.median(player.seconds)
+
+
+def ratio(player: Player, other: Player) -> float:
+    """Returns how long a player's steps take in steps of another, pair by pair."""
+    pairs = zip(player.seconds, other.seconds, strict=False)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def measure(players: Iterable[Player], *, num_steps: int) -> None:
+    """Lets the players take turns, a step each, `num_steps` times."""
+    players = list(players)
+    for _ in range(num_steps):
+        for player in players:
+            player.step()
+
+
+def serve(
+    prepare: Callable[[], tuple[Callable[[], None], dict[str, Any]]],
+    peak_bytes: Callable[[], int],
+) -> None:
+    """Makes a step, then runs it whenever a line arrives, until there are no more.
+
+    Everything that libraries print goes to the standard error output; the standard
+    output is the pipe.
+
+    Args:
+      prepare: returns the step, which waits for its results, and facts about it.
+      peak_bytes: returns the most memory that the process has used so far.
+    """
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(**what):
+        pipe.write(json.dumps(what) + "\n")
+        pipe.flush()
+
+    def last_words(kind, error, traceback):
+        lines = str(error).strip().splitlines() or [""]
+        say(error=f"{kind.__name__}: {lines[0]}")
+        sys.__excepthook__(kind, error, traceback)
+
+    sys.excepthook = last_words
+    step, facts = prepare()
+    say(**facts)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        step()
+        say(seconds=time.perf_counter() - begin, peak_bytes=peak_bytes())
+
+
+def peak_host_bytes() -> int:
+    """Returns the most memory that this process has had."""
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+
+def ours(name: str, path: str, overrides: list[str]) -> Player:
+    """Starts a process with our training step of a configuration."""
+    command = [sys.executable, "-m", "benchmarks.turns", f"--config={path}"]
+    return Player(name, command + [f"--override={override}" for override in overrides])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Is such a process, with our training step."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.turns")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--override", action="append", default=[])
+    args = parser.parse_args(argv)
+
+    def prepare():
+        config = our_step.load_config(args.config, overrides=args.override)
+        run = our_step.prepare(args.config, config)
+        device = jax.local_devices()[0]
+        return run.step, {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "compile_seconds": run.compile_seconds,
+        }
+
+    def peak_bytes():
+        used = jax.local_devices()[0].memory_stats()  # None on a CPU
+        return used["peak_bytes_in_use"] if used else peak_host_bytes()
+
+    serve(prepare, peak_bytes)
+
+
+if __name__ == "__main__":
+    main()
