@@ -19,6 +19,8 @@ from pathlib import Path
 import jax
 
 _DEVICE_LINES = ("Stream", "XLA Ops")  # of a GPU, of a TPU
+# Their events last as long as those of what they run, which are in the trace as well.
+_CONTAINERS = re.compile(r"(while|call|conditional)([._]\d+)*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +63,12 @@ def events(path: Path) -> Iterator[tuple[str, str, float]]:
     ]
     for line in lines or [line for plane in planes for line in plane.lines]:
         for event in line.events:
-            operation = dict(event.stats).get("hlo_op", "")
+            operation = str(dict(event.stats).get("hlo_op", ""))
             is_mark = event.name.startswith("end: ")  # an end, with its own event
+            if _CONTAINERS.fullmatch(operation or event.name):
+                continue
             if lines or (operation and not is_mark):
-                yield event.name, str(operation), event.duration_ns / 1e9
+                yield event.name, operation, event.duration_ns / 1e9
 
 
 def origins(program: str) -> dict[str, str]:

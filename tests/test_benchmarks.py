@@ -1,12 +1,16 @@
 """The step benchmark measures the real training step and says what it ran on."""
 
+import argparse
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from benchmarks import step
+from benchmarks import gpu, kernels, profiling, step, turns
 from crossmae_jax import cost
+from crossmae_jax.ops import attention
+from tests import attention_cases, fake_reference
 
 TINY = [
     "model.size=W16-D1-H2/4", "model.decoder_dim=16", "model.decoder_depth=1",
@@ -132,3 +136,166 @@ def test_the_table_is_appended_to_the_results(monkeypatch, tmp_path, capsys):
     assert (tmp_path / "results" / "step.md").read_text() == printed
     flops = cost.count(config).train_flops / 1e9
     assert len(re.findall(rf"\| digits_cross \| .* \| {flops:.2f} \| ", printed)) == 2
+
+
+def test_a_profile_says_what_the_modules_of_the_model_cost(capsys, tmp_path):
+    step.main([
+        "--config=configs/digits_cross.py", "--batch=8", "--steps=1",
+        f"--profile={tmp_path}", *[f"--override={override}" for override in TINY],
+    ])
+    (path,) = tmp_path.glob("digits_cross/**/*.xplane.pb")
+    printed = capsys.readouterr().out
+    assert f"digits_cross: 3 steps, trace in {path.parent}" in printed
+    table = printed.split("| kernel | from | ms a step | share | runs a step |")[1]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.strip().splitlines()[1:]
+    ]
+    assert len(rows) == 11 and rows[-1][0].endswith(" others")
+    times = [float(row[2]) for row in rows[:-1]]
+    assert times == sorted(times, reverse=True) and times[-1] > 0
+    assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=1)
+    assert "blocks_" not in table.replace("blocks_*", "")
+    assert "(MaskedImageModel)" in table
+
+
+PROGRAM = """
+ENTRY %main {
+  %loop_add_fusion.4 = f32[2] fusion(x), metadata={op_name="jit(f)/encoder/blocks_3/add"}
+  loop_add_fusion.5 = f32[2] fusion(x), \
+metadata={op_type="add" op_name="jit(f)/encoder/blocks_11/add" stack_frame_id=1}
+  ROOT %while.7 = f32[2]{0} while(%y), metadata={op_name="jit(step)/while"}
+}
+"""
+
+
+def _line(name, *events):
+    return SimpleNamespace(name=name, events=[
+        SimpleNamespace(name=event, duration_ns=duration, stats=stats)
+        for event, duration, stats in events
+    ])
+
+
+def _profile(monkeypatch, **planes):
+    data = SimpleNamespace(planes=[
+        SimpleNamespace(name=name.replace("_", "/", 1), lines=lines)
+        for name, lines in planes.items()
+    ])
+    monkeypatch.setattr(
+        jax.profiler, "ProfileData", SimpleNamespace(from_file=lambda path: data)
+    )
+    return profiling.kernels("x", PROGRAM, num_steps=2)
+
+
+HOST = [_line(
+    "tf_XLAEigen/1",
+    ("loop_add_fusion.4", 4e6, [("hlo_op", "loop_add_fusion.4")]),
+    ("end: loop_add_fusion.4", 5e6, [("hlo_op", "loop_add_fusion.4")]),
+    ("while.7", 7e6, [("hlo_op", "while.7")]),
+    ("ThunkExecutor::Execute", 9e6, []),
+    ("copy.1", 1e6, [("hlo_op", "copy.1")]),
+)]
+
+
+def test_on_a_cpu_the_operations_of_the_program_are_added_up(monkeypatch):
+    assert _profile(monkeypatch, **{"_host:CPU": HOST}) == [
+        profiling.Kernel("loop_add_fusion", "encoder/blocks_*/add", 2e-3, 0.5),
+        profiling.Kernel("copy", "", 0.5e-3, 0.5),
+    ]
+
+
+def test_on_a_gpu_the_kernels_of_its_streams_are_added_up(monkeypatch):
+    streams = [
+        _line(
+            "Stream #13(Compute)",
+            ("loop_add_fusion_4", 4e6, [("hlo_op", "loop_add_fusion.4")]),
+            ("loop_add_fusion_5", 2e6, [("hlo_op", "loop_add_fusion.5")]),
+            ("nvjet_hsh_128x256_64x4_TNT", 9e6, []),
+        ),
+        _line("Stream #14(MemcpyD2D)", ("MemcpyD2D", 1e6, [])),
+        _line("XLA Modules", ("jit_step", 99e6, [])),
+    ]
+    planes = {"_host:CPU": HOST, "_device:GPU:0": streams}
+    assert _profile(monkeypatch, **planes) == [
+        profiling.Kernel("nvjet_hsh_128x256_64x4_TNT", "", 4.5e-3, 0.5),
+        profiling.Kernel("loop_add_fusion", "encoder/blocks_*/add", 3e-3, 1.0),
+        profiling.Kernel("MemcpyD2D", "", 0.5e-3, 0.5),
+    ]
+
+
+def test_everything_for_a_gpu_runs_on_tiny_sizes(monkeypatch, tmp_path, capfd):
+    two = (gpu.Row("vitb_mae"), gpu.Row("vitb_cross", 1.0, ("data.batch_size=3",)))
+    monkeypatch.setattr(gpu, "STEPS", (two,))
+    monkeypatch.setattr(gpu, "REMAT", ((gpu.Row("vitb_cross", 1.0, NO_REMAT),),))
+    monkeypatch.setattr(gpu, "LARGE", ())
+    monkeypatch.setattr(gpu, "PEER_CONFIGS", ("vitb_mae",))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results" / "gpu.md")
+    config = step.load_config("configs/vitb_mae.py", overrides=list(gpu.TINY))
+    reference = fake_reference.write(
+        tmp_path / "fake", num_params=cost.count(config).params
+    )
+    gpu.main(["--quick", "--write", f"--reference={reference}"])
+    printed = capfd.readouterr().out
+    assert (tmp_path / "results" / "gpu.md").read_text() == printed
+    assert "There is no GPU" in printed and "torch 2" in printed
+    parts = dict(zip(
+        *[iter(re.split(r"^#### (\w+)\n", printed, flags=re.MULTILINE)[1:])] * 2,
+        strict=True,
+    ))
+    assert list(parts) == list(gpu.PARTS)
+    assert re.search(r"\| copy, .* GB/s \|", parts["ceiling"])
+    assert parts["ceiling"].count("TFLOP/s |") == 1 + len(kernels.LAYERS)
+    assert re.search(r"\| cudnn \| refused: .*cuDNN was not", parts["attention"])
+    assert re.search(r"\| 50x50x64 \| xla \| [1-9]\.\de-03 \| ", parts["attention"])
+    mae, cross = parts["steps"].splitlines()[3:5]
+    assert re.fullmatch(r"\| vitb_mae \| 8 \| [\d.]+ \| [\d.]+ \(.*", mae)
+    assert "| 3 | ValueError: batch_size=3 does not divide over 8 devices" in cross
+    assert "| vitb_cross model.remat=none | 8 |" in parts["remat"]
+    assert re.search(r"\| vitb_mae \| reference \| [\d.]+ \|", parts["peer"])
+
+
+NO_REMAT = ("model.remat=none",)
+
+
+def test_without_a_gpu_only_the_quick_run_is_of_use(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--quick runs everything on tiny sizes" in capsys.readouterr().err
+
+
+def test_a_step_is_compared_with_the_first_of_its_group():
+    args = argparse.Namespace(batch=8, quick=True)
+    first, second = (object.__new__(turns.Player) for _ in range(2))
+    for player, seconds in ((first, [1.0, 2.0]), (second, [0.5, 1.0])):
+        player.name, player.fallen, player.seconds = "configs/vitb_mae.py", "", seconds
+        player.facts, player.peak_bytes = {"compile_seconds": 3.0}, 2**29
+    cells = gpu.cells(
+        gpu.Row("vitb_cross"), second, first, args=args, tflops=1e-3
+    )
+    flops = {
+        name: cost.count(
+            step.load_config(f"configs/{name}.py", overrides=list(gpu.TINY))
+        ).train_flops
+        for name in ("vitb_cross", "vitb_mae")
+    }
+    done = flops["vitb_cross"] * 8 / 0.75 / jax.device_count()
+    assert cells == [
+        "vitb_cross", "8", f"{8 / 0.75:.1f}", "750.0 (500.0..1000.0)",
+        f"{done / 1e12:.3g}", f"{done / 1e9:.1%}", "0.50", "3.0", "0.500",
+        f"{flops['vitb_cross'] / flops['vitb_mae']:.3f}",
+    ]
+    first.fallen = "MemoryError: no room"
+    row = gpu.Row("vitb_cross")
+    assert gpu.cells(row, second, first, args=args, tflops=None)[8:] == ["", ""]
+    assert gpu.cells(row, first, first, args=args, tflops=None)[2] == first.fallen
+
+
+def test_attention_that_is_wrong_shows_in_its_errors():
+    (case,) = (case for case in attention_cases.SMALL if case.name == "50x50x64")
+
+    def wrong(q, k, v, bias):
+        return 1.5 * attention.attention(q, k, v, bias=bias, impl="xla")
+
+    cells = kernels.attention_row(case, "wrong", wrong, images=2, quick=True)
+    found = [float(error) for error in [cells[2], *cells[3].split(",")]]
+    assert found == pytest.approx([0.5] * 4, abs=0.02)

@@ -1,0 +1,119 @@
+"""Steps in processes of their own take turns, and the reference is one of them."""
+
+import sys
+
+import pytest
+
+from benchmarks import peer, step, turns
+from crossmae_jax import cost
+from tests import fake_reference
+
+TINY = [
+    "model.size=W16-D1-H2/4", "model.decoder_dim=16", "model.decoder_depth=1",
+    "model.decoder_heads=2", "data.image_size=(8, 8)", "data.batch_size=8",
+]
+CROSS = "configs/vitb_cross.py"
+
+# The process of a player: its second step raises, or ends the process at once.
+PLAYER = """
+import os, sys
+from benchmarks import turns
+
+count = 0
+
+def one_step():
+    global count
+    count += 1
+    print("chatter")
+    os.write(1, b"more of it")
+    if count == 2 and sys.argv[1] == "raises":
+        raise MemoryError("no room\\nfor this")
+    if count == 2 and sys.argv[1] == "ends":
+        os._exit(3)
+
+turns.serve(lambda: (one_step, {"platform": sys.argv[1]}), lambda: 100 + count)
+"""
+
+
+def _player(kind):
+    return turns.Player(kind, [sys.executable, "-c", PLAYER, kind])
+
+
+def test_one_that_ends_says_why_and_the_others_go_on():
+    with _player("steps") as steps, _player("raises") as raises, _player("ends") as ends:
+        turns.measure([raises, steps, ends], num_steps=4)
+    assert [p.facts["platform"] for p in (steps, raises, ends)] == [
+        "steps", "raises", "ends"
+    ]
+    assert len(steps.seconds) == 4 and min(steps.seconds) >= 0 and not steps.fallen
+    assert steps.peak_bytes == 104
+    assert len(raises.seconds) == 1 and raises.fallen == "MemoryError: no room"
+    assert len(ends.seconds) == 1 and ends.fallen == "ended with status 3"
+
+
+def test_a_ratio_is_the_median_over_pairs():
+    ours, theirs = (object.__new__(turns.Player) for _ in range(2))
+    ours.seconds, theirs.seconds = [1.0, 2.0, 30.0], [2.0, 4.0, 3.0]
+    assert turns.ratio(ours, theirs) == 0.5
+
+
+@pytest.fixture
+def forgets():
+    """Takes modules of the stand-in away again."""
+    yield
+    for name in ("models_cross", "models_mae", "transformer_utils"):
+        sys.modules.pop(name, None)
+
+
+def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
+    config = step.load_config(CROSS, overrides=[*TINY, "model.fusion_input=False"])
+    number = cost.count(config).params
+    directory = fake_reference.write(tmp_path / "fake", num_params=number)
+    before, paths = sys.modules.get("timm"), list(sys.path)
+    options = peer.build(config, directory).options
+    options.pop("norm_layer")
+    assert options == dict(
+        img_size=8, patch_size=4, in_chans=3, embed_dim=16, depth=1, num_heads=2,
+        decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, mlp_ratio=4.0,
+        norm_pix_loss=True, weight_fm=True, use_input=False, use_fm=[-1],
+        self_attn=False,
+    )
+    assert sys.modules.get("timm") is before and sys.path == paths
+    assert "timm.layers.helpers" not in sys.modules or before is not None
+    config.model.decoder_depth = 2
+    with pytest.raises(ValueError, match=f"has {number} parameters, ours 1"):
+        peer.build(config, directory)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_ours_and_the_reference_take_turns(dtype, tmp_path, capfd):
+    overrides = [*TINY, f"model.dtype={dtype}"]
+    number = cost.count(step.load_config(CROSS, overrides=overrides)).params
+    directory = fake_reference.write(tmp_path / "r", num_params=number, dtype=dtype)
+    peer.main([
+        f"--reference={directory}", f"--config={CROSS}", "--batch=8", "--steps=2",
+        *[f"--override={override}" for override in overrides],
+    ])
+    printed = capfd.readouterr()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in printed.out.splitlines() if line.startswith("| vitb_cross |")
+    ]
+    assert [row[1] for row in rows] == ["ours", "reference"], printed.err
+    assert rows[0][6] == "" and float(rows[1][6]) > 0
+    for row in rows:
+        assert float(row[2]) > 0 and float(row[5]) > 0
+    assert "chatter" not in printed.out and "chatter" in printed.err
+    assert f"torch {sys.modules['torch'].__version__}" in printed.out
+
+
+def test_what_the_reference_cannot_do_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        peer.main([f"--reference={tmp_path}", f"--config={CROSS}"])
+    assert "has no models_cross.py, models_mae.py, transfor" in capsys.readouterr().err
+    directory = fake_reference.write(tmp_path / "fake", num_params=1)
+    with pytest.raises(SystemExit):
+        peer.main([f"--reference={directory}", "--config=configs/vitb_mae_prmim.py"])
+    assert "asks for with model.aggregator.kind, masking.throw_ratio; it has MAE" in (
+        capsys.readouterr().err
+    )
