@@ -1,8 +1,13 @@
 """An encoder that classifies whole images: pooling, norm and a linear head.
 
-MAE's fine-tuned model (arXiv 2111.06377, appendix A.1) and timm's VisionTransformer:
-with pool "cls" the encoder ends in its norm and the class token is classified; with
-"mean" the encoder has none, the patch tokens are averaged and the mean is normed.
+Fine-tuning (MAE, arXiv 2111.06377, appendix A.1) and timm's VisionTransformer: with
+pool "cls" the encoder ends in its norm and the class token is classified; with "mean"
+the encoder has none, the patch tokens are averaged and the mean is normed.
+
+Linear probing (the same appendix) puts a batch norm without scale and bias before the
+head. Its statistics are those of the whole batch, over all devices: the step is one
+global program. The reference's are those of each GPU's share, 512 of 16,384 images:
+noisier, and another number on another number of GPUs.
 """
 
 from typing import NamedTuple
@@ -14,13 +19,16 @@ from jaxtyping import Array, Float
 
 from crossmae_jax.models import layers, vit
 
+POOLS = ("cls", "mean")
+HEAD_NORMS = ("none", "batch")
+
 
 class Classified(NamedTuple):
     """What a classifier makes of images.
 
     Attributes:
       tokens: output of the encoder, the class token first.
-      features: the pooled and normed vector that the head sees.
+      features: the pooled and normed vector; a batch norm belongs to the head.
       logits: a value per class; None without a head.
     """
 
@@ -29,28 +37,108 @@ class Classified(NamedTuple):
     logits: Float[Array, "b classes"] | None
 
 
+class BatchNorm(nn.Module):
+    """Batch norm without scale and bias, in float32, with PyTorch's running statistics.
+
+    A training batch is normed with its own biased variance; the running variance takes
+    up the unbiased one. Both statistics live in the collection "batch_stats".
+    """
+
+    epsilon: float = 1e-6
+    momentum: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b d"], *, train: bool) -> Float[Array, "b d"]:
+        num, dim = x.shape
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, dim)
+        running_var = self.variable("batch_stats", "var", jnp.ones, dim)
+        mean, var = running_mean.value, running_var.value
+        x = x.astype(jnp.float32)
+        if train:
+            if num < 2:
+                raise ValueError(
+                    "A batch of 1 has no variance to norm it with; raise "
+                    "config.data.batch_size, or lower config.optim.accum_steps."
+                )
+            mean = x.mean(0)
+            var = jnp.mean((x - mean[None]) ** 2, axis=0)
+            if not self.is_initializing():
+                new, old = self.momentum, 1 - self.momentum
+                running_mean.value = old * running_mean.value + new * mean
+                unbiased = var * (num / (num - 1))
+                running_var.value = old * running_var.value + new * unbiased
+        return (x - mean[None]) / jnp.sqrt(var + self.epsilon)[None]
+
+
 class Classifier(nn.Module):
     """Classifier.
 
     Attributes:
       encoder: with its final norm if and only if `pool` is "cls".
+      pool: one of `POOLS`.
       num_classes: 0 for no head.
+      head_norm: one of `HEAD_NORMS`: "batch" for linear probing, else "none".
+      head_std: standard deviation of the head's initial weights. MAE takes 2e-5 to
+        fine-tune and 0.01 for linear probing, from a normal law truncated at 2, which
+        for such deviations is never reached. Its initial bias is 0.
+
+    Raises:
+      ValueError: for an unknown choice.
+
+    Example:
+      logits, updated = model.apply(
+          variables, images, train=True, mutable=["batch_stats"],
+          rngs={"drop_path": key}
+      )
     """
 
     encoder: vit.ViT
     pool: str
     num_classes: int
     dtype: DTypeLike = jnp.float32
+    head_norm: str = "none"
+    head_std: float = 2e-5
 
-    @nn.compact
-    def __call__(self, images: Float[Array, "b height width c"]) -> Classified:
+    def setup(self):
+        for name, known in (("pool", POOLS), ("head_norm", HEAD_NORMS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"Unknown {name} {value!r}. Known: {', '.join(known)}."
+                )
+        # A layer that is not called has no parameters.
+        self.fc_norm = layers.LayerNorm(self.dtype)
+        self.batch_norm = BatchNorm()
+        self.head = nn.Dense(
+            self.num_classes, dtype=self.dtype,
+            kernel_init=nn.initializers.normal(self.head_std),
+        )
+
+    def __call__(
+        self, images: Float[Array, "b height width c"], *, train: bool = False
+    ) -> Classified:
+        """Classifies images.
+
+        Args:
+          train: norms with the statistics of the batch and adds them to the running
+            ones, where there is a batch norm. Stochastic depth asks for a key instead,
+            see `vit.ViT`.
+        """
         tokens = self.encoder(images).tokens
-        if self.pool == "cls":
-            features = tokens[:, 0]
-        else:
-            features = tokens[:, 1:].mean(1)
-            features = layers.LayerNorm(self.dtype, name="fc_norm")(features)
-        logits = None
-        if self.num_classes:
-            logits = layers.dense(self.num_classes, self.dtype, name="head")(features)
+        features = self.pooled(tokens)
+        logits = self.classify(features, train=train) if self.num_classes else None
         return Classified(tokens, features, logits)
+
+    def pooled(self, tokens: Float[Array, "b v d"]) -> Float[Array, "b d"]:
+        """Returns one vector of an image's tokens."""
+        if self.pool == "cls":
+            return tokens[:, 0]
+        return self.fc_norm(tokens[:, 1:].mean(1))
+
+    def classify(
+        self, features: Float[Array, "b d"], *, train: bool = False
+    ) -> Float[Array, "b classes"]:
+        """Returns the logits of pooled vectors."""
+        if self.head_norm == "batch":
+            features = self.batch_norm(features, train=train)
+        return self.head(features)

@@ -173,6 +173,10 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Self-attention and MLP, each on a norm of the residual stream.
 
+    Stochastic depth (arXiv 1603.09382): with a key for the collection "drop_path", each
+    of the two branches is left out for each sample with probability `drop_path`, and
+    divided by the probability of staying where it stays. Without one it never is.
+
     Attributes:
       remat: one of `REMATS`.
     """
@@ -182,6 +186,7 @@ class Block(nn.Module):
     mlp_ratio: float
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
+    drop_path: float = 0.0
 
     def setup(self):
         self.norm1 = LayerNorm(self.dtype)
@@ -190,12 +195,22 @@ class Block(nn.Module):
         self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return _again("full", self.remat, Block._run)(self, x)
+        # Drawn outside of what is computed again: equal samples whatever `remat`.
+        survival = self._survival(x.shape[0])
+        return _again("full", self.remat, Block._run)(self, x, survival)
 
-    def _run(self, x):
+    def _survival(self, num):
+        """Returns a factor per sample for each branch; None keeps a branch as it is."""
+        if self.drop_path == 0 or not self.has_rng("drop_path"):
+            return None, None
+        keep = 1 - self.drop_path
+        kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (2, num, 1, 1))
+        return tuple(kept / keep)
+
+    def _run(self, x, survival):
         project = _again("selective", self.remat, Block._project)
-        x = x + self.attn.attend(*project(self, x))
-        return x + _mlp(self, x)
+        x = x + _survived(self.attn.attend(*project(self, x)), survival[0])
+        return x + _survived(_mlp(self, x), survival[1])
 
     def _project(self, x):
         return self.attn.project(self.norm1(x))
@@ -250,6 +265,13 @@ class CrossBlock(nn.Module):
 def _again(mode, remat, function):
     """Returns the function, its inner values recomputed if `remat` is the mode."""
     return nn.remat(function) if remat == mode else function
+
+
+def _survived(branch, factor):
+    """Scales a branch in float32: bfloat16 would round the factor itself."""
+    if factor is None:
+        return branch
+    return (factor * branch.astype(jnp.float32)).astype(branch.dtype)
 
 
 def _mlp(block, x):

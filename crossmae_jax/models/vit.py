@@ -89,6 +89,20 @@ def mean_feature(
     return tokens[:, 1:].astype(jnp.float32).mean(1)
 
 
+def drop_path_rates(maximum: float, *, depth: int) -> tuple[float, ...]:
+    """Returns each block's rate of stochastic depth: from 0 linearly to the maximum.
+
+    Raises:
+      ValueError: if the maximum is not a probability below 1.
+    """
+    if not 0 <= maximum < 1:
+        raise ValueError(
+            f"drop_path={maximum} is no share of samples to leave a block out for; "
+            "give 0 or more, below 1."
+        )
+    return tuple(maximum * i / max(depth - 1, 1) for i in range(depth))
+
+
 class ViT(nn.Module):
     """Encoder.
 
@@ -96,6 +110,9 @@ class ViT(nn.Module):
       final_norm: CrossMAE has none when it mixes feature maps: each mixture is normed.
       learned_positions: makes the position table a parameter, as in fine-tuning.
       remat: what the gradient pass computes again, one of `layers.REMATS`.
+      drop_path: rate of stochastic depth in the last block, see `drop_path_rates`.
+        Blocks are left out only where `apply` gets `rngs={"drop_path": key}`. Samples
+        depend on the key and on a sample's place in the batch, not on the devices.
     """
 
     size: Size
@@ -107,6 +124,7 @@ class ViT(nn.Module):
     learned_positions: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(
@@ -144,10 +162,11 @@ class ViT(nn.Module):
         x = jnp.concatenate([cls_token, x], axis=1)
 
         feature_maps = [x]
-        for i in range(self.size.depth):
+        rates = drop_path_rates(self.drop_path, depth=self.size.depth)
+        for i, rate in enumerate(rates):
             x = layers.Block(
                 self.size.dim, self.size.num_heads, self.mlp_ratio, self.remat,
-                self.dtype, name=f"blocks_{i}",
+                self.dtype, rate, name=f"blocks_{i}",
             )(x)
             feature_maps.append(x)
         if self.final_norm:
