@@ -29,16 +29,20 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         target=dict(normalize=True),
         loss=dict(thrown_weight=1.0),  # against 1 for patches that were decoded
         optim=dict(
+            name="adamw",  # or "lars"
             base_lr=1.5e-4,  # for a batch of 256
             # CrossMAE's factor pred_ratio / mask_ratio; 1 for MAE, which predicts all.
             lr_scale="pred_over_mask",
             min_lr=0.0,
             warmup_epochs=warmup_epochs,
             weight_decay=0.05,
+            decay_tokens=True,  # tokens and trained positions, as matrices do
             b1=0.9,
             b2=0.95,
             clip_norm=placeholder(float),
             accum_steps=1,
+            layer_decay=1.0,  # rate of a block, over that of the next one
+            tune_blocks=placeholder(float),  # so many last blocks; unset: everything
         ),
         checkpoint=dict(every_epochs=1.0, keep=2),
         baselines=False,

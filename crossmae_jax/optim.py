@@ -1,4 +1,4 @@
-"""The optimiser of pre-training: AdamW, warm-up and half-cosine, decay on matrices.
+"""Optimisers: AdamW and LARS, warm-up and half-cosine, decay on matrices.
 
 For a fractional epoch e, peak rate r, w warm-up epochs of E in all (MAE, arXiv
 2111.06377, appendix A.1; the reference evaluates it at the start of each step):
@@ -11,9 +11,21 @@ appendix A: the loss over fewer predicted patches has more variance).
 
 AdamW is decoupled: the decay of a step is lr * weight_decay. Tensors of one dimension
 (biases, norms) are exempt; class token, mask token and the inter-block weights have
-more, and are decayed as in the reference.
+more, and are decayed as in the reference. Fine-tuning exempts tokens and positions, too
+(`optim.decay_tokens=False`).
+
+LARS, for linear probing (MAE, appendix A.1), in the order of MoCo v3 (arXiv 2104.02057,
+`util/lars.py` of MAE). For weights w, gradient g and momentum m:
+
+    u = g + weight_decay w;  b = m b + u * 0.001 |w| / |u|;  w = w - lr b
+
+The rate stands outside of the buffer, the decay inside of the norm (optax.lars has it
+the other way round); the factor is 1 where a norm is 0. What does not decay has neither
+decay nor factor.
 """
 
+import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,10 +35,17 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from crossmae_jax import layerwise
+from crossmae_jax.models import vit
+
 LR_SCALES = {
-    "pred_over_mask": lambda masking: masking.pred_ratio / masking.mask_ratio,
-    "mask_over_pred": lambda masking: masking.mask_ratio / masking.pred_ratio,
-    "none": lambda masking: 1.0,
+    "pred_over_mask": lambda config: (
+        config.masking.pred_ratio / config.masking.mask_ratio
+    ),
+    "mask_over_pred": lambda config: (
+        config.masking.mask_ratio / config.masking.pred_ratio
+    ),
+    "none": lambda config: 1.0,
 }
 
 
@@ -41,7 +60,7 @@ def peak_lr(config: ConfigDict) -> float:
         raise ValueError(
             f"Unknown lr_scale {kind!r}. Known: {', '.join(sorted(LR_SCALES))}."
         )
-    scale = LR_SCALES[kind](config.masking)
+    scale = LR_SCALES[kind](config)
     return config.optim.base_lr * config.data.batch_size / 256 * scale
 
 
@@ -89,20 +108,68 @@ def make_schedule(
     return schedule
 
 
-def decay_mask(params: Any) -> Any:
-    """Returns True for the tensors that decay: those of two dimensions or more."""
-    return jax.tree.map(lambda x: x.ndim > 1, params)
+_TOKEN = re.compile(r"(_token|pos_embed)$")
+
+
+def decay_mask(params: Any, *, tokens: bool = True) -> Any:
+    """Returns True for the tensors that decay: those of two dimensions or more.
+
+    Args:
+      tokens: whether class token, mask token and trained positions are among them.
+    """
+    return jax.tree.map(
+        lambda x, name: x.ndim > 1 and (tokens or not _TOKEN.search(name)),
+        params, layerwise.names(params),
+    )
+
+
+def _adamw(optim, schedule, decays):
+    return optax.adamw(
+        schedule, b1=optim.b1, b2=optim.b2, eps=1e-8,
+        weight_decay=optim.weight_decay, mask=decays,
+    )
+
+
+def _lars(optim, schedule, decays):
+    return optax.chain(
+        optax.add_decayed_weights(optim.weight_decay, mask=decays),
+        # 0.001: MAE's util/lars.py
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), decays),
+        optax.trace(decay=optim.b1),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "lars": _lars}
 
 
 def make_optimizer(
     config: ConfigDict, schedule: Callable[[Array], Array]
 ) -> optax.GradientTransformation:
-    """Returns AdamW, after clipping by global norm if `optim.clip_norm` is set."""
+    """Returns the optimiser that `config.optim` describes.
+
+    From the inside out: AdamW or LARS; before it, clipping by global norm; frozen
+    parameters; rates by layer. What is not set leaves no trace in the state.
+
+    Raises:
+      ValueError: for an unknown optimiser, or a number of blocks or decay of rates that
+        the encoder `config.model.size` cannot have.
+    """
     optim = config.optim
-    adamw = optax.adamw(
-        schedule, b1=optim.b1, b2=optim.b2, eps=1e-8,
-        weight_decay=optim.weight_decay, mask=decay_mask,
-    )
-    if optim.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+    if optim.name not in OPTIMIZERS:
+        raise ValueError(
+            f"Unknown optim.name {optim.name!r}. Known: {', '.join(OPTIMIZERS)}."
+        )
+    decays = functools.partial(decay_mask, tokens=optim.decay_tokens)
+    tx = OPTIMIZERS[optim.name](optim, schedule, decays)
+    if optim.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    if optim.tune_blocks is None and optim.layer_decay == 1:
+        return tx
+    depth = vit.parse_size(config.model.size)[0].depth
+    if optim.tune_blocks is not None:
+        tx = layerwise.freeze(tx, tune_blocks=optim.tune_blocks, depth=depth)
+    if optim.layer_decay != 1:
+        scale = layerwise.scale_by_layer(decay=optim.layer_decay, depth=depth)
+        tx = optax.chain(tx, scale)
+    return tx

@@ -39,6 +39,10 @@ _BEFORE = {
     "model.aggregator.kind": "none",
     "model.aggregator.rewrites_retained": False,
     "model.remat": "none",
+    "optim.decay_tokens": True,
+    "optim.layer_decay": 1.0,
+    "optim.name": "adamw",
+    "optim.tune_blocks": None,
 }
 
 

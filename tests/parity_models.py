@@ -1,6 +1,7 @@
 """Parity of whole models: activations, losses, gradients, AdamW."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import traverse_util
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import common
 from crossmae_jax import masking, optim, patches
@@ -64,15 +65,22 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
         asked_pred_ratio=pred_ratio,
         loss=dict(thrown_weight=1.0),
         target=dict(normalize=bool(ctor.get("norm_pix_loss", False))),
-        optim=dict(
-            b1=0.9, b2=0.95, weight_decay=0.05,
-            clip_norm=config_dict.placeholder(float),
-        ),
+        optim=optimizer(reference),
         data=dict(
             image_size=tuple(image_size), channels=channels,
             mean=(0.5,) * channels, std=(0.5,) * channels,
         ),
     ))
+
+
+def optimizer(reference: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Returns the settings of a fixture's optimiser, as `config.optim`."""
+    b1, b2 = reference.get("betas", (0.9, 0.95))
+    return dict(
+        name="adamw", b1=b1, b2=b2, weight_decay=reference.get("weight_decay", 0.05),
+        decay_tokens=True, clip_norm=reference.get("clip_grad"),
+        layer_decay=reference.get("layer_decay") or 1.0, tune_blocks=None,
+    ) | changes
 
 
 def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, Any]:
@@ -90,7 +98,7 @@ def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, A
     return objective, jax.tree.map(jnp.asarray, variables)
 
 
-def _ours(name: str, value: np.ndarray) -> np.ndarray:
+def ours_of(name: str, value: np.ndarray) -> np.ndarray:
     """Returns one of their tensors in our layout."""
     (ours,) = names.to_ours(names.MAE, {name: tensor.of_array(value)})[0].values()
     return ours.read()
@@ -100,7 +108,7 @@ def _their_name(path: str) -> str:
     return names.their_names(names.MAE, path.partition("/")[2])[0]
 
 
-def _prefixed(data: Data, prefix: str) -> Data:
+def prefixed(data: Data, prefix: str) -> Data:
     return {
         name.removeprefix(prefix): value
         for name, value in data.items() if name.startswith(prefix)
@@ -169,7 +177,7 @@ def compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> None
 def check_model(_path: Path, data: Data, report: Report) -> None:
     """Activations, loss and gradients of one forward and backward pass."""
     config = make_config(json.loads(str(data["config"])))
-    objective, variables = _load(config, _prefixed(data, "sd/"))
+    objective, variables = _load(config, prefixed(data, "sd/"))
     images = jnp.asarray(nhwc(data["imgs"]))
     ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
 
@@ -181,22 +189,29 @@ def check_model(_path: Path, data: Data, report: Report) -> None:
     def loss(params):
         return objective.masked_loss({**variables, "params": params}, images, ids)[0]
 
-    expected = _prefixed(data, "grad/")
-    if expected:
-        gradients = {"params": jax.jit(jax.grad(loss))(variables["params"])}
-        for path, ours in traverse_util.flatten_dict(gradients, sep="/").items():
-            name = _their_name(path)
-            theirs = expected.pop(name, None)
-            if theirs is not None:
-                report.gradient(f"grad/{path}", ours, _ours(name, theirs))
+    if any(name.startswith("grad/") for name in data):
+        gradients = jax.jit(jax.grad(loss))(variables["params"])
+        compare_gradients("grad/", gradients, data, report)
+    nothing_left_out(outputs.keys(), data, report)
+
+
+def compare_gradients(prefix: str, gradients: Any, data: Data, report: Report) -> None:
+    """Compares the gradients that a file holds under a prefix.
+
+    Raises:
+      ValueError: if it holds some of parameters that we do not have.
+    """
+    expected = prefixed(data, prefix)
+    for name, ours in by_their_name(gradients).items():
+        if (theirs := expected.pop(name, None)) is not None:
+            report.gradient(f"{prefix}{name}", ours, ours_of(name, theirs))
     if expected:
         raise ValueError(f"Gradients of unknown tensors: {', '.join(expected)}.")
-    nothing_left_out(outputs.keys(), data, report)
 
 
 def nothing_left_out(compared, data: Data, report: Report) -> None:
     """Fails the file if it holds an array that nobody looked at."""
-    inputs = {"config", "imgs", "noise"}
+    inputs = {"config", "imgs", "noise", "labels", "soft_targets"}
     left = [
         name for name in data
         if name not in compared and name not in inputs and "/" not in name
@@ -220,25 +235,33 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
     """Losses, gradient norms and parameters over a few AdamW updates."""
     reference = json.loads(str(data["config"]))
     config = make_config(reference)
-    config.optim.b1, config.optim.b2 = reference["betas"]
-    config.optim.weight_decay = reference["weight_decay"]
-    config.optim.clip_norm = reference.get("clip_grad")
-    objective, variables = _load(config, _prefixed(data, "sd/"))
+    objective, variables = _load(config, prefixed(data, "sd/"))
+    images, noise = jnp.asarray(nhwc(data["imgs"])), jnp.asarray(data["noise"])
+
+    def loss(params, step):
+        ids = masking.token_ids(noise[step], objective.counts)
+        return objective.masked_loss({**variables, "params": params}, images, ids)[0]
+
+    follow(loss, variables["params"], config, data, report)
+
+
+def follow(
+    loss: Callable, params: Any, config: ConfigDict, data: Data, report: Report
+) -> None:
+    """Makes the updates of a trajectory, and compares all that it holds.
+
+    Args:
+      loss: of parameters and the number of the step.
+      config: its `optim` and `model` are those of the optimiser.
+    """
+    reference = json.loads(str(data["config"]))
     rates = jnp.asarray(reference["lr_per_step"])
     tx = optim.make_optimizer(config, lambda step: rates[step])
-    images = jnp.asarray(nhwc(data["imgs"]))
-
-    @jax.jit
-    def evaluate(params, noise):
-        ids = masking.token_ids(noise, objective.counts)
-        return jax.value_and_grad(
-            lambda p: objective.masked_loss({**variables, "params": p}, images, ids)[0]
-        )(params)
-
-    params, opt_state = variables["params"], tx.init(variables["params"])
+    evaluate = jax.jit(jax.value_and_grad(loss))
+    opt_state = tx.init(params)
     for step, expected in enumerate(data["losses"]):
-        loss, gradients = evaluate(params, jnp.asarray(data["noise"][step]))
-        report.loss(f"loss {step}", loss, expected, allowed=5 * LOSS if step else LOSS)
+        value, gradients = evaluate(params, step)
+        report.loss(f"loss {step}", value, expected, allowed=5 * LOSS if step else LOSS)
         if step == len(rates):
             break
         if "grad_norm" in data:
@@ -250,22 +273,29 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
         params = optax.apply_updates(params, updates)
         last = step == len(rates) - 1
         _compare_parameters(params, data, step, last, report)
-    decays = traverse_util.flatten_dict({"params": optim.decay_mask(params)}, sep="/")
-    ours = sorted(_their_name(path) for path, yes in decays.items() if yes)
+    decays = by_their_name(
+        optim.decay_mask(params, tokens=config.optim.decay_tokens)
+    )
     if "decayed" in reference:
+        ours = sorted(name for name, decayed in decays.items() if decayed)
         report.exact("decayed tensors", ours, sorted(reference["decayed"]))
+
+
+def by_their_name(params: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree of parameters under the reference's names."""
+    flat = traverse_util.flatten_dict({"params": params}, sep="/")
+    return {_their_name(path): leaf for path, leaf in flat.items()}
 
 
 def _compare_parameters(
     params: Any, data: Data, step: int, last: bool, report: Report
 ) -> None:
-    for path, ours in traverse_util.flatten_dict({"params": params}, sep="/").items():
-        name = _their_name(path)
+    for name, ours in by_their_name(params).items():
 
         def compare(what, theirs):
             report.output(
                 f"{name} {what}", _without_key_bias(name, np.asarray(ours)),
-                _without_key_bias(name, _ours(name, theirs)), TRAJECTORY,
+                _without_key_bias(name, ours_of(name, theirs)), TRAJECTORY,
             )
 
         if f"steps/{name}" in data:

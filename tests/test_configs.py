@@ -40,7 +40,8 @@ KEYS = {
     "optim": {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,
-        "clip_norm": None, "accum_steps": int,
+        "clip_norm": None, "accum_steps": int, "name": str, "decay_tokens": bool,
+        "layer_decay": float, "tune_blocks": None,
     },
     "data": {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,

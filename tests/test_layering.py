@@ -14,11 +14,11 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
      "visualize", "digests", "environment", "workdir", "hardware", "collectives"),
-    ("masking", "models.layers", "checkpoint", "optim", "targets"),
+    ("masking", "models.layers", "checkpoint", "layerwise", "targets"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
     ("models.mim", "models.classifier"),
-    ("data", "cost", "probing"),
+    ("data", "cost", "probing", "optim"),
     ("objectives", "evaluators"),
     ("evaluation", "convert"),
     ("train", "pretrained"),

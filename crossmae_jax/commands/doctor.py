@@ -33,7 +33,10 @@ def _config(batch_size: int):
         ),
         target=dict(normalize=True),
         loss=dict(thrown_weight=1.0),
-        optim=dict(weight_decay=0.05, b1=0.9, b2=0.95, clip_norm=1.0),
+        optim=dict(
+            name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
+            clip_norm=1.0, layer_decay=1.0, tune_blocks=None,
+        ),
         data=dict(
             image_size=(32, 32), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3,
             batch_size=batch_size,
