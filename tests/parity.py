@@ -22,7 +22,13 @@ from pathlib import Path
 
 import jax
 
-from tests import parity_files, parity_models, parity_prmim, parity_weights
+from tests import (
+    parity_files,
+    parity_finetune,
+    parity_models,
+    parity_prmim,
+    parity_weights,
+)
 from tests.parity_report import Report
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -34,6 +40,14 @@ def _kind(data) -> str:
     reference = config.get("class", "")
     if {"dec_vis", "dec_ret"} <= set(data):
         return "progressive reconstruction"
+    if "checkpoint" in config or "weights" in config:
+        return "weights"
+    if reference.startswith("models_vit.") and "labels" in data:
+        return "fine-tuning trajectory" if "losses" in data else "classifier"
+    if {"running_mean", "running_var"} <= set(data):
+        return "linear probe"
+    if any(name.startswith("momentum/") for name in data):
+        return "LARS"
     ours = reference.startswith(("models_mae.", "models_cross."))
     if any(name.startswith("patches/") for name in data):
         return "pixels"
@@ -41,8 +55,6 @@ def _kind(data) -> str:
         return "posembed"
     if ours and "losses" in data:
         return "trajectory"
-    if "checkpoint" in config or "weights" in config:
-        return "weights"
     if ours and "loss" in data:
         return "model"
     return ""
@@ -55,6 +67,10 @@ NPZ_CHECKS = {
     "weights": parity_weights.check,
     "model": parity_models.check_model,
     "progressive reconstruction": parity_prmim.check_reconstruction,
+    "classifier": parity_finetune.check_classifier,
+    "fine-tuning trajectory": parity_finetune.check_trajectory,
+    "linear probe": parity_finetune.check_linear_probe,
+    "LARS": parity_finetune.check_lars,
 }
 
 
@@ -82,6 +98,8 @@ def _compare(path: Path, report: Report) -> None:
             parity_files.check_masking_counts(data, report)
         elif isinstance(data, list) and data and "retained_positions" in data[0]:
             parity_prmim.check_furthest(data, report)
+        elif isinstance(data, list) and data and "layer_decay" in data[0]:
+            parity_finetune.check_layer_decay(data, report)
         elif isinstance(data, dict) and {"lr_sched", "lr_rule"} & set(data):
             parity_files.check_schedules(data, report)
     elif path.suffix == ".npz":

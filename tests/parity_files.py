@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from crossmae_jax import masking, optim, patches, targets
-from crossmae_jax.models import posemb
+from crossmae_jax.models import posemb, vit
 from tests.parity_report import OUTPUT, Report
 
 Data = dict[str, np.ndarray]
@@ -102,10 +102,13 @@ def check_masking_counts(rows: list[dict], report: Report) -> None:
 
 
 def check_schedules(data: dict, report: Report) -> None:
-    """Peak rates, and the rate of every step.
-
-    Layer-wise rates and stochastic depth in the same file belong to fine-tuning.
-    """
+    """Peak rates, the rate of every step, and rates of stochastic depth."""
+    for case in data.get("drop_path", ()):
+        ours = vit.drop_path_rates(case["drop_path_rate"], depth=case["depth"])
+        report.output(
+            f"stochastic depth of {case['depth']} blocks", ours, case["per_block"],
+            allowed=1e-7,
+        )
     for case in data.get("lr_rule", ()):
         kind = (
             "none" if case["no_lr_scale"]
