@@ -42,11 +42,67 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
             clip_norm=placeholder(float),
             accum_steps=1,
             layer_decay=1.0,  # rate of a block, over that of the next one
-            tune_blocks=placeholder(float),  # so many last blocks; unset: everything
         ),
-        checkpoint=dict(every_epochs=1.0, keep=2),
+        checkpoint=dict(every_epochs=1.0, keep=2, best=""),
         baselines=False,
     ))
+
+
+def finetune(*, epochs: float, warmup_epochs: float = 5.0, seed: int = 0) -> ConfigDict:
+    """Returns the recipe of MAE's fine-tuning, appendix A.1 and its published script.
+
+    An experiment adds `model`, `data` and `evals`, and may change `optim.base_lr` and
+    `optim.layer_decay`, which go with the size. The number of classes is that of the
+    training data.
+    """
+    config = pretrain(epochs=epochs, warmup_epochs=warmup_epochs, seed=seed)
+    for name in ("target", "loss"):
+        del config[name]
+    config.objective = "classify"
+    config.tune_blocks = placeholder(float)  # so many last blocks; unset: everything
+    config.optim.update(dict(
+        base_lr=5e-4, lr_scale="none", min_lr=1e-6, decay_tokens=False, b2=0.999,
+        layer_decay=0.65,
+    ))
+    config.augment = dict(
+        label_smoothing=0.1,
+        erasing=0.25,  # share of the images that lose a box
+        mixup=0.8,  # parameters of beta distributions; 0.0 turns one off
+        cutmix=1.0,
+        mixed_together=32,  # images with a draw in common: a GPU's share, in MAE
+    )
+    config.checkpoint.best = "eval/accuracy/top1"
+    return config
+
+
+def linear_probe(*, epochs: float, warmup_epochs: float = 10.0) -> ConfigDict:
+    """Returns the recipe of MAE's linear probing, appendix A.1."""
+    config = finetune(epochs=epochs, warmup_epochs=warmup_epochs)
+    config.tune_blocks = 0.0
+    config.optim.update(dict(
+        name="lars", base_lr=0.1, min_lr=0.0, weight_decay=0.0, layer_decay=1.0
+    ))
+    config.augment.update(dict(label_smoothing=0.0, erasing=0.0, mixup=0.0, cutmix=0.0))
+    return config
+
+
+def classifier(size: str, *, drop_path: float = 0.0) -> dict[str, Any]:
+    """Returns an encoder whose patch tokens are averaged, normed and classified."""
+    return dict(
+        size=size,
+        mlp_ratio=4.0,
+        pool="mean",  # or "cls", with the encoder's final norm
+        head_norm="none",  # "batch" in linear probing
+        head_std=2e-5,
+        drop_path=drop_path,  # of the last block; from 0 linearly
+        remat="selective",
+        dtype="bfloat16",
+    )
+
+
+def probed(size: str) -> dict[str, Any]:
+    """Returns an encoder whose class token is normed by the batch and classified."""
+    return classifier(size) | dict(pool="cls", head_norm="batch", head_std=0.01)
 
 
 def crossmae(
@@ -150,6 +206,18 @@ def imagenet(*, image_size: tuple[int, int], batch_size: int) -> dict[str, Any]:
         source="tfds", name="imagenet2012", eval_split="validation",
         image_size=image_size, batch_size=batch_size,
     )
+
+
+def labelled(data: dict[str, Any], *, randaug_ops: int = 2) -> dict[str, Any]:
+    """Returns data to classify: cropped and changed as in MAE's fine-tuning."""
+    data["crop_scale"] = (0.08, 1.0)
+    data["randaug_ops"] = randaug_ops
+    return data | dict(num_classes=placeholder(int))  # unset: those of the data
+
+
+def accuracy(*, every_epochs: float = 1.0) -> dict[str, Any]:
+    """Returns the evaluator of a classifier; it needs labels."""
+    return dict(accuracy=dict(every_epochs=every_epochs))
 
 
 def panels(*, every_epochs: float = 10.0) -> dict[str, Any]:

@@ -150,6 +150,11 @@ def count(config: ConfigDict) -> Cost:
     Raises:
       ValueError: if the configuration contradicts itself.
     """
+    if config.get("objective", "pretrain") != "pretrain":
+        raise ValueError(
+            f"Only pre-training is counted, not objective={config.objective!r}; give "
+            "a configuration of objective='pretrain'."
+        )
     mim.build(config)  # refuses what cannot be built
     model, channels = config.model, config.data.channels
     size, patch_size = vit.parse_size(model.size)

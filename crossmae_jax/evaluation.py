@@ -13,15 +13,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import evaluators, metrics, parallel, visualize
+from crossmae_jax import evaluators, interruption, metrics, parallel, visualize
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.evaluators import features
 
 _COMPARED = ("knn", "linear")
-
-
-class Interrupted(Exception):
-    """The run was asked to stop in the middle of an evaluation."""
+# Evaluators of what only one objective can do.
+_OF_OBJECTIVE = {"accuracy": "classify", "reconstruction": "pretrain"}
 
 
 class Evaluations:
@@ -50,6 +48,12 @@ class Evaluations:
                     f"config.evals.{name} lacks every_epochs: how often it runs, in "
                     "epochs; 0.0 for the end of training only."
                 )
+        for name, kind in _OF_OBJECTIVE.items():
+            if name in config.evals and config.get("objective", kind) != kind:
+                raise ValueError(
+                    f"config.evals.{name} is for objective={kind!r}, not "
+                    f"{config.objective!r}; take it out of config.evals."
+                )
         self._config, self._sources, self._mesh = config, opened, mesh
         self._directory, self._panel_key = directory, panel_key
         self._num_images = {split: len(source) for split, source in opened.items()}
@@ -58,7 +62,8 @@ class Evaluations:
             num_classes=opened["train"].num_classes,
         )
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
-        self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
+        if "reconstruction" in config.evals:
+            self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
         self.files: list[Path] = []
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
@@ -78,7 +83,7 @@ class Evaluations:
             return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
 
         evals = self._config.evals
-        if any(name in evals for name in _COMPARED):
+        if any(name != "reconstruction" for name in evals):
             jax.eval_shape(self._predict, variables, batch())
         if "reconstruction" in evals:
             size = evals.reconstruction.num_images
@@ -105,15 +110,19 @@ class Evaluations:
         """Runs evaluators on one state, writes and returns their metrics.
 
         Raises:
-          Interrupted: if `stop` is set meanwhile.
+          interruption.Interrupted: if `stop` is set meanwhile.
         """
+        pictures = {}
+        if "reconstruction" in names:
+            pictures = dict(
+                reconstruct=lambda batch: self._reconstruct(
+                    variables, batch, self._panel_key
+                ),
+                panel=self._directory / "panels" / f"step_{step:08d}.png",
+                caption=visualize.caption(normalize=self._config.target.normalize),
+            )
         evaluation = self._evaluation(
-            lambda batch: self._predict(variables, batch), stop,
-            reconstruct=lambda batch: self._reconstruct(
-                variables, batch, self._panel_key
-            ),
-            panel=self._directory / "panels" / f"step_{step:08d}.png",
-            caption=visualize.caption(normalize=self._config.target.normalize),
+            lambda batch: self._predict(variables, batch), stop, **pictures
         )
         found = {}
         for name in names:
@@ -159,7 +168,7 @@ class Evaluations:
             ) as made:
                 for batch in made:
                     if stop.is_set():
-                        raise Interrupted
+                        raise interruption.Interrupted
                     yield batch
 
         return evaluators.Evaluation(

@@ -95,7 +95,7 @@ def is_tuned(params: Any, *, tune_blocks: float | None, depth: int) -> Any:
 def _check_blocks(tune_blocks, depth):
     if tune_blocks not in (None, 0.5, *range(depth + 1)):
         raise ValueError(
-            f"optim.tune_blocks={tune_blocks}; expected 0, 0.5 (the MLP of the last "
+            f"tune_blocks={tune_blocks}; expected 0, 0.5 (the MLP of the last "
             f"block) or a whole number of blocks, at most the encoder's {depth}."
         )
 

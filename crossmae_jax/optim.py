@@ -164,11 +164,12 @@ def make_optimizer(
     tx = OPTIMIZERS[optim.name](optim, schedule, decays)
     if optim.clip_norm is not None:
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
-    if optim.tune_blocks is None and optim.layer_decay == 1:
+    tune_blocks = config.get("tune_blocks")
+    if tune_blocks is None and optim.layer_decay == 1:
         return tx
     depth = vit.parse_size(config.model.size)[0].depth
-    if optim.tune_blocks is not None:
-        tx = layerwise.freeze(tx, tune_blocks=optim.tune_blocks, depth=depth)
+    if tune_blocks is not None:
+        tx = layerwise.freeze(tx, tune_blocks=tune_blocks, depth=depth)
     if optim.layer_decay != 1:
         scale = layerwise.scale_by_layer(decay=optim.layer_decay, depth=depth)
         tx = optax.chain(tx, scale)

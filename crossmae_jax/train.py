@@ -8,8 +8,6 @@ for bit, as if it had never stopped: the data order and the masks are functions 
 
 import contextlib
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +22,11 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import (
+    best,
     checkpoint,
     environment,
     evaluation,
+    interruption,
     metrics,
     optim,
     parallel,
@@ -37,8 +37,6 @@ from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.ops import attention, attention_check
-
-REQUEUE = 75  # exit status when stopped: saved, run the same command again
 
 
 class SetupError(ValueError):
@@ -109,6 +107,8 @@ def make_train_step(
             gradient, logged = jax.tree.map(lambda x: x / accum_steps, total)
         updates, opt_state = tx.update(gradient, state.opt_state, params)
         variables = {**state.variables, "params": optax.apply_updates(params, updates)}
+        if "batch_stats" in logged:
+            variables["batch_stats"] = logged.pop("batch_stats")
         logged |= {
             "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
         }
@@ -161,25 +161,23 @@ def _setting_up() -> Iterator[None]:
         raise SetupError(str(error)) from error
 
 
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM or Ctrl-C into an event; a second acts as usual."""
-    requested = threading.Event()
+def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:
+    """Returns the config with the number of classes that the training data has.
 
-    def handle(number, _frame):
-        requested.set()
-        signal.signal(number, previous[number])
-
-    if threading.current_thread() is not threading.main_thread():
-        yield requested  # handlers can be set in the main thread only (notebooks)
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield requested
-    finally:
-        for number in numbers:
-            signal.signal(number, previous[number])
+    Raises:
+      ValueError: if the config names fewer.
+    """
+    if "num_classes" not in config.data:
+        return config
+    wanted = config.data.num_classes
+    if wanted is not None and wanted < num_classes:
+        raise ValueError(
+            f"The training data has {num_classes} classes, but the head is for "
+            f"data.num_classes={wanted}; leave it unset to take the data's."
+        )
+    config = config.copy_and_resolve_references()
+    config.data.num_classes = wanted or num_classes
+    return config
 
 
 def make_objective(config: ConfigDict) -> Any:
@@ -207,11 +205,12 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     directory = Path(directory)
     environment.check_accelerator()
     with _setting_up():
+        opened = {"train": sources.make_source(config.data, "train")}
+        config = with_classes(config, opened["train"].num_classes)
         objective, mesh = make_objective(config), parallel.make_mesh()
         parallel.check_batch_size(
             config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
         )
-        opened = {"train": sources.make_source(config.data, "train")}
         if held_out := sources.make_source(config.data, "eval"):
             opened["eval"] = held_out
         if config.log_every_steps < 1:
@@ -244,13 +243,15 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 weights = starting.plan(
                     config.init_from, jax.eval_shape(objective.init, init_key), config
                 )
+            dataset = {
+                "num_images": len(opened["train"]),
+                "fingerprint": opened["train"].fingerprint,
+            }
             workdir.claim(
-                directory, config, resuming=bool(checkpoints.steps()),
-                dataset={
-                    "num_images": len(opened["train"]),
-                    "fingerprint": opened["train"].fingerprint,
-                },
+                directory, config, resuming=bool(checkpoints.steps()), dataset=dataset
             )
+            kept = best.Best(directory / "best", config, dataset)
+            stack.callback(kept.close)
         restored = checkpoints.restore_latest(parallel.with_sharding(
             jax.eval_shape(init, init_key), parallel.replicated(mesh)
         ))
@@ -294,7 +295,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 num_steps=total - start, process_index=jax.process_index(),
                 process_count=jax.process_count(), workdir=str(directory),
             ))
-        stop = stack.enter_context(_stop_requests())
+        stop = stack.enter_context(interruption.stop_requests())
         evaluate = functools.partial(
             evaluations.run, writer=writer, progress=progress, stop=stop
         )
@@ -335,15 +336,18 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         checkpoints.save(step, state, wait=stopping)
                         saved = step
                     if stop.is_set():
-                        raise evaluation.Interrupted
+                        raise interruption.Interrupted
                     if step < total:
                         due = evaluations.due(step, steps_per_epoch)
                         latest |= evaluate(due, state.variables, step)
+                        kept.offer(step, latest, state)
             latest |= evaluate(list(config.evals), state.variables, total)
+            kept.offer(total, latest, state)
+            latest |= kept.metrics()
             if config.baselines:
                 initial = init(init_key).variables
                 latest |= evaluations.baselines(initial, stop=stop)
-        except evaluation.Interrupted:
+        except interruption.Interrupted:
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
                 checkpoints.save(now, state, wait=True)
@@ -351,7 +355,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 f"stopped: step {now} is saved in {directory}; run the same command "
                 "again to go on"
             )
-            raise SystemExit(REQUEUE) from None
+            raise SystemExit(interruption.REQUEUE) from None
     if jax.process_index() == 0:
         _report(directory, latest, evaluations)
     return latest
@@ -380,7 +384,7 @@ def _report(
     """Prints the closing table, and where everything lies."""
     if text := evaluation.table(found):
         print(f"\n{text}\n")
-    if "train/loss" in found:  # absent when a finished run was started again
+    if "train/loss_trivial" in found:  # not of a finished run that was started again
         print(
             f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
             f"{found['train/loss_trivial']:.4f}"

@@ -5,6 +5,7 @@
     environment.json    versions and devices
     metrics.jsonl       one line per log point; tensorboard/ holds the same
     checkpoints/        what resuming needs
+    best/               a run of its own: the best state, where one is kept
     panels/             reconstructions
     curve.png           the loss over the steps, drawn at the end
     bad_images.jsonl    images that could not be decoded, if any
@@ -30,6 +31,7 @@ _FREE = (
 
 # Settings that are younger than some runs, with what those runs did.
 _BEFORE = {
+    "checkpoint.best": "",
     "init_channels": "",
     "init_from": "",
     "loss.thrown_weight": 1.0,
@@ -42,7 +44,6 @@ _BEFORE = {
     "optim.decay_tokens": True,
     "optim.layer_decay": 1.0,
     "optim.name": "adamw",
-    "optim.tune_blocks": None,
 }
 
 
@@ -69,6 +70,8 @@ def _tuples(values: Any) -> Any:
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """Adds the settings that did not exist yet when a run was started."""
+    if config.get("objective", "pretrain") != "pretrain":
+        return config
     decoder = config.get("model", {}).get("decoder")
     visible = "decoder" if decoder == "mae" else "encoder"
     for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):

@@ -79,7 +79,7 @@ def optimizer(reference: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return dict(
         name="adamw", b1=b1, b2=b2, weight_decay=reference.get("weight_decay", 0.05),
         decay_tokens=True, clip_norm=reference.get("clip_grad"),
-        layer_decay=reference.get("layer_decay") or 1.0, tune_blocks=None,
+        layer_decay=reference.get("layer_decay") or 1.0,
     ) | changes
 
 

@@ -41,7 +41,7 @@ KEYS = {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,
         "clip_norm": None, "accum_steps": int, "name": str, "decay_tokens": bool,
-        "layer_decay": float, "tune_blocks": None,
+        "layer_decay": float,
     },
     "data": {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,

@@ -13,8 +13,9 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
-     "visualize", "digests", "environment", "workdir", "hardware", "collectives"),
-    ("masking", "models.layers", "checkpoint", "layerwise", "targets"),
+     "visualize", "digests", "environment", "workdir", "hardware", "collectives",
+     "interruption"),
+    ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
     ("models.mim", "models.classifier"),

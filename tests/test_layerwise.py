@@ -158,9 +158,9 @@ def test_no_gradient_flows_to_what_is_frozen():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(tune_blocks=1.5), "optim.tune_blocks=1.5; expected 0, 0.5 (the MLP of the"),
+    (dict(tune_blocks=1.5), "tune_blocks=1.5; expected 0, 0.5 (the MLP of the"),
     (dict(tune_blocks=4.0), "at most the encoder's 3."),
-    (dict(tune_blocks=-1.0), "optim.tune_blocks=-1.0; expected 0"),
+    (dict(tune_blocks=-1.0), "tune_blocks=-1.0; expected 0"),
     (dict(layer_decay=0.0), "optim.layer_decay=0.0 must be above 0"),
     (dict(layer_decay=1.5), "optim.layer_decay=1.5 must be above 0 and at most 1"),
     (dict(name="sgd"), "Unknown optim.name 'sgd'. Known: adamw, lars."),

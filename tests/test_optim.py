@@ -21,9 +21,10 @@ def make_config(**changes):
             base_lr=1.5e-4, lr_scale="pred_over_mask", min_lr=0.0, warmup_epochs=2.0,
             name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
             clip_norm=config_dict.placeholder(float), layer_decay=1.0,
-            tune_blocks=config_dict.placeholder(float),
         ),
+        tune_blocks=config_dict.placeholder(float),
     ))
+    config.tune_blocks = changes.pop("tune_blocks", None)
     config.optim.update(changes)
     return config
 

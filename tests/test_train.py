@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from configs import digits_cross
-from crossmae_jax import checkpoint, optim, parallel, train
+from crossmae_jax import checkpoint, interruption, optim, parallel, train
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.workdir import read_config
@@ -212,7 +212,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
         time.sleep(0.02)
     process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == train.REQUEUE, output
+    assert process.returncode == interruption.REQUEUE, output
     assert "FRESH START" in output and "run the same command again" in output
     steps = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).steps()
     assert 2 <= steps[-1] < 15, "it was stopped on the way"

@@ -22,8 +22,9 @@ from crossmae_jax.objectives import pretrain
 def _count(config: ConfigDict, path: str) -> cost.Cost:
     """Counts a configuration, if it is one that can be trained."""
     try:
+        counted = cost.count(config)
         pretrain.Pretrain(config)
-        return cost.count(config)
+        return counted
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -35,7 +35,7 @@ def _config(batch_size: int):
         loss=dict(thrown_weight=1.0),
         optim=dict(
             name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
-            clip_norm=1.0, layer_decay=1.0, tune_blocks=None,
+            clip_norm=1.0, layer_decay=1.0,
         ),
         data=dict(
             image_size=(32, 32), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3,

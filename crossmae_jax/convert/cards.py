@@ -151,7 +151,7 @@ def from_json(text: str) -> Card:
 
 
 def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
-    """Returns the card of a pre-training run's weights."""
+    """Returns the card of a run's weights."""
     settings = json.loads(config.to_json())
     data, optim = settings["data"], settings.get("optim", {})
     settings["model"].pop("remat", None)  # says how gradients are computed, no more
@@ -159,10 +159,20 @@ def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
         "data": data.get("name") or data.get("source"),
         "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"), **optim,
     }
+    if settings.get("objective", "pretrain") == "classify":
+        model = {
+            name: settings["model"][name]
+            for name in ("size", "mlp_ratio", "pool", "head_norm")
+        }
+        model["num_classes"] = data["num_classes"]
+        kind, normalize, masking = "classifier", None, None
+    else:
+        kind, model = "pretrain", settings["model"]
+        normalize, masking = settings["target"]["normalize"], settings["masking"]
     return Card(
-        kind="pretrain", model=settings["model"], image_size=tuple(data["image_size"]),
+        kind=kind, model=model, image_size=tuple(data["image_size"]),
         channels=data["channels"], mean=tuple(data["mean"]), std=tuple(data["std"]),
-        normalize=settings["target"]["normalize"], masking=settings["masking"],
+        normalize=normalize, masking=masking,
         recipe={name: value for name, value in recipe.items() if value is not None},
         step=step, origin=origin,
     )

@@ -62,6 +62,7 @@ def build(card: Card) -> Any:
             final_norm=pool == "cls", learned_positions=True,
         ),
         pool=pool, num_classes=card.model["num_classes"],
+        head_norm=card.model.get("head_norm", "none"),
     )
 
 

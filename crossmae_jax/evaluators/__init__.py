@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from crossmae_jax import visualize
-from crossmae_jax.evaluators import features, knn, linear, reconstruction
+from crossmae_jax.evaluators import (
+    accuracy,
+    features,
+    knn,
+    linear,
+    reconstruction,
+)
 
 Batch = features.Batch
 
@@ -37,7 +43,8 @@ class Evaluation:
       num_images: how many images each split holds; a split that is missing here does
         not exist.
       place: puts a host batch on the devices.
-      predict: jitted; placed batch -> {"features": f32[b d]}.
+      predict: jitted; placed batch -> {"features": f32[b d]}, and of a classifier
+        "logits" f32[b classes].
       reconstruct: jitted; placed batch -> pictures, masks and errors. The masks should
         be the same at every call.
       panel: where the reconstruction panel is written.
@@ -54,21 +61,25 @@ class Evaluation:
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def features_of(
-        self, split: str, num_images: int | None = None
+        self, split: str, num_images: int | None = None, *, output: str = "features"
     ) -> features.Features:
         """Returns the features of a split, or of so many of its images.
 
         They are extracted the first time they are asked for.
+
+        Args:
+          output: which of the outputs of `predict`.
         """
         available = self.num_images[split]
         num_images = available if num_images is None else min(num_images, available)
-        if (split, num_images) not in self._extracted:
+        key = (split, num_images, output)
+        if key not in self._extracted:
             subset = None if num_images == available else num_images
-            self._extracted[split, num_images] = features.extract(
+            self._extracted[key] = features.extract(
                 self.predict, self.batches(split, subset), self.place,
-                num_images=num_images,
+                num_images=num_images, output=output,
             )
-        return self._extracted[split, num_images]
+        return self._extracted[key]
 
 
 def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Result]:
@@ -108,12 +119,18 @@ def _reconstruction(evaluation: Evaluation, *, num_images: int) -> Result:
     return Result(metrics, (evaluation.panel,))
 
 
+def _accuracy(evaluation: Evaluation) -> Result:
+    found = evaluation.features_of("eval", output="logits")
+    return Result(accuracy.evaluate(found.values, found.labels))
+
+
 EVALUATORS = {
+    "accuracy": _accuracy,
     "knn": _classifier(knn.evaluate),
     "linear": _classifier(linear.evaluate),
     "reconstruction": _reconstruction,
 }
-_NEED_LABELS = ("knn", "linear")
+_NEED_LABELS = ("accuracy", "knn", "linear")
 
 
 def run(name: str, evaluation: Evaluation, options: Mapping[str, Any]) -> Result:

@@ -51,6 +51,7 @@ def extract(
     place: Callable[[Batch], Batch],
     *,
     num_images: int,
+    output: str = "features",
 ) -> Features:
     """Computes the features of every image once, on any number of devices and hosts.
 
@@ -60,6 +61,7 @@ def extract(
         each process holds its slice, and every process the same number of batches.
       place: puts a host batch on the devices, all four arrays of it.
       num_images: how many images the split holds.
+      output: which of the outputs of `predict`.
 
     Raises:
       ValueError: if the valid rows are not `num_images` different images, or a feature
@@ -70,7 +72,7 @@ def extract(
     def collect(rows: Mapping[str, jax.Array]) -> None:
         rows = to_host(rows)
         valid = rows["valid"]
-        values.append(rows["features"].astype(np.float32)[valid])
+        values.append(rows["values"].astype(np.float32)[valid])
         labels.append(rows["label"].astype(np.int32)[valid])
         samples.append(rows["sample"][valid])
 
@@ -78,7 +80,7 @@ def extract(
     for batch in batches:
         batch = place(batch)
         rows = {name: batch[name] for name in ("valid", "label", "sample")}
-        rows["features"] = predict(batch)["features"]
+        rows["values"] = predict(batch)[output]
         # The devices compute this batch while the one before is copied to the host.
         if waiting is not None:
             collect(waiting)
@@ -103,7 +105,7 @@ def extract(
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
         raise ValueError(
-            f"{np.sum(~finite)} of {num_images} images have features that are not "
+            f"{np.sum(~finite)} of {num_images} images have {output} that are not "
             f"finite, first sample={np.argmin(finite)}; the weights have diverged. "
             "Lower optim.base_lr or go back to an earlier checkpoint."
         )

@@ -2,10 +2,12 @@
 
     init(key) -> variables
     loss(variables, batch, key) -> (scalar, dict of scalars to log)
-    predict(variables, batch) -> dict with "features" [b d]
-    reconstruct(variables, batch, key) -> pictures, masks and errors
+                                     under "batch_stats" what replaces that collection
+    predict(variables, batch) -> dict with "features" [b d], "logits" of a classifier
+    reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
 """
 
+from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.objectives.pretrain import Pretrain
 
-OBJECTIVES = {"pretrain": Pretrain}
+OBJECTIVES = {"classify": Classify, "pretrain": Pretrain}

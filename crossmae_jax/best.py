@@ -1,0 +1,85 @@
+"""The best state of a run, kept beside the newest ones.
+
+Fine-tuning reports the best epoch's accuracy (MAE's script keeps the maximum), so the
+weights that reached it are kept, too, in a directory `best` that is itself a run: it
+can be loaded, exported and started from.
+
+    best/config.json, dataset.json    of the run
+    best/best.json                    step, metric and value
+    best/checkpoints                  one checkpoint
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from crossmae_jax import checkpoint, workdir
+
+
+class Best:
+    """Keeps the state with the largest value of the metric `config.checkpoint.best`.
+
+    Keeps nothing where that is "". All processes of a run call every method.
+    """
+
+    def __init__(self, directory: Path, config: ConfigDict, dataset: dict[str, Any]):
+        self._metric, self._directory = config.checkpoint.best, directory
+        self._checkpoints = None
+        self._value = self._step = None
+        if not self._metric:
+            return
+        prefix, evaluator, _ = (self._metric + "//").split("/", 2)
+        if prefix != "eval" or evaluator not in config.evals:
+            raise ValueError(
+                f"config.checkpoint.best={self._metric!r} is none of this run's "
+                f"metrics; config.evals has {', '.join(config.evals) or 'nothing'}. "
+                "Write eval/EVALUATOR/METRIC, such as eval/accuracy/top1, or ''."
+            )
+        self._checkpoints = checkpoint.Checkpoints(directory / "checkpoints", keep=1)
+        kept = self._checkpoints.steps()
+        if kept:
+            noted = json.loads((directory / "best.json").read_text())
+            self._value, self._step = noted["value"], noted["step"]
+        workdir.claim(directory, config, resuming=bool(kept), dataset=dataset)
+
+    def offer(self, step: int, found: dict[str, float], state: Any) -> None:
+        """Saves the state if its value is larger than all before.
+
+        Args:
+          found: metrics by name; without ours nothing happens.
+        """
+        value = found.get(self._metric)
+        if value is None or (self._value is not None and value <= self._value):
+            return
+        # A run that goes on from before its best step comes to that step again.
+        if step not in self._checkpoints.steps():
+            self._checkpoints.save(step, state, wait=True)
+        self._value, self._step = value, step
+        if jax.process_index() == 0:
+            noted = {"step": step, "metric": self._metric, "value": value}
+            temporary = self._directory / "best.json.tmp"
+            temporary.write_text(json.dumps(noted) + "\n")
+            temporary.replace(self._directory / "best.json")
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the largest value and its step, for the report.
+
+        Raises:
+          ValueError: if the metric never came up.
+        """
+        if not self._metric:
+            return {}
+        if self._value is None:
+            raise ValueError(
+                f"config.checkpoint.best={self._metric!r} did not come up among this "
+                "run's metrics; metrics.jsonl has their names."
+            )
+        return {f"best/{self._metric}": self._value, "best/step": float(self._step)}
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()

@@ -1,0 +1,43 @@
+"""Accuracy of a classifier: every image of a split, counted once.
+
+Ties are not broken in the classifier's favour: a class counts as ranked before the true
+one if its logit is larger, or equal and of a lower number.
+"""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+_ROWS = 4096
+
+
+def evaluate(
+    logits: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"]
+) -> dict[str, float]:
+    """Returns the shares of images whose class is first, and among the first five.
+
+    Returns:
+      "top1", "top5" and "images", how many were counted.
+
+    Raises:
+      ValueError: if a label is not one of the classes.
+    """
+    count, num_classes = logits.shape
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise ValueError(
+            f"{outside.sum()} of {count} images have labels outside of the head's "
+            f"0 to {num_classes - 1}, first image {first} with {labels[first]}; "
+            "evaluate on images of the classes that the head was trained for."
+        )
+    ranks = []
+    for start in range(0, count, _ROWS):
+        rows, truth = logits[start : start + _ROWS], labels[start : start + _ROWS, None]
+        own = np.take_along_axis(rows, truth, axis=1)
+        earlier = np.arange(num_classes) < truth
+        ranks.append(np.sum((rows > own) | ((rows == own) & earlier), axis=1))
+    rank = np.concatenate(ranks)
+    return {
+        "top1": float(np.mean(rank < 1)), "top5": float(np.mean(rank < 5)),
+        "images": float(count),
+    }

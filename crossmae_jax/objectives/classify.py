@@ -1,0 +1,171 @@
+"""Classification: full and partial fine-tuning, and linear probing, of an encoder.
+
+    normalise -> erase -> mix -> encoder -> pool -> head -> cross-entropy
+
+as in MAE (arXiv 2111.06377, appendix A.1 and section 4.3). What differs between them is
+in the configuration alone: `tune_blocks` says how much is trained, `model.pool`
+and `model.head_norm` what the head sees, `augment` how images are erased and mixed.
+
+Whatever is drawn follows from the key and the numbers of the samples, so a run that
+goes on from a checkpoint draws what it would have drawn.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from crossmae_jax import augment, layerwise, losses
+from crossmae_jax.models import classifier, layers, vit
+
+Variables = dict[str, Any]
+Batch = dict[str, Array]
+
+
+class Classify:
+    """Pure functions of one classifier's configuration.
+
+    Attributes:
+      model: the Flax module; give it images.
+
+    Raises:
+      ValueError: if the configuration contradicts itself.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.num_classes = config.data.num_classes
+        if not self.num_classes:
+            raise ValueError(
+                "A classifier needs labels, but the training data has none "
+                f"(data.source={config.data.source!r}). Sort the images into one folder"
+                " per class, or use a data set with the feature 'label'."
+            )
+        _check(config)
+        model, data = config.model, config.data
+        size, patch_size = vit.parse_size(model.size)
+        self.depth, dtype = size.depth, jnp.dtype(model.dtype)
+        self.model = classifier.Classifier(
+            encoder=vit.ViT(
+                size=size, patch_size=patch_size, image_size=tuple(data.image_size),
+                channels=data.channels, mlp_ratio=model.mlp_ratio,
+                final_norm=model.pool == "cls", learned_positions=True,
+                remat=model.remat, dtype=dtype, drop_path=model.drop_path,
+            ),
+            pool=model.pool, num_classes=self.num_classes, dtype=dtype,
+            head_norm=model.head_norm, head_std=model.head_std,
+        )
+
+    def init(self, key: Key[Array, ""]) -> Variables:
+        """Draws the parameters; the shapes do not depend on the batch."""
+        data = self.config.data
+        images = jnp.zeros((1, *data.image_size, data.channels))
+        return self.model.init(key, images)
+
+    def normalize(self, batch: Batch) -> Float[Array, "b height width c"]:
+        """Returns the images as the model takes them."""
+        data = self.config.data
+        return augment.normalize(
+            batch["image"], mean=tuple(data.mean), std=tuple(data.std)
+        )
+
+    def loss(
+        self, variables: Variables, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Returns the mean loss of a batch, and what to log beside it.
+
+        Where the head has a batch norm, "batch_stats" holds its new statistics.
+        """
+        images, targets = self.augmented(batch, key)
+        first = batch["sample"][0]
+        drop_key = jax.random.fold_in(jax.random.fold_in(key, 2), first)
+        params = layerwise.stop_frozen(
+            variables["params"], tune_blocks=self.config.tune_blocks,
+            depth=self.depth,
+        )
+        found, updated = self.model.apply(
+            {**variables, "params": params}, images, train=True,
+            mutable=["batch_stats"], rngs={"drop_path": drop_key},
+        )
+        loss = losses.soft_cross_entropy(found.logits, targets).mean()
+        hit = found.logits.argmax(-1) == targets.argmax(-1)
+        return loss, {"top1": hit.astype(jnp.float32).mean(), **updated}
+
+    def augmented(
+        self, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[Float[Array, "b height width c"], Float[Array, "b classes"]]:
+        """Returns images and targets as they are trained on, erased and mixed."""
+        options, images = self.config.augment, self.normalize(batch)
+        targets = losses.smooth_labels(
+            batch["label"], num_classes=self.num_classes,
+            smoothing=options.label_smoothing,
+        )
+        if options.erasing:
+            images = augment.random_erasing(
+                jax.random.fold_in(key, 0), batch["sample"], images,
+                probability=options.erasing,
+            )
+        if options.mixup or options.cutmix:
+            images, targets = augment.mixup_cutmix(
+                jax.random.fold_in(key, 1), batch["sample"], images, targets,
+                groups=max(1, images.shape[0] // options.mixed_together),
+                mixup_alpha=options.mixup or 1.0, cutmix_alpha=options.cutmix or 1.0,
+                cutmix_probability=_cutmix_probability(options),
+            )
+        return images, targets
+
+    def predict(
+        self, variables: Variables, batch: Batch
+    ) -> dict[str, Float[Array, "b d"]]:
+        """Returns the pooled features of whole images, and their logits."""
+        found = self.model.apply(variables, self.normalize(batch))
+        return {
+            "features": found.features.astype(jnp.float32),
+            "logits": found.logits.astype(jnp.float32),
+        }
+
+
+def _cutmix_probability(options: ConfigDict) -> float:
+    if options.mixup and options.cutmix:
+        return 0.5
+    return 1.0 if options.cutmix else 0.0
+
+
+def _check(config: ConfigDict) -> None:
+    model, options = config.model, config.augment
+    for name, value, known in (
+        ("pool", model.pool, classifier.POOLS),
+        ("head_norm", model.head_norm, classifier.HEAD_NORMS),
+        ("dtype", model.dtype, ("bfloat16", "float32")),
+        ("remat", model.remat, layers.REMATS),
+    ):
+        if value not in known:
+            raise ValueError(
+                f"Unknown model.{name} {value!r}. Known: {', '.join(known)}."
+            )
+    for name in ("label_smoothing", "erasing"):
+        if not 0 <= options[name] <= 1:
+            raise ValueError(
+                f"augment.{name}={options[name]} must lie between 0 and 1."
+            )
+    for name in ("mixup", "cutmix"):
+        if options[name] < 0:
+            raise ValueError(
+                f"augment.{name}={options[name]} is a parameter of a beta "
+                "distribution, above 0; 0 turns it off."
+            )
+    if not (options.mixup or options.cutmix):
+        return
+    batch = config.data.batch_size // max(config.optim.accum_steps, 1)
+    together = min(options.mixed_together, batch)
+    if together < 2 or together % 2 or batch % together:
+        raise ValueError(
+            f"Mixup and cutmix pair the images of a group, but augment.mixed_together="
+            f"{options.mixed_together} and {batch} images a step (batch_size="
+            f"{config.data.batch_size}, accum_steps={config.optim.accum_steps}) do not "
+            "make equal groups of an even number; set config.data.batch_size to a "
+            f"multiple of {max(2, options.mixed_together)} times accum_steps, or "
+            "config.augment.mixup=0.0 and config.augment.cutmix=0.0."
+        )
