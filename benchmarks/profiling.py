@@ -7,7 +7,8 @@ thread that ran it: what several threads share counts once, what runs side by si
 twice.
 
 Layers are added together: numbers are taken off the compiler's names, and out of the
-names of modules, which come from the compiled program (`blocks_*`).
+names of modules, which come from the compiled program (`blocks_*`). "gradient" is the
+backward pass, "again" what it computes once more (config.model.remat).
 """
 
 import collections
@@ -19,6 +20,7 @@ from pathlib import Path
 import jax
 
 _DEVICE_LINES = ("Stream", "XLA Ops")  # of a GPU, of a TPU
+_NOT_MODULES = re.compile(r"checkpoint|remat\w*|.*\._\w+|.*<lambda>|closed_call")
 # Their events last as long as those of what they run, which are in the trace as well.
 _CONTAINERS = re.compile(r"(while|call|conditional)([._]\d+)*")
 
@@ -75,9 +77,19 @@ def origins(program: str) -> dict[str, str]:
     """Returns what the operations of a compiled program come from, by name."""
     pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata={[^}]*?op_name="([^"]*)"'
     return {
-        name: re.sub(r"_\d+\b", "_*", origin.partition("/")[2])
-        for name, origin in re.findall(pattern, program, re.MULTILINE)
+        name: _origin(path) for name, path in re.findall(pattern, program, re.MULTILINE)
     }
+
+
+def _origin(path: str) -> str:
+    """Shortens JAX's path of an operation to module and function."""
+    when = ""
+    if "transpose(" in path:
+        when = "again: " if "rematted_computation" in path else "gradient: "
+    # Of a path within a path, as rematerialisation makes them, the inner one.
+    inner = re.split(r"jvp\(\w*\)+/", path.partition("/")[2])[-1]
+    kept = [part for part in inner.split("/") if not _NOT_MODULES.fullmatch(part)]
+    return when + re.sub(r"_\d+\b", "_*", "/".join(kept))
 
 
 def kernels(path: Path, program: str, *, num_steps: int) -> list[Kernel]:

@@ -156,7 +156,7 @@ def test_a_profile_says_what_the_modules_of_the_model_cost(capsys, tmp_path):
     assert times == sorted(times, reverse=True) and times[-1] > 0
     assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=1)
     assert "blocks_" not in table.replace("blocks_*", "")
-    assert "(MaskedImageModel)" in table
+    assert "gradient: encoder/" in table or "gradient: decoder/" in table
 
 
 PROGRAM = """
@@ -167,6 +167,22 @@ metadata={op_type="add" op_name="jit(f)/encoder/blocks_11/add" stack_frame_id=1}
   ROOT %while.7 = f32[2]{0} while(%y), metadata={op_name="jit(step)/while"}
 }
 """
+
+
+@pytest.mark.parametrize("path, origin", [
+    ("jit(step)/jvp(M)/encoder/blocks_3/norm1/add", "encoder/blocks_*/norm1/add"),
+    ("jit(step)/transpose(jvp(M))/fusion/add_any", "gradient: fusion/add_any"),
+    ("jit(step)/transpose(jvp(M))/encoder/blocks_1/blocks_1._run/jvp(M)/encoder/"
+     "blocks_1/blocks_1._run/checkpoint/blocks_1.<lambda>/mlp.contract/fc2/dot_general",
+     "gradient: encoder/blocks_*/mlp.contract/fc2/dot_general"),
+    ("jit(step)/transpose(jvp(M))/encoder/jvp(M)/encoder/blocks_1/checkpoint/"
+     "rematted_computation/blocks_1._project/norm1/mul",
+     "again: encoder/blocks_*/norm1/mul"),
+    ("jit(step)/integer_pow", "integer_pow"),
+])
+def test_what_a_kernel_comes_from_is_told_in_short(path, origin):
+    program = f'  %fusion.4 = f32[2] fusion(x), metadata={{op_name="{path}"}}'
+    assert profiling.origins(program) == {"fusion.4": origin}
 
 
 def _line(name, *events):
