@@ -193,8 +193,12 @@ def images(
         mean=mean,
         std=std,
         batch_size=batch_size,
+        crop="ten_tries",  # "single_try" is the linear probe's
         crop_scale=crop_scale,
         flip=flip,
+        randaug_ops=0,  # operations of RandAugment on an image
+        randaug_magnitude=9.0,
+        eval_crop_ratio=0.875,  # 224 / 256
         workers=-1,  # -1: chosen from the CPU count; 0: threads of this process
         max_bad_share=0.001,
     )

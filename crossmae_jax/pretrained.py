@@ -93,7 +93,7 @@ class Encoder:
             return np.stack([
                 transforms.eval_image(
                     _uint8(image), image_size=size, channels=channels,
-                    name=f"image {number}",
+                    crop_ratio=224 / 256, name=f"image {number}",
                 ) for number, image in enumerate(images)
             ])
         images = _uint8(images)

@@ -26,12 +26,16 @@ from ml_collections import ConfigDict
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
-    "data.max_bad_share", "model.remat",
+    "data.eval_crop_ratio", "data.max_bad_share", "model.remat",
 )
 
 # Settings that are younger than some runs, with what those runs did.
 _BEFORE = {
     "checkpoint.best": "",
+    "data.crop": "ten_tries",
+    "data.eval_crop_ratio": 0.875,
+    "data.randaug_magnitude": 9.0,
+    "data.randaug_ops": 0,
     "init_channels": "",
     "init_from": "",
     "loss.thrown_weight": 1.0,

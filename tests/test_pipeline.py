@@ -8,6 +8,7 @@ import pytest
 
 from crossmae_jax.data import pipeline, sources, transforms
 from crossmae_jax.data.bad_images import TooManyBadImages
+from crossmae_jax.data.randaug import RandAugment
 from tests.image_files import config, encode, pixels, write, write_folder
 
 N = 21
@@ -89,14 +90,24 @@ def test_another_seed_is_another_order_and_other_crops(folder):
     assert not np.array_equal(crops[0][0]["image"], crops[1][0]["image"])
 
 
-def test_batch_pixels_are_those_of_the_transform(folder):
-    batch = _train(folder, start_step=4, num_steps=1)[0]
+@pytest.mark.parametrize("crop,num_ops,num_workers", [
+    ("ten_tries", 0, 0), ("single_try", 2, 0), ("ten_tries", 3, 1),
+])
+def test_batch_pixels_are_those_of_the_transform(folder, crop, num_ops, num_workers):
+    randaug, mean = None, (0.1, 0.2, 0.3)
+    if num_ops:
+        randaug = RandAugment(num_ops=num_ops, magnitude=8.0, std=0.5, mean=mean)
+    data = config(
+        crop=crop, randaug_ops=num_ops, randaug_magnitude=8.0, mean=mean,
+        workers=num_workers,
+    )
+    batch = _train(folder, data, start_step=4, num_steps=1)[0]
     for row, sample in enumerate(batch["sample"].tolist()):
         record = folder[pipeline._shuffled(sample, num_images=N, seed=3)]
         rng = np.random.Generator(pipeline._philox(3, sample, stream=1))
         expected = transforms.train_image(
             record["image"], rng, image_size=(16, 16), channels=3,
-            crop_scale=(0.2, 1.0), flip=True, name="",
+            crop=crop, crop_scale=(0.2, 1.0), flip=True, randaug=randaug, name="",
         )
         np.testing.assert_array_equal(batch["image"][row], expected)
 
@@ -158,8 +169,9 @@ def test_batch_must_divide_among_processes(folder):
 # Evaluation.
 
 
-def test_evaluation_sees_every_image_once_in_order(folder):
-    batches = _evaluate(folder, batch_size=8)
+@pytest.mark.parametrize("crop_ratio", [0.875, 1.0])
+def test_evaluation_sees_every_image_once_in_order(folder, crop_ratio):
+    batches = _evaluate(folder, config(eval_crop_ratio=crop_ratio), batch_size=8)
     assert [int(b["valid"].sum()) for b in batches] == [8, 8, 5]
     valid = np.concatenate([b["valid"] for b in batches])
     indices = np.concatenate([b["sample"] for b in batches])[valid]
@@ -168,7 +180,8 @@ def test_evaluation_sees_every_image_once_in_order(folder):
     assert labels[valid].tolist() == [folder[i]["label"] for i in range(N)]
     assert (labels[~valid] == -1).all() and not batches[-1]["image"][5:].any()
     expected = transforms.eval_image(
-        folder[9]["image"], image_size=(16, 16), channels=3, name=""
+        folder[9]["image"], image_size=(16, 16), channels=3, crop_ratio=crop_ratio,
+        name="",
     )
     np.testing.assert_array_equal(batches[1]["image"][1], expected)
 
@@ -220,7 +233,8 @@ def test_bad_image_is_replaced_by_the_next_good_one(damaged, tmp_path):
         batches = list(iterator)
     assert iterator.num_bad == 4  # two epochs, two files
     good = transforms.eval_image(
-        damaged[7]["image"], image_size=(16, 16), channels=3, name=""
+        damaged[7]["image"], image_size=(16, 16), channels=3, crop_ratio=0.875,
+        name="",
     )
     images = np.concatenate([b["image"] for b in batches])
     order = [pipeline._shuffled(s, num_images=40, seed=0) for s in range(80)]
@@ -289,3 +303,22 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
 def test_channel_mismatch_stops_at_once_and_names_the_file(folder, num):
     with pytest.raises(transforms.ChannelMismatch, match=r"class\d.*data.channels=1"):
         _train(folder, config(channels=1, max_bad_share=1.0, workers=num))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("changes,message", [
+    (dict(crop="one_try"), "Unknown data.crop 'one_try'. Known: single_try, ten_tries"),
+    (dict(randaug_ops=2, channels=4, mean=(0.5,) * 4), "images have 4; set config."),
+    (dict(randaug_ops=-2), "config.data.randaug_ops=-2; expected 1 or more"),
+])
+def test_bad_settings_are_refused_before_the_first_image(folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _train(folder, config(**changes))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.1, -1.0])
+def test_crop_ratios_of_nothing_or_more_than_all_are_refused(folder, ratio):
+    with pytest.raises(ValueError, match=f"eval_crop_ratio={ratio} must lie between"):
+        _evaluate(folder, config(eval_crop_ratio=ratio), batch_size=8)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, JpegImagePlugin
 
 from crossmae_jax.data import transforms
+from crossmae_jax.data.randaug import RandAugment
 from tests.image_files import encode, pixels
 
 
@@ -17,14 +18,16 @@ def _rng(seed=0):
 
 def _train(image, rng=None, **changes):
     settings = dict(
-        image_size=(16, 16), channels=3, crop_scale=(0.2, 1.0), flip=False, name="NAME"
+        image_size=(16, 16), channels=3, crop="ten_tries", crop_scale=(0.2, 1.0),
+        flip=False, randaug=None, name="NAME",
     )
     return transforms.train_image(image, rng or _rng(), **(settings | changes))
 
 
-def _eval(image, *, image_size=(16, 16), channels=3):
+def _eval(image, *, image_size=(16, 16), channels=3, crop_ratio=0.875):
     return transforms.eval_image(
-        image, image_size=image_size, channels=channels, name="NAME"
+        image, image_size=image_size, channels=channels, crop_ratio=crop_ratio,
+        name="NAME",
     )
 
 
@@ -67,6 +70,33 @@ def test_crop_falls_back_to_the_centre(height, width, expected):
     # More than the whole area never fits, so all ten tries fail.
     box = transforms.random_resized_crop(_rng(), height, width, scale=(2.0, 3.0))
     assert box == expected
+
+
+def test_single_try_cuts_the_sides_to_the_image():
+    # All of the area of 100 x 200 at ratio 4/3: 122 x 163, of which 100 rows exist.
+    box = transforms.single_try_crop(
+        _Stream(1.0, 1.0, 0.999, 0.999), 100, 200, scale=(0.25, 1.0)
+    )
+    assert box == (0, 37, 100, 163)
+    # A quarter at ratio 3/4: 82 x 61, which fits, at the middle of the free places.
+    box = transforms.single_try_crop(
+        _Stream(0.0, 0.0, 0.5, 0.5), 100, 200, scale=(0.25, 1.0)
+    )
+    assert box == (9, 70, 82, 61)
+    assert transforms.single_try_crop(_rng(), 1, 1, scale=(0.01, 0.01)) == (0, 0, 1, 1)
+
+
+def test_train_image_takes_the_crop_that_is_named():
+    array, settings, changed = pixels(0, 40, 60), dict(crop_scale=(0.5, 1.0)), 0
+    for seed in range(20):
+        box = transforms.single_try_crop(_rng(seed), 40, 60, scale=(0.5, 1.0))
+        area = (box.left, box.top, box.left + box.width, box.top + box.height)
+        cropped = Image.fromarray(array).crop(area)
+        expected = np.asarray(cropped.resize((16, 16), Image.Resampling.BICUBIC))
+        single = _train(array, _rng(seed), crop="single_try", **settings)
+        np.testing.assert_array_equal(single, expected)
+        changed += not np.array_equal(single, _train(array, _rng(seed), **settings))
+    assert 5 < changed < 20  # where the first of ten tries fits they agree
 
 
 def test_crops_are_distributed_as_documented():
@@ -132,6 +162,22 @@ def test_half_of_the_images_are_mirrored():
     assert 150 < mirrored < 250
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_randaugment_comes_after_crop_and_flip(channels):
+    change = RandAugment(num_ops=2, magnitude=9.0, std=0.5, mean=(0.5,) * channels)
+    array = pixels(0, 40, 60, channels)
+    settings, changed = dict(channels=channels, flip=True), 0
+    for seed in range(20):
+        rng = _rng(seed)
+        plain = _train(array, rng, **settings)
+        image = Image.fromarray(plain[..., 0] if channels == 1 else plain)
+        expected = np.asarray(change(image, rng)).reshape(16, 16, channels)
+        found = _train(array, _rng(seed), randaug=change, **settings)
+        np.testing.assert_array_equal(found, expected)
+        changed += not np.array_equal(found, plain)
+    assert 10 <= changed
+
+
 def test_large_jpeg_is_reduced_without_visible_change(monkeypatch):
     noise = _rng().normal(0, 8, (900, 1200, 3))
     array = np.clip(pixels(3, 900, 1200) + noise, 0, 255).astype(np.uint8)
@@ -164,6 +210,14 @@ def test_eval_resizes_the_shorter_side_and_takes_the_centre():
     resized = Image.fromarray(array).resize((26, 16), Image.Resampling.BICUBIC)
     expected = np.asarray(resized)[1:15, 6:20]
     np.testing.assert_array_equal(_eval(encode(array), image_size=(14, 14)), expected)
+
+
+def test_eval_keeps_the_share_of_the_crop_ratio():
+    array = pixels(0, 60, 100)
+    resized = Image.fromarray(array).resize((23, 14), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized)[:, 4:18]  # (23 - 14) / 2, to even
+    whole = _eval(encode(array), image_size=(14, 14), crop_ratio=1.0)
+    np.testing.assert_array_equal(whole, expected)
 
 
 def test_eval_leaves_images_of_the_right_size_alone():

@@ -4,7 +4,7 @@ Samples s = 0, 1, 2, ... are counted over the whole run; with n images
 
     epoch, position = divmod(s, n)
     image           = permutation(seed, epoch)[position]
-    crop and flip   = drawn from Philox(key=(seed, s))
+    crop, flip, ... = drawn from Philox(key=(seed, s))
 
 so a batch is a function of (seed, step) alone: the same for any number of workers,
 threads and hosts. A restart at step t is a start at sample t * batch_size; there is no
@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 
 from crossmae_jax.data import transforms, workers
 from crossmae_jax.data.bad_images import Bad, BadImages, TooManyBadImages
+from crossmae_jax.data.randaug import RandAugment
 from crossmae_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -66,14 +67,20 @@ def train_batches(
     _check_not_empty(source)
     if seed < 0:
         raise ValueError(f"seed={seed}; expected 0 or more.")
+    if data.crop not in transforms.CROPS:
+        raise ValueError(
+            f"Unknown data.crop {data.crop!r}. Known: {', '.join(transforms.CROPS)}."
+        )
     local = _Slice.of(data.batch_size, start_step, process_index, process_count)
     augment = functools.partial(
         _train_image,
         seed=seed,
         image_size=tuple(data.image_size),
         channels=data.channels,
+        crop=data.crop,
         crop_scale=tuple(float(share) for share in data.crop_scale),
         flip=data.flip,
+        randaug=_randaug(data),
     )
     order = functools.partial(_shuffled, num_images=len(source), seed=seed)
     loader = _Loader(source, local, order, augment, _pixels(data))
@@ -106,8 +113,16 @@ def eval_batches(
     _check_not_empty(source)
     count = len(source) if num_images is None else min(num_images, len(source))
     local = _Slice.of(batch_size, 0, process_index, process_count)
+    if not 0 < data.eval_crop_ratio <= 1:
+        raise ValueError(
+            f"config.data.eval_crop_ratio={data.eval_crop_ratio} must lie between 0 "
+            "and 1; it is the share of the resized image's side that is kept."
+        )
     prepare = functools.partial(
-        _eval_image, image_size=tuple(data.image_size), channels=data.channels
+        _eval_image,
+        image_size=tuple(data.image_size),
+        channels=data.channels,
+        crop_ratio=data.eval_crop_ratio,
     )
     order = functools.partial(_evenly, num_images=len(source), count=count)
     loader = _Loader(source, local, order, prepare, _pixels(data), by_index=True)
@@ -371,6 +386,17 @@ def _philox(seed: int, number: int, *, stream: int) -> np.random.Philox:
     return np.random.Philox(
         key=np.array([seed, number], np.uint64),
         counter=np.array([0, 0, 0, stream], np.uint64),
+    )
+
+
+def _randaug(data: ConfigDict) -> RandAugment | None:
+    if data.randaug_ops == 0:
+        return None
+    return RandAugment(
+        num_ops=data.randaug_ops,
+        magnitude=data.randaug_magnitude,
+        std=0.5,  # timm's mstd0.5
+        mean=tuple(data.mean),
     )
 
 

@@ -5,9 +5,14 @@ as MAE (arXiv:2111.06377) does with torchvision:
 
     random resized crop   area  ~ uniform(crop_scale) * height * width
                           ratio ~ log-uniform(3/4, 4/3), width over height
-                          ten tries, then the largest centre crop with a legal ratio
-    evaluation            shorter side to size * 256 / 224, then the centre
+        "ten_tries"       until it fits, then the largest centre crop with a legal ratio
+        "single_try"      sides that do not fit are cut to the image's
+    evaluation            shorter side to size / crop_ratio, then the centre
     resize                bicubic with antialiasing (PIL), to uint8
+
+MAE's linear probe takes the single try, which is BYOL's crop (arXiv:2006.07733). The
+crop ratio is 224 / 256, and 1 for targets of more than 224 pixels. Fine-tuning changes
+the cropped and flipped image with RandAugment (`randaug`).
 
 Where we differ, and why:
 
@@ -33,6 +38,10 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from crossmae_jax.data.randaug import RandAugment
+
+CROPS = ("single_try", "ten_tries")
 
 # What PIL raises on damaged files, by format and by where the damage is.
 _PIL_ERRORS = (
@@ -81,17 +90,10 @@ def random_resized_crop(
       scale: least and greatest share of the image's area.
       ratio: least and greatest width / height.
     """
-    # Only rng.random() is used: its stream is the one least likely to change.
     for _ in range(10):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        low, high = math.log(ratio[0]), math.log(ratio[1])
-        aspect = math.exp(low + (high - low) * rng.random())
-        crop_width = round(math.sqrt(area * aspect))
-        crop_height = round(math.sqrt(area / aspect))
+        crop_height, crop_width = _sides(rng, height * width, scale, ratio)
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(rng.random() * (height - crop_height + 1))
-            left = int(rng.random() * (width - crop_width + 1))
-            return Box(top, left, crop_height, crop_width)
+            return _place(rng, height, width, crop_height, crop_width)
     crop_height, crop_width = height, width
     if width / height < ratio[0]:
         crop_height = min(height, max(1, round(width / ratio[0])))
@@ -101,20 +103,53 @@ def random_resized_crop(
     return Box(top, left, crop_height, crop_width)
 
 
+def single_try_crop(
+    rng: np.random.Generator, height: int, width: int, *, scale, ratio=_ASPECT
+) -> Box:
+    """Draws area and ratio once, and cuts sides that do not fit to the image's."""
+    crop_height, crop_width = _sides(rng, height * width, scale, ratio)
+    crop_height = min(max(1, crop_height), height)
+    crop_width = min(max(1, crop_width), width)
+    return _place(rng, height, width, crop_height, crop_width)
+
+
+# Only rng.random() is used: its stream is the one least likely to change.
+
+
+def _sides(rng: np.random.Generator, pixels: int, scale, ratio) -> tuple[int, int]:
+    """Draws the height and width of a crop."""
+    area = pixels * (scale[0] + (scale[1] - scale[0]) * rng.random())
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(low + (high - low) * rng.random())
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+def _place(
+    rng: np.random.Generator, height: int, width: int, crop_height: int, crop_width: int
+) -> Box:
+    top = int(rng.random() * (height - crop_height + 1))
+    left = int(rng.random() * (width - crop_width + 1))
+    return Box(top, left, crop_height, crop_width)
+
+
 def train_image(
     image: bytes | np.ndarray,
     rng: np.random.Generator,
     *,
     image_size: tuple[int, int],
     channels: int,
+    crop: str,
     crop_scale: tuple[float, float],
     flip: bool,
+    randaug: RandAugment | None,
     name: str,
 ) -> np.ndarray:
-    """Decodes, takes a random resized crop and flips half of the images.
+    """Decodes, takes a random resized crop, flips half of the images, changes them.
 
     Args:
       image: an encoded file, or uint8 [height width c].
+      crop: one of `CROPS`.
+      randaug: what changes the cropped images, if anything does.
       name: what errors call the image.
 
     Returns:
@@ -124,7 +159,8 @@ def train_image(
     width, height = picture.size
     aspect = image_size[1] / image_size[0]
     ratio = (_ASPECT[0] * aspect, _ASPECT[1] * aspect)
-    box = random_resized_crop(rng, height, width, scale=crop_scale, ratio=ratio)
+    draw = single_try_crop if crop == "single_try" else random_resized_crop
+    box = draw(rng, height, width, scale=crop_scale, ratio=ratio)
     mirror = flip and rng.random() < 0.5
     right, bottom = box.left + box.width, box.top + box.height
     area = (float(box.left), float(box.top), float(right), float(bottom))
@@ -138,13 +174,22 @@ def train_image(
             x, y = picture.size[0] / width, picture.size[1] / height
             area = (area[0] * x, area[1] * y, area[2] * x, area[3] * y)
     pixels = _resize(_decode(picture, channels, name), area, image_size)
-    return pixels[:, ::-1] if mirror else pixels
+    pixels = pixels[:, ::-1] if mirror else pixels
+    if randaug is None:
+        return pixels
+    whole = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return _stack((randaug(whole, rng),))
 
 
 def eval_image(
-    image: bytes | np.ndarray, *, image_size: tuple[int, int], channels: int, name: str
+    image: bytes | np.ndarray,
+    *,
+    image_size: tuple[int, int],
+    channels: int,
+    crop_ratio: float,
+    name: str,
 ) -> np.ndarray:
-    """Decodes, resizes to 256/224 of the target and takes the centre.
+    """Decodes, resizes to the target's size over `crop_ratio` and takes the centre.
 
     An image that has the target's size already is left untouched.
     """
@@ -153,7 +198,7 @@ def eval_image(
     bands = _decode(picture, channels, name)
     if (height, width) == tuple(image_size):
         return _stack(bands)
-    cover_height, cover_width = (size * 256 // 224 for size in image_size)
+    cover_height, cover_width = (int(size / crop_ratio) for size in image_size)
     if cover_height * width >= cover_width * height:
         new_height, new_width = cover_height, int(cover_height * width / height)
     else:
