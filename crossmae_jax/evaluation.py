@@ -192,3 +192,18 @@ def table(found: dict[str, float]) -> str:
         if row:
             rows[title] = row
     return evaluators.table(rows) if rows else ""
+
+
+def best(found: dict[str, float]) -> str:
+    """Says what the best state of a run reached, and the last one, on how many images.
+    """
+    (name, value), = (
+        (key.removeprefix("best/"), value) for key, value in found.items()
+        if key.startswith("best/eval/")
+    )
+    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
+    if name in found:
+        line += f", at the end {found[name]:.4f}"
+    if (images := found.get("eval/accuracy/images")) is not None:
+        line += f" ({images:.0f}/{images:.0f} images)"
+    return line

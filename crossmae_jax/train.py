@@ -389,6 +389,8 @@ def _report(
             f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
             f"{found['train/loss_trivial']:.4f}"
         )
+    if "best/step" in found:
+        print(evaluation.best(found))
     curve = visualize.loss_curve(directory / metrics.METRICS, directory / "curve.png")
     print(f"metrics      {directory / metrics.METRICS}")
     print(f"curve        {curve}")

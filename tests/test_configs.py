@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import cost, optim
+from crossmae_jax import cost, optim, train
 from crossmae_jax.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +20,13 @@ FILES = sorted(
     if path.stem not in ("__init__", "common")
 )
 NAMES = [path.stem for path in FILES]
+CLASSIFY = [
+    path for path in FILES if path.stem.startswith(("finetune", "partialft", "linprobe"))
+]
+PRETRAIN = [path for path in FILES if path not in CLASSIFY]
+PRETRAIN_NAMES, CLASSIFY_NAMES = (
+    [path.stem for path in paths] for paths in (PRETRAIN, CLASSIFY)
+)
 
 KEYS = {
     "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
@@ -51,9 +59,23 @@ KEYS = {
         "randaug_magnitude": float, "eval_crop_ratio": float, "workers": int,
         "max_bad_share": float,
     },
-    "checkpoint": {"every_epochs": float, "keep": int},
+    "checkpoint": {"every_epochs": float, "keep": int, "best": str},
 }
+CLASSIFY_KEYS = {key: KEYS[key] for key in KEYS if key not in ("masking", "target")} | {
+    "model": {
+        "size": str, "mlp_ratio": float, "pool": str, "head_norm": str,
+        "head_std": float, "drop_path": float, "remat": str, "dtype": str,
+    },
+    "augment": {
+        "label_smoothing": float, "erasing": float, "mixup": float, "cutmix": float,
+        "mixed_together": int,
+    },
+    "data": KEYS["data"] | {"num_classes": int},
+    "tune_blocks": float,
+}
+del CLASSIFY_KEYS["loss"]
 EVALS = {
+    "accuracy": {"every_epochs": float},
     "knn": {
         "every_epochs": float, "k": int, "temperature": float, "max_train_images": int,
     },
@@ -81,7 +103,9 @@ def test_the_experiments_of_the_papers_are_all_there():
     others = {
         "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
         "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
-        "folder_cross_knn",
+        "folder_cross_knn", "finetune_vits", "finetune_vitb", "finetune_vitl",
+        "finetune_vith", "finetune_vitb_448", "finetune_folder", "finetune_digits",
+        "partialft_vitb", "linprobe_vitb",
     }
     assert set(NAMES) == grid | others
 
@@ -90,21 +114,37 @@ def test_the_experiments_of_the_papers_are_all_there():
 def test_a_config_has_every_key_with_its_type_and_no_other(path):
     found = types_of(load(path))
     evals = found.pop("evals")
-    assert found == KEYS
+    expected = KEYS
+    if path in CLASSIFY:
+        expected = dict(CLASSIFY_KEYS)
+        # Unset in some of them: the classes are then the data's, all blocks are tuned.
+        if found["tune_blocks"] is None:
+            expected["tune_blocks"] = None
+        if found["data"]["num_classes"] is None:
+            expected["data"] = expected["data"] | {"num_classes": None}
+    assert found == expected
     assert evals == {name: EVALS[name] for name in evals}
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
 def test_a_config_describes_a_model_and_a_schedule(path):
     config = load(path)
-    objective = OBJECTIVES[config.objective](config)
-    counted = cost.count(config)
-    assert objective.counts == (counted.num_keep, counted.num_pred, counted.num_thrown)
+    if path in CLASSIFY:
+        objective = OBJECTIVES["classify"](train.with_classes(config, 10))
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))
+        assert shapes["params"]["head"]["bias"].shape == (config.data.num_classes or 10,)
+        optim.make_optimizer(config, lambda step: 1.0)
+    else:
+        objective = OBJECTIVES[config.objective](config)
+        counted = cost.count(config)
+        assert objective.counts == (
+            counted.num_keep, counted.num_pred, counted.num_thrown
+        )
     optim.make_schedule(config, steps_per_epoch=10.0)
     assert len(config.data.mean) == len(config.data.std) == config.data.channels
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("vit")])
+@pytest.mark.parametrize("name", [name for name in PRETRAIN_NAMES if name.startswith("vit")])
 def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")
     size, kind = name.split("_", 1)
@@ -132,6 +172,36 @@ def test_the_recipe_is_the_papers(name):
     assert model.aggregator.visible == ("decoder" if mae else "encoder")
     epochs = (400, 20) if kind == "cross_448" else (800, 40)
     assert (config.epochs, config.optim.warmup_epochs) == epochs
+
+
+def test_the_recipes_of_fine_tuning_are_the_references():
+    rates = {  # size: epochs, base rate, decay by layer, stochastic depth
+        "vits": (100, 5e-4, 0.65, 0.1), "vitb": (100, 5e-4, 0.65, 0.1),
+        "vitl": (50, 1e-3, 0.75, 0.2), "vith": (50, 1e-3, 0.75, 0.3),
+        "vitb_448": (100, 5e-4, 0.65, 0.1),
+    }
+    for name, expected in rates.items():
+        config = load(ROOT / "configs" / f"finetune_{name}.py")
+        assert (
+            config.epochs, config.optim.base_lr, config.optim.layer_decay,
+            config.model.drop_path,
+        ) == expected
+        assert optim.peak_lr(config) == pytest.approx(4 * config.optim.base_lr)
+        assert (config.optim.min_lr, config.optim.warmup_epochs) == (1e-6, 5.0)
+        assert config.augment.to_dict() == dict(
+            label_smoothing=0.1, erasing=0.25, mixup=0.8, cutmix=1.0, mixed_together=32
+        )
+        assert (config.model.pool, config.model.head_std) == ("mean", 2e-5)
+        assert (config.data.randaug_ops, config.data.randaug_magnitude) == (2, 9.0)
+    probe = load(ROOT / "configs" / "linprobe_vitb.py")
+    assert optim.peak_lr(probe) == pytest.approx(6.4)
+    assert (probe.optim.name, probe.optim.weight_decay, probe.tune_blocks) == (
+        "lars", 0.0, 0.0
+    )
+    assert (probe.model.pool, probe.model.head_norm) == ("cls", "batch")
+    assert not any(
+        probe.augment[name] for name in ("label_smoothing", "erasing", "mixup", "cutmix")
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)
@@ -175,7 +245,17 @@ def test_the_table_of_configs_is_complete():
     assert set(rows()) == set(NAMES)
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", CLASSIFY, ids=CLASSIFY_NAMES)
+def test_the_table_of_classifiers_states_their_recipe(path):
+    config = load(path)
+    tuned = "all" if config.tune_blocks is None else f"{config.tune_blocks:g}"
+    assert rows()[path.stem][1:6] == [
+        config.model.size, tuned, f"{config.epochs:g}", f"{config.optim.base_lr:g}",
+        f"{config.optim.layer_decay:g}",
+    ]
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=PRETRAIN_NAMES)
 def test_the_table_of_configs_states_the_counted_cost(path):
     counted = cost.count(load(path))
     assert rows()[path.stem][1:5] == [
@@ -188,7 +268,7 @@ def test_the_table_of_configs_states_the_counted_cost(path):
     ]
 
 
-@pytest.mark.parametrize("path", FILES, ids=NAMES)
+@pytest.mark.parametrize("path", PRETRAIN, ids=PRETRAIN_NAMES)
 def test_the_table_of_configs_states_the_published_number_of_the_header(path):
     header = " ".join(path.read_text().split('"""')[1].split())
     found = re.search(r"Published, ImageNet-1k top-1[^:]*: ([\d.]+) fine-tuned", header)
