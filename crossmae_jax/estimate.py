@@ -8,7 +8,7 @@ The step that training runs is compiled for the target and read, not run:
   at the device's peak, and as what it must send at the bandwidth of the links. The
   third side of the roofline, memory accesses at the memory's bandwidth, is given beside
   it and not in it: the compiler's count has accesses that never leave the chip. The
-  count of operations is a per cent or two above what runs (crossmae_jax/cost.py).
+  count of operations is a few per cent above what runs (crossmae_jax/cost.py).
 
 It fits if the memory that the compiler reserves stays within what JAX may use; what
 else lives on a device (the runtime, a second batch on its way, fragments) is not in the
