@@ -2,22 +2,31 @@
 # make test    run the tests
 #
 # Each first installs the versions of constraints.txt into .venv, once; the tests also
-# PyTorch, timm and transformers, to compare with. With another Python:
-# make demo PYTHON=python3.12
+# PyTorch, timm and transformers, to compare with, and the TPU's compiler. With another
+# Python: make demo PYTHON=python3.12
+#
+# make test-gpu-compile    compile for a GPU that need not be there (another 2 GB)
 
 PYTHON ?= python3
 VENV := .venv
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
+GPU := $(VENV)/.installed-gpu
 INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+# Compilers for devices that are not there lie beside the packages: among them, JAX would
+# look for the devices whenever it starts. tests/compiling.py finds them.
+BESIDE := $(INSTALL) --no-deps --upgrade --target $(VENV)
 
-.PHONY: demo test
+.PHONY: demo test test-gpu-compile
 
 demo: $(DEMO)
 	$(VENV)/bin/python -m crossmae_jax.main --config=configs/digits_cross.py --workdir=runs/digits_cross
 
 test: $(TEST)
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+test-gpu-compile: $(GPU)
+	$(VENV)/bin/python -m pytest tests/gpu_compile.py
 
 # setuptools is installed first, from the pins as well: pip would otherwise build the
 # project with whatever version is newest that day.
@@ -33,4 +42,10 @@ $(DEMO): setup.cfg pyproject.toml constraints.txt
 
 $(TEST): $(DEMO)
 	$(INSTALL) --no-build-isolation --editable '.[demo,test,interop]'
+	$(BESIDE)/tpu 'libtpu; sys_platform == "linux" and platform_machine == "x86_64"'
+	touch $@
+
+$(GPU): $(TEST)
+	$(BESIDE)/gpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cudnn-cu13 \
+	    nvidia-cuda-nvrtc nvidia-cuda-runtime
 	touch $@

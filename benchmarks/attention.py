@@ -27,8 +27,8 @@ from tests import attention_cases  # noqa: E402
 KERNELS = {"tpu": "tpu_custom_call", "cudnn": "__cudnn$fmha"}
 
 
-def compile_case(case, *, dtype, mesh, images: int) -> list[str]:
-    """Returns the cells of a case: what it compiled to, collectives, memory, time."""
+def compile_case(case, *, dtype, mesh, images: int) -> jax.stages.Compiled:
+    """Compiles output and gradients of a case, its images cut over the mesh."""
     batch = images * mesh.size
     q, k = ((batch, n, case.num_heads, case.dim) for n in (case.queries, case.keys))
     cut, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
@@ -41,16 +41,20 @@ def compile_case(case, *, dtype, mesh, images: int) -> list[str]:
         bias = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
     def gradients(q, k, v, g, bias):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            out, transposed = jax.vjp(
-                lambda q, k, v, bias: attention.attention(q, k, v, bias=bias),
-                q, k, v, bias,
-            )
-            return out, transposed(g)
+        out, transposed = jax.vjp(
+            lambda q, k, v, bias: attention.attention(q, k, v, bias=bias), q, k, v, bias
+        )
+        return out, transposed(g)
 
+    gradients = jax.jit(parallel.within(mesh, gradients))
+    return gradients.lower(*arrays, bias).compile()
+
+
+def _cells(case, **options) -> list[str]:
+    """Returns the cells of a case: what it compiled to, collectives, memory, time."""
     begin = time.perf_counter()
     try:
-        compiled = jax.jit(gradients).lower(*arrays, bias).compile()
+        compiled = compile_case(case, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
@@ -88,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(step.row([
                     target, case.name, f"{case.queries} x {case.keys}",
                     f"{case.num_heads} x {case.dim}", case.bias or "none", dtype,
-                    *compile_case(case, dtype=dtype, mesh=mesh, images=args.images),
+                    *_cells(case, dtype=dtype, mesh=mesh, images=args.images),
                 ]), flush=True)
 
 

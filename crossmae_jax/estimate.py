@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from crossmae_jax import collectives, cost, hardware, optim, parallel, train
+from crossmae_jax.data import pipeline
 
 _FUSED = {"cuDNN": "__cudnn$fmha", "TPU kernels": "tpu_custom_call"}
 _PREALLOCATED = 0.75  # of a GPU's memory: JAX, "GPU memory allocation"
@@ -193,8 +194,13 @@ def _num_bytes(tree: Any) -> int:
     )
 
 
-def _lower(config: ConfigDict, mesh: Mesh):
-    """Returns the lowered step, and the shapes of its state and batch."""
+def lower_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Any, Any]:
+    """Returns the lowered step, and the shapes of its state and batch.
+
+    Raises:
+      ValueError: if the configuration contradicts itself, or does not divide over the
+        devices.
+    """
     data, accum_steps = config.data, config.optim.accum_steps
     objective = train.make_objective(config)
     parallel.check_batch_size(data.batch_size, mesh, accum_steps=accum_steps)
@@ -206,11 +212,7 @@ def _lower(config: ConfigDict, mesh: Mesh):
         key=key, accum_steps=accum_steps,
     )
     state = jax.eval_shape(init, key)
-    shape = (data.batch_size, *data.image_size, data.channels)
-    batch = {
-        "image": jax.ShapeDtypeStruct(shape, jnp.uint8),
-        "sample": jax.ShapeDtypeStruct((data.batch_size,), jnp.uint32),
-    }
+    batch = pipeline.blank_batch(data, batch_size=data.batch_size)
     lowered = step.lower(
         parallel.with_sharding(state, parallel.replicated(mesh)),
         parallel.with_sharding(batch, parallel.batch_sharding(mesh)),
@@ -249,7 +251,7 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
     here = mesh.devices.flat[0]
     device = hardware.find(here.device_kind)
     begin = time.perf_counter()
-    lowered, state, batch = _lower(config, mesh)
+    lowered, state, batch = lower_step(config, mesh)
     refusal, compiled = "", None
     try:
         compiled = lowered.compile(

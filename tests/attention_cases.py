@@ -39,18 +39,23 @@ CASES = (
     Case("shifted window", 49, 49, 4, 32, "per image"),
 )
 
-# What tests run: every extent above once, heads as few as tell them apart. A program
+# What tests run: every shape above once, heads as few as tell them apart. A program
 # takes groups of heads that fill lanes of 128; head sizes of 64 and 32 have two here.
 SMALL = (
     Case("50x50x64", 50, 50, 4, 64),
-    Case("49x50x32", 49, 50, 8, 32),
-    Case("147x50x32", 147, 50, 2, 32),
-    Case("98x50x64", 98, 50, 1, 64),
     Case("65x65x80", 65, 65, 2, 80),
+    Case("49x49x64", 49, 49, 1, 64),
+    Case("98x98x64", 98, 98, 1, 64),
     Case("197x197x64", 197, 197, 1, 64),
     Case("257x257x80", 257, 257, 1, 80),
-    Case("588x197x32", 588, 197, 1, 32),
+    Case("197x197x32", 197, 197, 1, 32),
+    Case("257x257x32", 257, 257, 1, 32),
+    Case("147x50x32", 147, 50, 2, 32),
+    Case("49x50x32", 49, 50, 8, 32),
+    Case("98x50x32", 98, 50, 1, 32),
     Case("785x785x64", 785, 785, 1, 64),
-    Case("49x49x64-shared", 49, 49, 4, 64, "shared"),
+    Case("785x785x32", 785, 785, 1, 32),
+    Case("588x197x32", 588, 197, 1, 32),
+    Case("49x49x32-shared", 49, 49, 8, 32, "shared"),
     Case("49x49x32-per-image", 49, 49, 2, 32, "per image"),
 )

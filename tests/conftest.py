@@ -1,6 +1,8 @@
 """Every test sees eight fake CPU devices, and shapes that must match in rank."""
 
 import os
+import platform
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -11,3 +13,8 @@ import jax  # noqa: E402  the flags above must be set first
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# The TPU's compiler exists for Linux on x86-64 only.
+collect_ignore = []
+if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+    collect_ignore.append("test_tpu_compile.py")

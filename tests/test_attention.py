@@ -1,7 +1,7 @@
 """Attention and norms: against float64, and in float32 where bfloat16 would not do.
 
-Kernels of the TPU run step by step here ("interpret"), and are compiled for real by
-`python -m benchmarks.attention`, as are those of cuDNN.
+Kernels of the TPU run step by step here ("interpret") and are compiled for real in
+test_tpu_compile.py; those of cuDNN, which need a GPU to run, in gpu_compile.py.
 """
 
 import functools
@@ -115,6 +115,14 @@ def _assert_close(found, expected, dtype):
         )
 
 
+def test_every_shape_of_the_models_is_tested():
+    real, tested = (
+        {(case.queries, case.keys, case.dim, case.bias) for case in cases}
+        for cases in (attention_cases.CASES, attention_cases.SMALL)
+    )
+    assert tested == real
+
+
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["f32", "bf16"])
 @pytest.mark.parametrize("case", attention_cases.SMALL, ids=lambda case: case.name)
 def test_every_implementation_is_attention_at_every_shape(case, dtype):
@@ -213,6 +221,9 @@ def test_kernels_need_the_mesh_of_several_devices(libtpu):
         attention.CHECKS["tpu"](q, q, q, None)
         with pytest.raises(NotImplementedError, match="multiple of the mesh's 8"):
             attention.CHECKS["tpu"](q[:6], q[:6], q[:6], None)
+    alone = parallel.make_mesh(jax.devices()[:1]).abstract_mesh
+    with jax.sharding.use_abstract_mesh(alone):
+        attention.CHECKS["tpu"](q[:6], q[:6], q[:6], None)
 
 
 def test_with_no_other_compiler_attention_is_plain_xla():

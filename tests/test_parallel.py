@@ -90,3 +90,17 @@ def test_abstract_arrays_carry_shape_dtype_and_sharding():
     assert (placed.shape, placed.dtype) == ((2, 3), jnp.bfloat16)
     assert placed.sharding == sharding
     assert sharding.spec == PartitionSpec()
+
+
+def test_the_mesh_is_in_use_within_and_not_after():
+    def step(x, *, scale):
+        """Doubles."""
+        assert jax.sharding.get_abstract_mesh() == mesh.abstract_mesh
+        return x * scale
+
+    mesh = parallel.make_mesh(jax.devices()[:4])
+    traced = parallel.within(mesh, step)
+    assert jax.jit(traced)(3, scale=2) == 6
+    assert traced.__name__ == "step"
+    assert traced is not parallel.within(mesh, step)
+    assert jax.sharding.get_abstract_mesh().empty

@@ -9,6 +9,7 @@ import crossmae_jax
 from crossmae_jax import checkpoint, workdir
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.ops import attention
 from tests.parity_files import load_npz
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN, HEADS
@@ -42,6 +43,16 @@ def test_the_same_images_give_the_same_features(run, images):
     encoder = crossmae_jax.load(run)
     np.testing.assert_array_equal(encoder(images), encoder(images))
     np.testing.assert_allclose(encoder(images[:1]), encoder(images)[:1], atol=2e-6)
+
+
+def test_an_encoder_works_on_one_device_and_kernels_may_know(run, images, monkeypatch):
+    meshes = []
+    monkeypatch.setitem(
+        attention.CHECKS, "xla",
+        lambda *_: meshes.append(jax.sharding.get_abstract_mesh()),
+    )
+    crossmae_jax.load(run)(images)
+    assert meshes and all(not mesh.empty and mesh.size == 1 for mesh in meshes)
 
 
 def test_a_list_of_images_is_resized_and_cropped(run, images):

@@ -1,0 +1,121 @@
+"""What the compilers of devices that are not there make of attention and of the step.
+
+The vendors' own compilers run, in a process of their own: libtpu takes signals over,
+and both look for hardware. `make test` installs libtpu beside the packages of .venv and
+not among them, where JAX would look for a TPU whenever it starts; `make
+test-gpu-compile` does the same with NVIDIA's packages.
+
+    python -m tests.compiling TARGET JOB...
+
+prints a line of JSON for each job, which is
+
+    {"case": "decoder 0.25", "dtype": "bfloat16", "images": 2}
+    {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
+    {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",  # no autotuning without a device
+}
+# A shallow model with heads of the real sizes.
+NARROW = [
+    "model.size=W128-D1-H2/16", "model.decoder_dim=64", "model.decoder_depth=1",
+    "model.decoder_heads=2", "data.batch_size=8",
+]
+
+
+def compile_for(target: str, jobs: list[dict]) -> list[dict]:
+    """Returns what became of each job.
+
+    That is `kernels`, how often each one is called; `collectives`; and `error`, what
+    the compiler refused it with, "" if it did not.
+    """
+    beside = Path(sys.prefix) / ("gpu" if target == "h200" else "tpu")
+    path = [str(ROOT), str(beside), *os.environ.get("PYTHONPATH", "").split(":")]
+    libraries = [str(folder) for folder in beside.glob("nvidia/*/lib")]
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.compiling", target, *map(json.dumps, jobs)],
+        cwd=ROOT, capture_output=True, text=True,
+        env={
+            **os.environ, **_ENVIRONMENT, "PYTHONPATH": ":".join(filter(None, path)),
+            "LD_LIBRARY_PATH": ":".join(
+                [*libraries, os.environ.get("LD_LIBRARY_PATH", "")]
+            ),
+        },
+    )
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line[:1] == "{"]
+    assert len(found) == len(jobs), ran.stderr
+    return found
+
+
+def _kernels(text: str) -> dict[str, int]:
+    """Returns how often a program calls each kernel of attention."""
+    names = re.findall(
+        r'%attention_(forward|backward)[.\d]* = .*custom_call_target="tpu_custom_call"'
+        r'|custom_call_target="(__cudnn\$fmha\w+)"', text,
+    )
+    names = [tpu or cudnn for tpu, cudnn in names]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def _compile(job, target, mesh):
+    from jax.experimental.pallas import tpu as pltpu
+
+    from benchmarks import attention, step
+    from crossmae_jax import estimate, hardware
+    from tests import attention_cases
+
+    params = pltpu.CompilerParams
+
+    if "step" in job:
+        config = step.load_config(job["step"], overrides=job["overrides"])
+        lowered, _, _ = estimate.lower_step(config, mesh)
+        return lowered.compile(compiler_options=hardware.compiler_options(target))
+    case = next(c for c in attention_cases.CASES if c.name == job["case"])
+    with pytest.MonkeyPatch.context() as patch:
+        if "memory" in job:
+            options = {"vmem_limit_bytes": job["memory"]}
+            patch.setattr(pltpu, "CompilerParams", lambda **_: params(**options))
+        return attention.compile_case(
+            case, dtype=job["dtype"], mesh=mesh, images=job["images"]
+        )
+
+
+def main(argv: list[str]) -> None:
+    """Compiles the jobs named on the command line for the target before them."""
+    import jax
+
+    from crossmae_jax import collectives, hardware
+
+    target, *jobs = argv
+    mesh = hardware.target_mesh(target)
+    for job in map(json.loads, jobs):
+        found = {"kernels": {}, "collectives": {}, "error": ""}
+        try:
+            text = _compile(job, target, mesh).as_text()
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            found["error"] = f"{type(error).__name__}: {error}"
+        else:
+            found["kernels"] = _kernels(text)
+            found["collectives"] = {
+                each.kind: each.count for each in collectives.read(text)
+            }
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

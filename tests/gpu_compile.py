@@ -1,0 +1,44 @@
+"""cuDNN's attention and a training step, compiled for an H200 that need not be there.
+
+    make test-gpu-compile
+
+No part of `make test`, whose files begin with "test_": NVIDIA's packages are large.
+"""
+
+import functools
+import re
+
+import pytest
+
+from tests import compiling
+from tests.attention_cases import CASES
+
+STEP = {"step": "configs/vitb_cross_prmim.py", "overrides": compiling.NARROW}
+
+
+@functools.cache
+def _compiled():
+    jobs = [{"case": c.name, "dtype": "bfloat16", "images": 2} for c in CASES]
+    step, *cases = compiling.compile_for("h200", [STEP, *jobs])
+    return step, {case.name: found for case, found in zip(CASES, cases, strict=True)}
+
+
+def _directions(kernels):
+    """Returns how many calls of cuDNN go forward, and how many backward."""
+    backward = sum(n for name, n in kernels.items() if name.endswith("Backward"))
+    return sum(kernels.values()) - backward, backward
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cudnn_takes_every_shape(case):
+    found = _compiled()[1][case.name]
+    assert found["error"] == ""
+    assert _directions(found["kernels"]) == (1, 1)
+    assert all(re.match(r"__cudnn\$fmha", name) for name in found["kernels"])
+    assert (case.bias is not None) == any("Bias" in name for name in found["kernels"])
+
+
+def test_a_step_compiles_with_cudnn_in_it():
+    step, _ = _compiled()
+    assert step["error"] == ""
+    assert _directions(step["kernels"]) == (2, 2)  # a block of encoder and of decoder
