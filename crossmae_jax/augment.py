@@ -15,8 +15,8 @@ mixes all of them, in this order, both as timm does:
 
 A partner is the image in the mirrored place of a group, and lam, box and the choice
 between mixup and cutmix are common to a group. timm's group is the batch of one GPU, 32
-images in MAE's recipe. Boxes of odd sides have all their pixels, as in timm from 1.0;
-in 0.3.2, with which MAE was fine-tuned, they were a pixel smaller.
+images in MAE's recipe. Cutmix boxes of odd sides have all their pixels, as in timm from
+1.0.29 on; in earlier ones, 0.3.2 of MAE's recipe too, they were a pixel smaller.
 
 Draws are keyed by sample numbers (a group's by its first), so they do not depend on the
 number of devices. Without communication every group must lie on one device: choose a
