@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
     )
     parser.add_argument(
-        "--only", action="append", choices=list(PARTS), help="may be given several times"
+        "--only", action="append", choices=list(PARTS),
+        help="may be given several times",
     )
     parser.add_argument("--case", default="", help="only rows with this in their name")
     parser.add_argument("--batch", type=int, help="images a step (256; quick: 8)")

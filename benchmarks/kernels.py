@@ -149,7 +149,9 @@ def implementations() -> dict[str, Callable]:
     return found
 
 
-def errors(found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]) -> list[float]:
+def errors(
+    found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]
+) -> list[float]:
     """Returns the largest difference over the largest value, of each pair of arrays."""
     return [
         float(jnp.abs(ours.astype(jnp.float32) - theirs).max() / jnp.abs(theirs).max())

@@ -87,7 +87,8 @@ def importable(directory: Path) -> Iterator[None]:
         raise NotImplementedError(f"Pre-training has no stochastic depth, but {rate=}.")
 
     timm, timm_layers, helpers = (
-        types.ModuleType(name) for name in ("timm", "timm.layers", "timm.layers.helpers")
+        types.ModuleType(name)
+        for name in ("timm", "timm.layers", "timm.layers.helpers")
     )
     timm.layers, timm_layers.helpers = timm_layers, helpers
     timm_layers.DropPath = no_drop_path

@@ -101,14 +101,6 @@ def unnormalize(
     return jnp.clip(pixels, 0.0, 1.0)
 
 
-def soft_targets(
-    labels: Int[Array, "b"], *, num_classes: int, smoothing: float
-) -> Float[Array, "b classes"]:
-    """Returns 1 - s + s / K at the label and s / K elsewhere (label smoothing s)."""
-    off = smoothing / num_classes
-    return off + (1 - smoothing) * jax.nn.one_hot(labels, num_classes)
-
-
 def draw_erasing(
     key: Key[Array, ""], *, height: int, width: int, probability: float
 ) -> Boxes:
@@ -263,7 +255,7 @@ def mixup_cutmix(
 
     Args:
       sample: number of each image in the run.
-      targets: class probabilities, as of `soft_targets`.
+      targets: class probabilities, as of `losses.smooth_labels`.
       groups: how many equal parts of the batch draw for themselves.
       cutmix_probability: share of the groups that cutmix instead of mixup.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import augment
+from crossmae_jax import augment, losses
 from tests.interop import timm, torch
 
 KEY = jax.random.key(0, impl="threefry2x32")
@@ -53,7 +53,7 @@ def _assert_same_distribution(first, second, name):
 
 def test_targets_are_timms():
     labels = jnp.asarray([0, 6, 3, 2])
-    ours = augment.soft_targets(labels, num_classes=7, smoothing=0.1)
+    ours = losses.smooth_labels(labels, num_classes=7, smoothing=0.1)
     theirs = timm.data.mixup.mixup_target(
         torch.from_numpy(np.array(labels)), 7, lam=1.0, smoothing=0.1
     )
@@ -102,7 +102,7 @@ def test_mixing_is_timms_pixel_for_pixel(monkeypatch, share, is_cutmix, row, col
     area = (boxes.bottom - boxes.top) * (boxes.right - boxes.left)
     left = 1 - area / (12 * 20) if is_cutmix else jnp.asarray([share])
     mixing = augment.Mixing(left, jnp.asarray([is_cutmix]), boxes)
-    targets = augment.soft_targets(labels, num_classes=7, smoothing=0.1)
+    targets = losses.smooth_labels(labels, num_classes=7, smoothing=0.1)
     mixed, mixed_targets = augment.mix(images, targets, mixing)
     if is_cutmix:
         np.testing.assert_array_equal(mixed, expected[0])
@@ -171,7 +171,7 @@ _mixup_cutmix = jax.jit(
 
 
 def _mixed(images, sample, groups, key=KEY):
-    targets = augment.soft_targets(
+    targets = losses.smooth_labels(
         jnp.arange(len(images)) % 7, num_classes=7, smoothing=0.1
     )
     return _mixup_cutmix(key, sample, images, targets, groups=groups)
@@ -185,7 +185,7 @@ def test_a_group_is_mixed_as_if_it_were_alone():
         labels = jnp.arange(12)[rows] % 7
         alone = _mixup_cutmix(
             KEY, sample[rows], images[rows],
-            augment.soft_targets(labels, num_classes=7, smoothing=0.1), groups=1,
+            losses.smooth_labels(labels, num_classes=7, smoothing=0.1), groups=1,
         )
         np.testing.assert_array_equal(mixed[rows], alone[0])
         np.testing.assert_array_equal(targets[rows], alone[1])

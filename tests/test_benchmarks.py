@@ -161,7 +161,8 @@ def test_a_profile_says_what_the_modules_of_the_model_cost(capsys, tmp_path):
 
 PROGRAM = """
 ENTRY %main {
-  %loop_add_fusion.4 = f32[2] fusion(x), metadata={op_name="jit(f)/encoder/blocks_3/add"}
+  %loop_add_fusion.4 = f32[2] fusion(x), \
+metadata={op_name="jit(f)/encoder/blocks_3/add"}
   loop_add_fusion.5 = f32[2] fusion(x), \
 metadata={op_type="add" op_name="jit(f)/encoder/blocks_11/add" stack_frame_id=1}
   ROOT %while.7 = f32[2]{0} while(%y), metadata={op_name="jit(step)/while"}

@@ -247,7 +247,7 @@ def test_images_without_labels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(data__num_classes=7), "The training data has 10 classes, but the head is for"),
+    (dict(data__num_classes=7), "The training data has 10 classes, but the head is"),
     (dict(augment__mixup=0.8, augment__mixed_together=5), "do not make equal groups"),
     (dict(augment__cutmix=1.0, data__batch_size=95), "do not make equal groups"),
     (dict(augment__mixup=-1.0), "augment.mixup=-1.0 is a parameter of a beta"),

@@ -21,7 +21,8 @@ FILES = sorted(
 )
 NAMES = [path.stem for path in FILES]
 CLASSIFY = [
-    path for path in FILES if path.stem.startswith(("finetune", "partialft", "linprobe"))
+    path for path in FILES
+    if path.stem.startswith(("finetune", "partialft", "linprobe"))
 ]
 PRETRAIN = [path for path in FILES if path not in CLASSIFY]
 PRETRAIN_NAMES, CLASSIFY_NAMES = (
@@ -132,7 +133,8 @@ def test_a_config_describes_a_model_and_a_schedule(path):
     if path in CLASSIFY:
         objective = OBJECTIVES["classify"](train.with_classes(config, 10))
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
-        assert shapes["params"]["head"]["bias"].shape == (config.data.num_classes or 10,)
+        bias = shapes["params"]["head"]["bias"]
+        assert bias.shape == (config.data.num_classes or 10,)
         optim.make_optimizer(config, lambda step: 1.0)
     else:
         objective = OBJECTIVES[config.objective](config)
@@ -144,7 +146,9 @@ def test_a_config_describes_a_model_and_a_schedule(path):
     assert len(config.data.mean) == len(config.data.std) == config.data.channels
 
 
-@pytest.mark.parametrize("name", [name for name in PRETRAIN_NAMES if name.startswith("vit")])
+@pytest.mark.parametrize(
+    "name", [name for name in PRETRAIN_NAMES if name.startswith("vit")]
+)
 def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")
     size, kind = name.split("_", 1)
@@ -200,7 +204,8 @@ def test_the_recipes_of_fine_tuning_are_the_references():
     )
     assert (probe.model.pool, probe.model.head_norm) == ("cls", "batch")
     assert not any(
-        probe.augment[name] for name in ("label_smoothing", "erasing", "mixup", "cutmix")
+        probe.augment[name]
+        for name in ("label_smoothing", "erasing", "mixup", "cutmix")
     )
 
 

@@ -40,7 +40,9 @@ def _player(kind):
 
 
 def test_one_that_ends_says_why_and_the_others_go_on():
-    with _player("steps") as steps, _player("raises") as raises, _player("ends") as ends:
+    with (
+        _player("steps") as steps, _player("raises") as raises, _player("ends") as ends
+    ):
         turns.measure([raises, steps, ends], num_steps=4)
     assert [p.facts["platform"] for p in (steps, raises, ends)] == [
         "steps", "raises", "ends"
