@@ -65,6 +65,10 @@ def check_config(name: str, config: ConfigDict) -> None:
         "data.image_size": height != width,
         "optim.accum_steps": config.optim.accum_steps > 1,
         "optim.clip_norm": config.optim.clip_norm is not None,
+        "optim.name": config.optim.name != "adamw",
+        "optim.decay_tokens": not config.optim.decay_tokens,
+        "optim.layer_decay": config.optim.layer_decay != 1,
+        "optim.tune_blocks": config.optim.tune_blocks is not None,
     }
     wrong = [reason for reason, found in reasons.items() if found]
     if wrong:

@@ -157,7 +157,8 @@ def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
     settings["model"].pop("remat", None)  # says how gradients are computed, no more
     recipe = {
         "data": data.get("name") or data.get("source"),
-        "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"), **optim,
+        "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"),
+        "optimizer": optim.pop("name", None), **optim,
     }
     if settings.get("objective", "pretrain") == "classify":
         model = {
