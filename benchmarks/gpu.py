@@ -21,6 +21,7 @@ and PyTorch finds the memory that JAX does not use.
 import argparse
 import contextlib
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,12 +96,12 @@ def cells(
     batch = config.data.batch_size
     if player.fallen:
         return [name, str(batch), player.fallen.replace("|", "/"), *[""] * 7]
-    median = turns.median(player)
+    median = statistics.median(player.seconds)
     done = cost.count(config).train_flops * batch / median / 1e12 / jax.device_count()
     low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
     compared = ["", ""]
     if player is not first and not first.fallen:
-        compared = [f"{turns.ratio(player, first):.3f}"]
+        compared = [f"{turns.ratio(player.seconds, first.seconds):.3f}"]
         base = step.load_config(first.name, overrides=overrides)
         flops = cost.count(config).train_flops / cost.count(base).train_flops
         compared.append(f"{flops:.3f}")

@@ -13,7 +13,9 @@ their numbers of parameters must agree with those that crossmae_jax/cost.py coun
 Each library's step runs in a process of its own, on the same kind of device, and the
 two take turns (benchmarks/turns.py). A step is forward, backward and AdamW. Ours also
 draws the masks, normalises the images and takes the norm of the gradients for the log;
-of these the reference's step only draws the masks.
+of these the reference's step only draws the masks. On a CPU that others use as well,
+the time that the processors worked says more than the time that passed, and on one core
+most of all (`taskset -c 0` before the command): threads that wait for each other count.
 
 The reference's own autocast is to float16, with a loss scaler; here it is to what the
 configuration says, bfloat16 on a GPU, which needs none. Attention is PyTorch's
@@ -25,6 +27,7 @@ import argparse
 import contextlib
 import functools
 import os
+import statistics
 import sys
 import time
 import types
@@ -230,8 +233,8 @@ def theirs(
 
 
 HEAD = [
-    "config", "step", "images/s", "step, ms: median (min..max)", "first steps, s",
-    "peak memory, GiB", "our speed / theirs",
+    "config", "step", "images/s", "step, ms: median (min..max)", "CPU, ms",
+    "first steps, s", "peak memory, GiB", "our speed / theirs", "by CPU time",
 ]
 
 
@@ -240,17 +243,22 @@ def rows(name: str, players: list[turns.Player], *, batch: int) -> Iterator[str]
     ours = players[0]
     for player in players:
         if player.fallen:
-            yield our_step.row([name, player.name, player.fallen, *[""] * 4])
+            yield our_step.row([name, player.name, player.fallen, *[""] * 6])
             continue
         low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
-        median = turns.median(player)
-        compared = player is not ours and not ours.fallen
+        median = statistics.median(player.seconds)
+        compared = ["", ""]
+        if player is not ours and not ours.fallen:
+            compared = [
+                f"{turns.ratio(player.seconds, ours.seconds):.2f}",
+                f"{turns.ratio(player.cpu_seconds, ours.cpu_seconds):.2f}",
+            ]
         yield our_step.row([
             name, player.name, f"{batch / median:.1f}",
             f"{median * 1e3:.1f} ({low:.1f}..{high:.1f})",
+            f"{statistics.median(player.cpu_seconds) * 1e3:.1f}",
             f"{player.facts['compile_seconds']:.1f}",
-            f"{player.peak_bytes / 2**30:.2f}",
-            f"{turns.ratio(player, ours):.2f}" if compared else "",
+            f"{player.peak_bytes / 2**30:.2f}", *compared,
         ])
 
 

@@ -35,13 +35,15 @@ class Player:
 
     Attributes:
       facts: what the process said about itself when its step was ready.
-      seconds: of each step.
+      seconds: of each step; likewise `cpu_seconds`, of all threads, which other
+        programs on the machine change less.
       peak_bytes: the most memory that the process has used.
       fallen: why the process takes no more turns; empty while it does.
     """
 
     def __init__(self, name: str, command: list[str]):
-        self.name, self.facts, self.seconds = name, {}, []
+        self.name, self.facts = name, {}
+        self.seconds, self.cpu_seconds = [], []
         self.peak_bytes, self.fallen = 0, ""
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._process = subprocess.Popen(
@@ -68,6 +70,7 @@ class Player:
         said = self._hear()
         if said:
             self.seconds.append(said["seconds"])
+            self.cpu_seconds.append(said["cpu_seconds"])
             self.peak_bytes = said["peak_bytes"]
 
     def close(self) -> None:
@@ -92,15 +95,9 @@ class Player:
         return {} if self.fallen else said
 
 
-def median(player: Player) -> float:
-    """Returns the median time of a player's steps, in seconds."""
-    return statistics.median(player.seconds)
-
-
-def ratio(player: Player, other: Player) -> float:
-    """Returns how long a player's steps take in steps of another, pair by pair."""
-    pairs = zip(player.seconds, other.seconds, strict=False)
-    return statistics.median(ours / theirs for ours, theirs in pairs)
+def ratio(times: list[float], others: list[float]) -> float:
+    """Returns how long steps take in steps of another player, pair by pair."""
+    return statistics.median(x / y for x, y in zip(times, others, strict=True))
 
 
 def measure(players: Iterable[Player], *, num_steps: int) -> None:
@@ -140,9 +137,12 @@ def serve(
     step, facts = prepare()
     say(**facts)
     for _ in sys.stdin:
-        begin = time.perf_counter()
+        begin, cpu_begin = time.perf_counter(), time.process_time()
         step()
-        say(seconds=time.perf_counter() - begin, peak_bytes=peak_bytes())
+        say(
+            seconds=time.perf_counter() - begin,
+            cpu_seconds=time.process_time() - cpu_begin, peak_bytes=peak_bytes(),
+        )
 
 
 def peak_host_bytes() -> int:

@@ -16,7 +16,7 @@ CROSS = "configs/vitb_cross.py"
 
 # The process of a player: its second step raises, or ends the process at once.
 PLAYER = """
-import os, sys
+import os, sys, time
 from benchmarks import turns
 
 count = 0
@@ -26,6 +26,8 @@ def one_step():
     count += 1
     print("chatter")
     os.write(1, b"more of it")
+    if sys.argv[1] == "steps":
+        time.sleep(0.1)
     if count == 2 and sys.argv[1] == "raises":
         raise MemoryError("no room\\nfor this")
     if count == 2 and sys.argv[1] == "ends":
@@ -47,16 +49,15 @@ def test_one_that_ends_says_why_and_the_others_go_on():
     assert [p.facts["platform"] for p in (steps, raises, ends)] == [
         "steps", "raises", "ends"
     ]
-    assert len(steps.seconds) == 4 and min(steps.seconds) >= 0 and not steps.fallen
+    assert len(steps.seconds) == 4 and min(steps.seconds) >= 0.1 and not steps.fallen
+    assert len(steps.cpu_seconds) == 4 and max(steps.cpu_seconds) < 0.1  # it slept
     assert steps.peak_bytes == 104
     assert len(raises.seconds) == 1 and raises.fallen == "MemoryError: no room"
     assert len(ends.seconds) == 1 and ends.fallen == "ended with status 3"
 
 
 def test_a_ratio_is_the_median_over_pairs():
-    ours, theirs = (object.__new__(turns.Player) for _ in range(2))
-    ours.seconds, theirs.seconds = [1.0, 2.0, 30.0], [2.0, 4.0, 3.0]
-    assert turns.ratio(ours, theirs) == 0.5
+    assert turns.ratio([1.0, 2.0, 30.0], [2.0, 4.0, 3.0]) == 0.5
 
 
 @pytest.fixture
@@ -102,9 +103,10 @@ def test_ours_and_the_reference_take_turns(dtype, tmp_path, capfd):
         for line in printed.out.splitlines() if line.startswith("| vitb_cross |")
     ]
     assert [row[1] for row in rows] == ["ours", "reference"], printed.err
-    assert rows[0][6] == "" and float(rows[1][6]) > 0
+    assert rows[0][7:] == ["", ""]
+    assert float(rows[1][7]) > 0 and float(rows[1][8]) > 0
     for row in rows:
-        assert float(row[2]) > 0 and float(row[5]) > 0
+        assert float(row[2]) > 0 and float(row[4]) > 0 and float(row[6]) > 0
     assert "chatter" not in printed.out and "chatter" in printed.err
     assert f"torch {sys.modules['torch'].__version__}" in printed.out
 
