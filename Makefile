@@ -5,7 +5,7 @@
 # PyTorch, timm and transformers, to compare with, and the TPU's compiler. With another
 # Python: make demo PYTHON=python3.12
 #
-# make test-gpu-compile    compile for a GPU that need not be there (another 2 GB)
+# make test-gpu-compile    compile for a GPU that need not be there (1.5 GB)
 
 PYTHON ?= python3
 VENV := .venv
@@ -45,7 +45,8 @@ $(TEST): $(DEMO)
 	$(BESIDE)/tpu 'libtpu; sys_platform == "linux" and platform_machine == "x86_64"'
 	touch $@
 
+# NVIDIA's versions stand here: in constraints.txt they would contradict PyTorch's own.
 $(GPU): $(TEST)
-	$(BESIDE)/gpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cudnn-cu13 \
-	    nvidia-cuda-nvrtc nvidia-cuda-runtime
+	$(BESIDE)/gpu jax-cuda13-plugin jax-cuda13-pjrt nvidia-cudnn-cu13==9.28.0.42 \
+	    nvidia-cuda-nvrtc==13.5.37 nvidia-cuda-runtime==13.5.37
 	touch $@

@@ -46,12 +46,12 @@ def test_the_same_images_give_the_same_features(run, images):
 
 
 def test_an_encoder_works_on_one_device_and_kernels_may_know(run, images, monkeypatch):
-    meshes = []
+    encoder, meshes = crossmae_jax.load(run), []
     monkeypatch.setitem(
         attention.CHECKS, "xla",
         lambda *_: meshes.append(jax.sharding.get_abstract_mesh()),
     )
-    crossmae_jax.load(run)(images)
+    encoder(images)
     assert meshes and all(not mesh.empty and mesh.size == 1 for mesh in meshes)
 
 
