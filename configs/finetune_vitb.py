@@ -8,8 +8,8 @@ al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391).
         --workdir=runs/finetune_vitb --config.init_from=RUN \\
         --config.data.data_dir=DATA
 
-Published, ImageNet-1k top-1, from 800 epochs of pre-training (arXiv 2401.14391, table
-1): 83.3 from MAE, 83.5 from CrossMAE 0.25, 83.7 from CrossMAE 0.75. From 1600 of
+Published, ImageNet-1k top-1 (arXiv 2401.14391, table 1): 83.3 from MAE, 83.5 from
+CrossMAE 0.25, 83.7 from CrossMAE 0.75, each pre-trained for 800 epochs. From 1600 of
 MAE: 83.6 (arXiv 2111.06377, table 3).
 Measured by us: nothing yet.
 """

@@ -8,8 +8,8 @@ al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391).
         --workdir=runs/finetune_vith --config.init_from=RUN \\
         --config.data.data_dir=DATA
 
-Published, ImageNet-1k top-1, from 800 epochs of pre-training (arXiv 2401.14391, table
-1): 85.8 from MAE, 86.3 from CrossMAE 0.25, 86.4 from CrossMAE 0.75. From 1600 of
+Published, ImageNet-1k top-1 (arXiv 2401.14391, table 1): 85.8 from MAE, 86.3 from
+CrossMAE 0.25, 86.4 from CrossMAE 0.75, each pre-trained for 800 epochs. From 1600 of
 MAE: 86.9 (arXiv 2111.06377, table 3).
 Measured by us: nothing yet.
 """
