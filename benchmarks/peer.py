@@ -61,6 +61,8 @@ def check_reference(directory: Path) -> None:
 
 def check_config(name: str, config: ConfigDict) -> None:
     """Stops the program at what the reference does not have."""
+    if config.objective != "pretrain":
+        train_main.stop(f"{name} does not pre-train; the reference does nothing else.")
     model, (height, width) = config.model, config.data.image_size
     reasons = {
         "model.aggregator.kind": model.aggregator.kind != "none",
@@ -71,7 +73,6 @@ def check_config(name: str, config: ConfigDict) -> None:
         "optim.name": config.optim.name != "adamw",
         "optim.decay_tokens": not config.optim.decay_tokens,
         "optim.layer_decay": config.optim.layer_decay != 1,
-        "optim.tune_blocks": config.optim.tune_blocks is not None,
     }
     wrong = [reason for reason, found in reasons.items() if found]
     if wrong:

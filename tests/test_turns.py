@@ -121,3 +121,6 @@ def test_what_the_reference_cannot_do_ends_in_one_line(tmp_path, capsys):
     assert "asks for with model.aggregator.kind, masking.throw_ratio; it has MAE" in (
         capsys.readouterr().err
     )
+    with pytest.raises(SystemExit):
+        peer.main([f"--reference={directory}", "--config=configs/finetune_digits.py"])
+    assert "does not pre-train; the reference does nothing" in capsys.readouterr().err
