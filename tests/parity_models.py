@@ -155,7 +155,7 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
     if model.fusion is not None:
         chosen = [encoded.feature_maps[j] for j in model.fusion.maps]
         outputs["feats"] = jnp.stack(chosen)
-        outputs["fm_mix"] = jnp.stack(seen["fusion"]["mix"][0], axis=-1)
+        outputs["fm_mix"] = jnp.moveaxis(seen["fusion"]["mix"][0], 0, -1)
         outputs["dec_kv_in"] = jnp.stack(seen["fusion"]["__call__"][0])
     return outputs
 

@@ -136,17 +136,12 @@ def model_macs(config):
 
 
 def expected_macs(config):
-    """Returns the counted cost without what this library leaves out or does otherwise."""
+    """Returns the counted cost without the work that this library leaves out."""
     counted = cost.count(config)
     size, patch_size = vit.parse_size(config.model.size)
     patch_dim = patch_size**2 * config.data.channels
     hidden = counted.num_patches - counted.num_keep
     macs = counted.macs - hidden * patch_dim * size.dim
-    if config.model.fusion == "inter_block":  # scaled maps, no product of matrices
-        objective = OBJECTIVES[config.objective](config)
-        shapes = jax.eval_shape(objective.init, jax.random.key(0))
-        weights = math.prod(shapes["params"]["fusion"]["kernel"].shape)
-        macs -= weights * (counted.num_keep + 1) * size.dim
     if config.model.decoder == "mae":
         aggregates = config.model.aggregator.kind != "none"
         unread = counted.num_keep + (0 if aggregates else 1)  # visible, class token

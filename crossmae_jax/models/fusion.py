@@ -11,7 +11,6 @@ re-initialises every linear layer, so that W is in effect Xavier-uniform, and so
 here. The norm follows the mixture; the encoder has no norm of its own.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -85,10 +84,7 @@ class InterBlockAttention(nn.Module):
 
     def mix(
         self, feature_maps: tuple[Float[Array, "b k d"], ...]
-    ) -> list[Float[Array, "b k d"]]:
-        """Returns the mixtures before their norms, one for each decoder block."""
-        chosen = [feature_maps[j].astype(jnp.float32) for j in self.maps]
-        return jax.lax.optimization_barrier([
-            sum(w * x for w, x in zip(weights, chosen, strict=True)).astype(self.dtype)
-            for weights in self.kernel.T
-        ])
+    ) -> Float[Array, "i b k d"]:
+        """Returns the mixtures before their norms, decoder block first."""
+        chosen = jnp.stack([feature_maps[j] for j in self.maps])
+        return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))

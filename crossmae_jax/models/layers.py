@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from crossmae_jax.ops import attention as attention_ops
+from crossmae_jax.ops import gelu as gelu_ops
 from crossmae_jax.ops import layer_norm as layer_norm_ops
 
 # What the gradient pass computes again instead of keeping it. "selective": norms, GELU
@@ -167,7 +168,7 @@ class Mlp(nn.Module):
 
     def contract(self, hidden: Float[Array, "b n m"]) -> Float[Array, "b n d"]:
         """Applies the GELU and the second layer."""
-        return self.fc2(nn.gelu(hidden, approximate=False))
+        return self.fc2(gelu_ops.gelu(hidden))
 
 
 class Block(nn.Module):
