@@ -1,4 +1,4 @@
-"""The encoder of configs/digits_cross.py, fine-tuned: a minute on two CPU cores.
+"""The encoder of configs/digits_cross.py, fine-tuned on a CPU.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377,
 appendix A.1, at the scale of digits of 8 x 8 pixels.
