@@ -87,7 +87,8 @@ def test_weights_moments_and_images_are_those_of_the_config(found):
     trained = counted.params - counted.table_params
     assert found.memory.weights == 4 * counted.params
     assert found.memory.moments == 2 * 4 * trained + 3 * 4  # and three counters
-    assert found.memory.images == 16 * (16 * 16 + 4) // 8  # bytes, and their numbers
+    # Bytes of pixels, label and number.
+    assert found.memory.images == 16 * (16 * 16 + 4 + 4) // 8
     assert found.memory.temporaries > 0
     assert 0 <= found.memory.other < 0.1 * found.memory.total
     assert found.flops == counted.train_flops * 16 / 8
