@@ -26,6 +26,7 @@ allows. With `--compile` the model goes through torch.compile first.
 import argparse
 import contextlib
 import functools
+import importlib
 import os
 import statistics
 import sys
@@ -125,11 +126,9 @@ def build(config: ConfigDict, directory: Path):
     """
     import torch
 
-    with importable(directory):
-        import models_cross
-        import models_mae
-
     model = config.model
+    with importable(directory):
+        module = importlib.import_module(f"models_{model.decoder}")
     size, patch_size = vit.parse_size(model.size)
     options = dict(
         img_size=config.data.image_size[0], patch_size=patch_size,
@@ -145,7 +144,6 @@ def build(config: ConfigDict, directory: Path):
             use_fm=list(model.fusion_maps or [-1]),
             self_attn=model.decoder_self_attention,
         )
-    module = models_mae if model.decoder == "mae" else models_cross
     built = module.MaskedAutoencoderViT(**options)
     found = sum(parameter.numel() for parameter in built.parameters())
     expected = cost.count(config).params

@@ -340,7 +340,7 @@ def candidates(config: ConfigDict, found: Estimate) -> list[Iterator[dict[str, A
             if batch % (devices * parts) == 0
         )
     if smaller := _divisor(found, copies=1):
-        if "remat" in config.model and config.model.remat != "full":
+        if config.model.remat != "full":
             ways.append(iter([{"model.remat": "full"}]))
         halved = (batch // 2**power for power in range(1, batch.bit_length()))
         ways.append(

@@ -195,8 +195,7 @@ def table(found: dict[str, float]) -> str:
 
 
 def best(found: dict[str, float]) -> str:
-    """Says what the best state of a run reached, and the last one, on how many images.
-    """
+    """Says what the best state of a run reached, and the last, on how many images."""
     (name, value), = (
         (key.removeprefix("best/"), value) for key, value in found.items()
         if key.startswith("best/eval/")

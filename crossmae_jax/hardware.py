@@ -7,7 +7,8 @@ compiling only: the makers' compilers run without the devices.
 The figures are those of the makers' documents: NVIDIA's data sheets of A100, H100 and
 H200 (dense operations; the sheets' own are with sparsity, twice as many), and the pages
 "TPU v4", "v5e", "v5p" and "v6e" of the Google Cloud TPU documentation. Links are given
-there for both directions together; here for one.
+there for both directions together; here for one. Checked against these pages were v5e,
+v5p and v6e; the others are from memory and want checking before they decide anything.
 
 JAX is imported inside the functions: what `without_devices` sets is read by the import.
 """

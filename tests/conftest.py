@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax  # noqa: E402  the flags above must be set first
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -18,3 +19,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 collect_ignore = []
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     collect_ignore.append("test_tpu_compile.py")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """Where the digits are prepared, once for all tests."""
+    return str(tmp_path_factory.mktemp("digits"))

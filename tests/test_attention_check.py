@@ -180,7 +180,7 @@ def test_what_plain_xla_computes_is_not_compared(monkeypatch, capsys):
     _check(*CASES[:2], CASES[0])
     assert capsys.readouterr().out == (
         "attention 50 x 50, 4 heads of 64, bfloat16: xla\n"
-        "attention 49 x 50, 8 heads of 32, bfloat16: xla\n"
+        "attention 65 x 65, 2 heads of 80, bfloat16: xla\n"
     )
 
 
@@ -189,12 +189,6 @@ def test_only_the_first_process_prints(monkeypatch, take, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     _check(CASES[0])
     assert capsys.readouterr().out == ""
-
-
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """Where the digits are prepared, once for all tests."""
-    return str(tmp_path_factory.mktemp("digits"))
 
 
 def _config(digits_dir, **changes):

@@ -28,12 +28,6 @@ PROBE = {
 }
 
 
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """Where the digits are prepared, once for all tests."""
-    return str(tmp_path_factory.mktemp("digits"))
-
-
 def make_config(digits_dir=None, **changes):
     config = finetune_digits.get_config()
     changes = {name.replace("__", "."): value for name, value in changes.items()}

@@ -31,12 +31,6 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """Where the digits are prepared, once for all tests."""
-    return str(tmp_path_factory.mktemp("digits"))
-
-
 def _config(digits_dir, evals=None, **changes):
     config = digits_cross.get_config()
     config.update_from_flattened_dict(TINY | {"data.data_dir": digits_dir})
@@ -339,7 +333,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(objective="pretran"), "Unknown objective 'pretran'. Known: pretrain"),
+    (dict(objective="pretran"), "Unknown objective 'pretran'. Known: classify, pret"),
     (dict(data__source="folders"), "Unknown data.source 'folders'"),
     (dict(epochs=0.01), "do not fill one batch of 96"),
     (dict(data__batch_size=100), "batch_size=100 does not divide over 8 devices"),

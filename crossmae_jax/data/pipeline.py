@@ -31,9 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from crossmae_jax.data import transforms, workers
+from crossmae_jax.data import randaug, transforms, workers
 from crossmae_jax.data.bad_images import Bad, BadImages, TooManyBadImages
-from crossmae_jax.data.randaug import RandAugment
 from crossmae_jax.data.sources import Source
 
 Batch = dict[str, np.ndarray]
@@ -80,7 +79,7 @@ def train_batches(
         crop=data.crop,
         crop_scale=tuple(float(share) for share in data.crop_scale),
         flip=data.flip,
-        randaug=_randaug(data),
+        randaug=randaug.from_config(data),
     )
     order = functools.partial(_shuffled, num_images=len(source), seed=seed)
     loader = _Loader(source, local, order, augment, _pixels(data))
@@ -386,17 +385,6 @@ def _philox(seed: int, number: int, *, stream: int) -> np.random.Philox:
     return np.random.Philox(
         key=np.array([seed, number], np.uint64),
         counter=np.array([0, 0, 0, stream], np.uint64),
-    )
-
-
-def _randaug(data: ConfigDict) -> RandAugment | None:
-    if data.randaug_ops == 0:
-        return None
-    return RandAugment(
-        num_ops=data.randaug_ops,
-        magnitude=data.randaug_magnitude,
-        std=0.5,  # timm's mstd0.5
-        mean=tuple(data.mean),
     )
 
 

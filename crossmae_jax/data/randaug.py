@@ -28,6 +28,7 @@ import dataclasses
 import math
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageEnhance, ImageOps
 
 _LARGEST = 10.0  # the magnitude at which an operation is as strong as the table says
@@ -174,3 +175,15 @@ class RandAugment:
         """
         fill = tuple(min(255, round(255 * value)) for value in self.mean)
         return _OPERATIONS[operation](image, magnitude / _LARGEST, sign, fill)
+
+
+def from_config(data: ConfigDict) -> RandAugment | None:
+    """Returns what `config.data` asks for; None where it asks for no operation."""
+    if data.randaug_ops == 0:
+        return None
+    return RandAugment(
+        num_ops=data.randaug_ops,
+        magnitude=data.randaug_magnitude,
+        std=0.5,  # timm's mstd0.5
+        mean=tuple(data.mean),
+    )

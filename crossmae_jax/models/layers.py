@@ -111,6 +111,8 @@ class Attention(nn.Module):
     """Multi-head attention of `x` over itself, or over `context` when it is given.
 
     The context may have another width; keys and values are projected from it directly.
+    It comes in two halves, `attend(*project(x))`, because a block computes the first
+    again where it saves memory.
     """
 
     dim: int
@@ -123,11 +125,6 @@ class Attention(nn.Module):
         self.q = dense(self.dim, self.dtype)
         self.kv = SplitDense(self.dim, 2, self.dtype)
         self.proj = dense(self.dim, self.dtype)
-
-    def __call__(
-        self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
-    ) -> Float[Array, "b q d"]:
-        return self.attend(*self.project(x, context))
 
     def project(
         self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
