@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import resource
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -169,7 +169,18 @@ class TfdsSource:
         return f"TfdsSource({self.full_name!r}, {self.split!r}, {len(self)} images)"
 
 
-Source = FolderSource | TfdsSource
+@runtime_checkable
+class Source(Protocol):
+    """What the loader reads images from."""
+
+    num_classes: int
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    def name(self, index: int) -> str: ...
 
 
 def make_source(data: ConfigDict, split: str) -> Source | None:
