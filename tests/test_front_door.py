@@ -228,13 +228,14 @@ def declared():
 
 DISTRIBUTIONS = {
     "PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint",
-    "sklearn": "scikit-learn",
+    "sklearn": "scikit-learn", "imagecorruptions": "imagecorruptions-imaug",
 }
 
 
 def test_every_package_that_is_imported_is_declared():
     ours = {"crossmae_jax", "configs", "benchmarks", "tests"}
-    optional = {"scikit-learn"}  # the demo's digits; named in the error without it
+    # Named in the errors without them.
+    optional = {"scikit-learn": "demo", "imagecorruptions-imaug": "robustness"}
     tested = declared()["test"] | declared()["interop"] | declared()[""]
     for name, folders in project_imports().items():
         if name in sys.stdlib_module_names or name in ours:
@@ -245,7 +246,7 @@ def test_every_package_that_is_imported_is_declared():
         elif name in declared()["interop"]:
             pass  # imported inside functions: see below
         elif name in optional:
-            assert name in declared()["demo"], name
+            assert name in declared()[optional[name]], name
         else:
             assert name in declared()[""], f"{name}, imported in {folders}"
 
@@ -295,7 +296,7 @@ def test_every_pin_is_exact_and_inside_the_declared_bounds():
         name = pin.name.lower().replace("_", "-")
         versions.setdefault(name, []).append(str(pin.specifier)[2:])
     lines = parser["options"]["install_requires"].splitlines()
-    for extra in ("demo", "test"):
+    for extra in ("demo", "test", "robustness"):
         lines += parser["options.extras_require"][extra].splitlines()
     for line in filter(None, lines):
         requirement = requirements.Requirement(line)
