@@ -22,14 +22,7 @@ def evaluate(
       ValueError: if a label is not one of the classes.
     """
     count, num_classes = logits.shape
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        first = int(np.argmax(outside))
-        raise ValueError(
-            f"{outside.sum()} of {count} images have labels outside of the head's "
-            f"0 to {num_classes - 1}, first image {first} with {labels[first]}; "
-            "evaluate on images of the classes that the head was trained for."
-        )
+    check_labels(labels, num_classes)
     ranks = []
     for start in range(0, count, _ROWS):
         rows, truth = logits[start : start + _ROWS], labels[start : start + _ROWS, None]
@@ -41,3 +34,15 @@ def evaluate(
         "top1": float(np.mean(rank < 1)), "top5": float(np.mean(rank < 5)),
         "images": float(count),
     }
+
+
+def check_labels(labels: Int[np.ndarray, "n"], num_classes: int) -> None:
+    """Raises ValueError if a label is not one of the classes."""
+    outside = (labels < 0) | (labels >= num_classes)
+    if outside.any():
+        first = int(np.argmax(outside))
+        raise ValueError(
+            f"{outside.sum()} of {len(labels)} images have labels outside of the "
+            f"head's 0 to {num_classes - 1}, first image {first} with {labels[first]}; "
+            "evaluate on images of the classes that the head was trained for."
+        )
