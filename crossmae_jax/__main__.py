@@ -12,6 +12,8 @@ import sys
 
 COMMANDS = {
     "train": "crossmae_jax.commands.train",
+    "sweep": "crossmae_jax.commands.sweep",
+    "evaluate": "crossmae_jax.commands.evaluate",
     "cost": "crossmae_jax.commands.cost",
     "estimate": "crossmae_jax.commands.estimate",
     "convert": "crossmae_jax.commands.convert",

@@ -23,6 +23,19 @@ def _digests(files: list[Path]) -> list[str]:
         return list(pool.map(digest, files))
 
 
+def of(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, or of the names and digests below a directory."""
+    path = Path(path)
+    if path.is_file():
+        return _digests([path])[0]
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listed = "".join(
+        f"{digest}  {file.relative_to(path).as_posix()}\n"
+        for file, digest in zip(files, _digests(files), strict=True)
+    )
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
 def write(path: str | Path) -> None:
     """Lists the digests of all files in the sub-directories of `path`."""
     path = Path(path)

@@ -56,10 +56,9 @@ class Evaluations:
                 )
         self._config, self._sources, self._mesh = config, opened, mesh
         self._directory, self._panel_key = directory, panel_key
-        self._num_images = {split: len(source) for split, source in opened.items()}
         evaluators.check(
-            config.evals.to_dict(), num_images=self._num_images,
-            num_classes=opened["train"].num_classes,
+            config.evals.to_dict(), num_classes=opened["train"].num_classes,
+            num_images={split: len(source) for split, source in opened.items()},
         )
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
         if "reconstruction" in config.evals:
@@ -76,9 +75,11 @@ class Evaluations:
 
     def trace(self, variables: Any) -> None:
         """Traces what the evaluators will compute, without computing it."""
+        data = self._config.data
+
         def batch(num_images: int | None = None) -> Any:
             blank = pipeline.blank_batch(
-                self._config.data, batch_size=self._batch_size(num_images), valid=True
+                data, batch_size=_batch_size(data, self._mesh, num_images), valid=True
             )
             return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
 
@@ -88,14 +89,6 @@ class Evaluations:
         if "reconstruction" in evals:
             size = evals.reconstruction.num_images
             jax.eval_shape(self._reconstruct, variables, batch(size), self._panel_key)
-
-    def _batch_size(self, num_images: int | None) -> int:
-        """Returns the size of batches for so many images, None for all."""
-        size = self._config.data.batch_size
-        if num_images is None:
-            return size
-        per_device = -(-num_images // self._mesh.size)  # no more padding than needed
-        return min(size, per_device * self._mesh.size)
 
     def run(
         self,
@@ -159,22 +152,56 @@ class Evaluations:
         return evaluators.run(name, made, self._config.evals[name].to_dict())
 
     def _evaluation(self, predict, stop, **pictures: Any) -> evaluators.Evaluation:
-        def batches(split: str, num_images: int | None) -> Iterator[evaluators.Batch]:
-            with pipeline.eval_batches(
-                self._sources[split], self._config.data,
-                batch_size=self._batch_size(num_images), num_images=num_images,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(), workdir=str(self._directory),
-            ) as made:
-                for batch in made:
-                    if stop.is_set():
-                        raise interruption.Interrupted
-                    yield batch
-
-        return evaluators.Evaluation(
-            batches=batches, num_images=self._num_images, predict=predict,
-            place=lambda batch: parallel.place_batch(self._mesh, batch), **pictures,
+        return of_sources(
+            self._sources, self._config.data, predict, mesh=self._mesh,
+            workdir=self._directory, stop=stop, **pictures,
         )
+
+
+def of_sources(
+    opened: dict[str, sources.Source],
+    data: ConfigDict,
+    predict: features.Predict,
+    *,
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+    stop: threading.Event | None = None,
+    **pictures: Any,
+) -> evaluators.Evaluation:
+    """Returns the evaluation of a model on splits, "train" and "eval".
+
+    Args:
+      data: `config.data`, which says how images are prepared.
+      predict: as in `evaluators.Evaluation`; likewise `pictures`.
+      workdir: where images that cannot be decoded are listed.
+      stop: ends the evaluation with `interruption.Interrupted` once it is set.
+    """
+    def batches(split: str, num_images: int | None) -> Iterator[evaluators.Batch]:
+        with pipeline.eval_batches(
+            opened[split], data, batch_size=_batch_size(data, mesh, num_images),
+            num_images=num_images, process_index=jax.process_index(),
+            process_count=jax.process_count(), workdir=str(workdir),
+        ) as made:
+            for batch in made:
+                if stop is not None and stop.is_set():
+                    raise interruption.Interrupted
+                yield batch
+
+    return evaluators.Evaluation(
+        batches=batches, predict=predict,
+        num_images={split: len(source) for split, source in opened.items()},
+        place=lambda batch: parallel.place_batch(mesh, batch), **pictures,
+    )
+
+
+def _batch_size(
+    data: ConfigDict, mesh: jax.sharding.Mesh, num_images: int | None
+) -> int:
+    """Returns the size of batches for so many images, None for all."""
+    if num_images is None:
+        return data.batch_size
+    per_device = -(-num_images // mesh.size)  # no more padding than needed
+    return min(data.batch_size, per_device * mesh.size)
 
 
 def table(found: dict[str, float]) -> str:

@@ -6,11 +6,13 @@
 Kept to flags on purpose: everything else can be called from a notebook.
 """
 
+import contextlib
 import difflib
+import functools
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,12 +104,7 @@ def parse_config(argv: list[str], parse: Callable[[list[str]], list[str]]) -> Pa
     path = _config_path(argv)
     # Before the flags are parsed: an unknown setting ends that in a traceback.
     _check_settings(argv, load_config(path))
-    rest = parse(argv)
-    if len(rest) > 1:
-        stop(
-            f"Unexpected arguments: {' '.join(rest[1:])}. Settings take two dashes and "
-            "an equals sign: --config.optim.base_lr=1e-4."
-        )
+    _check_no_rest(parse(argv))
     return path
 
 
@@ -129,21 +126,48 @@ def parse_command(
         sys_argv=argv,
     )
 
-    def parse(argv):
-        try:
-            return values(argv)
-        except flags.Error as error:
-            stop(
-                f"{error}\nWrite --config=FILE [--config.KEY=VALUE ...] {usage}, "
-                "values of the type that they have in the file."
-            )
-
-    path = parse_config(argv, parse)
+    path = parse_config(argv, functools.partial(
+        _parse, values, usage=f"--config=FILE [--config.KEY=VALUE ...] {usage}"
+    ))
     changes = config_flags.get_override_values(values["config"])
     title = f"`{path}`"
     if changes:
         title += " with " + ", ".join(f"`{k}={v}`" for k, v in changes.items())
     return path, title
+
+
+def parse_settings(
+    name: str, argv: list[str], values: flags.FlagValues, config: ConfigDict, *,
+    usage: str,
+) -> None:
+    """Parses the flags of a command whose --config is known and can only be changed.
+
+    Args:
+      argv: what follows the command's name; likewise the other arguments are those of
+        `parse_command`.
+    """
+    # Before they are parsed: an unknown setting ends that in a traceback.
+    _check_settings(argv, config)
+    argv = [f"crossmae-jax {name}", *argv]
+    config_flags.DEFINE_config_dict(
+        "config", config, "Settings of a run.", flag_values=values, sys_argv=argv
+    )
+    _check_no_rest(_parse(values, argv, usage=usage))
+
+
+def _parse(values: flags.FlagValues, argv: list[str], *, usage: str) -> list[str]:
+    try:
+        return values(argv)
+    except flags.Error as error:
+        stop(f"{error}\nWrite {usage}, values of the type that they have in the file.")
+
+
+def _check_no_rest(rest: list[str]) -> None:
+    if len(rest) > 1:
+        stop(
+            f"Unexpected arguments: {' '.join(rest[1:])}. Settings take two dashes and "
+            "an equals sign: --config.optim.base_lr=1e-4."
+        )
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -160,25 +184,39 @@ def parse_flags(argv: list[str]) -> list[str]:
     return argv[:1]
 
 
+@contextlib.contextmanager
+def known_errors(*others: type[Exception]) -> Iterator[None]:
+    """Ends the program with one line for an error that says what to do.
+
+    Other errors are bugs, and keep their traceback.
+
+    Args:
+      others: what says so, too, in this program.
+    """
+    from crossmae_jax import checkpoint, environment, train
+    from crossmae_jax.data import bad_images, transforms
+    from crossmae_jax.ops import attention_check
+
+    try:
+        yield
+    except (
+        train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
+        bad_images.TooManyBadImages, transforms.ChannelMismatch,
+        attention_check.KernelError, *others,
+    ) as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     del argv  # nothing but the program's name: see parse_flags
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
-    from crossmae_jax import checkpoint, environment, train
-    from crossmae_jax.data import bad_images, transforms
-    from crossmae_jax.ops import attention_check
+    from crossmae_jax import train
 
-    try:
+    with known_errors():
         train.run(_CONFIG.value, _WORKDIR.value)
-    # Each of them says what to do. Other errors are bugs, and keep their traceback.
-    except (
-        train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
-        bad_images.TooManyBadImages, transforms.ChannelMismatch,
-        attention_check.KernelError,
-    ) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

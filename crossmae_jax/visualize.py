@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from matplotlib import colors, figure, patches
+from matplotlib.axes import Axes
 
 _DPI = 100
 # What a column leaves out must not look like part of the image: blue among greys, grey
@@ -227,8 +228,7 @@ def loss_curve(
         np.asarray([points[step][i] for step in steps], float) for i in range(2)
     )
 
-    drawing = figure.Figure(figsize=(9, 5), dpi=_DPI, facecolor="white")
-    axes = drawing.add_axes((0.1, 0.14, 0.86, 0.74))
+    drawing, axes = _axes("Loss on hidden patches while training")
     axes.plot(
         steps, trivial, color="#777777", linewidth=2, linestyle="--",
         label="trivial: the mean of each patch",
@@ -236,17 +236,47 @@ def loss_curve(
     axes.plot(steps, loss, color="#1f5fa8", linewidth=2.5, label="model")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
-    axes.set_title(
-        "Loss on hidden patches while training", fontsize=14, color=_INK, loc="left"
-    )
     axes.set_xlabel("step", fontsize=13)
     axes.set_ylabel("mean squared error", fontsize=13)
+    axes.legend(fontsize=12, frameon=False)
+    return _save(drawing, path)
+
+
+def accuracy_by_blocks(
+    curves: Mapping[str, Mapping[float, float]], path: str | pathlib.Path
+) -> pathlib.Path:
+    """Draws the accuracy of partial fine-tuning over the number of tuned blocks.
+
+    Args:
+      curves: by the name of the encoder, the accuracy, 0..1, by the number of blocks.
+    """
+    drawing, axes = _axes("Partial fine-tuning")
+    ticks = sorted({count for curve in curves.values() for count in curve})
+    places = {count: place for place, count in enumerate(ticks)}  # 0 and 0.5 apart
+    markers = "osD^vP*X"
+    for number, (name, curve) in enumerate(curves.items()):
+        counts = sorted(curve)
+        axes.plot(
+            [places[count] for count in counts],
+            [100 * curve[count] for count in counts],
+            marker=markers[number % len(markers)], linewidth=2, label=name,
+        )
+    axes.set_xticks(list(places.values()), [f"{count:g}" for count in ticks])
+    axes.set_xlabel("fine-tuned blocks", fontsize=13)
+    axes.set_ylabel("top-1 accuracy, %", fontsize=13)
+    axes.legend(fontsize=12, frameon=False)
+    return _save(drawing, path)
+
+
+def _axes(title: str) -> tuple[figure.Figure, Axes]:
+    drawing = figure.Figure(figsize=(9, 5), dpi=_DPI, facecolor="white")
+    axes = drawing.add_axes((0.1, 0.14, 0.86, 0.74))
+    axes.set_title(title, fontsize=14, color=_INK, loc="left")
     axes.tick_params(labelsize=12)
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=12, frameon=False)
-    return _save(drawing, path)
+    return drawing, axes
 
 
 def _drawable(

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 # Keys that may differ when a run is resumed: where things lie, how often to look.
 _FREE = (
@@ -51,6 +52,18 @@ _BEFORE = {
 }
 
 
+# Settings that may be unset, and their types, which JSON does not tell of nothing.
+_OPTIONAL = {
+    "data.data_dir": str,
+    "data.dir": str,
+    "data.eval_dir": str,
+    "data.num_classes": int,
+    "model.fusion_maps": tuple,
+    "optim.clip_norm": float,
+    "tune_blocks": float,
+}
+
+
 def read_config(workdir: str | Path) -> ConfigDict:
     """Returns the configuration of a run, for this version of the library.
 
@@ -62,14 +75,19 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise FileNotFoundError(
             f"{path} does not exist; give the --workdir that a run was started with."
         )
-    return ConfigDict(_tuples(_completed(json.loads(path.read_text()))))
+    return ConfigDict(_as_written(_completed(json.loads(path.read_text()))))
 
 
-def _tuples(values: Any) -> Any:
-    """Returns settings as configs write them: JSON has no tuples."""
+def _as_written(values: Any, path: str = "") -> Any:
+    """Returns settings as configs write them: JSON has no tuples and no placeholders."""
     if isinstance(values, dict):
-        return {name: _tuples(value) for name, value in values.items()}
-    return tuple(map(_tuples, values)) if isinstance(values, list) else values
+        return {
+            name: _as_written(value, f"{path}.{name}" if path else name)
+            for name, value in values.items()
+        }
+    if values is None and path in _OPTIONAL:
+        return placeholder(_OPTIONAL[path])
+    return tuple(map(_as_written, values)) if isinstance(values, list) else values
 
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:

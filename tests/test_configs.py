@@ -22,7 +22,7 @@ FILES = sorted(
 NAMES = [path.stem for path in FILES]
 CLASSIFY = [
     path for path in FILES
-    if path.stem.startswith(("finetune", "partialft", "linprobe"))
+    if path.stem.startswith(("finetune", "partialft", "linprobe", "transfer"))
 ]
 PRETRAIN = [path for path in FILES if path not in CLASSIFY]
 PRETRAIN_NAMES, CLASSIFY_NAMES = (
@@ -106,7 +106,8 @@ def test_the_experiments_of_the_papers_are_all_there():
         "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
         "folder_cross_knn", "finetune_vits", "finetune_vitb", "finetune_vitl",
         "finetune_vith", "finetune_vitb_448", "finetune_folder", "finetune_digits",
-        "partialft_vitb", "linprobe_vitb",
+        "partialft_vitb", "linprobe_vitb", "transfer_inat18_vitb",
+        "transfer_inat19_vitb", "transfer_places365_vitb", "transfer_vitb",
     }
     assert set(NAMES) == grid | others
 

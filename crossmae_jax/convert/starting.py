@@ -42,10 +42,12 @@ class Start:
 
     Attributes:
       tensors: what is loaded, under our names and in the model's shapes.
+      new: the parts that stay as they were drawn.
       report: what becomes of every part, a line each.
     """
 
     tensors: dict[str, Tensor]
+    new: frozenset[str]
     report: list[str]
 
     def apply(self, variables: Any) -> Any:
@@ -90,11 +92,12 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
         reason=_reason(card, config),
     )
     loaded = {name: theirs[name] for name in ours if _part(name) in parts}
+    new = [name for name in ours if name not in loaded]
     report = [
         f"weights from {path}: {card.origin}"
         + ("" if card.step is None else f", step {card.step}"),
         _line("loaded", loaded),
-        _line("new", [name for name in ours if name not in loaded], "drawn at random"),
+        _line("new", new, "drawn at random"),
         _line("unused", [name for name in theirs if name not in loaded]),
         f"  resized  {'; '.join(changed) or 'nothing'}",
     ]
@@ -102,7 +105,7 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
         report.append(
             f"  note     the decoder was trained with target.normalize={card.normalize}"
         )
-    return Start(loaded, report)
+    return Start(loaded, frozenset(map(_part, new)), report)
 
 
 def _part(name: str) -> str:

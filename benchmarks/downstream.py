@@ -1,0 +1,183 @@
+"""What pre-training is worth downstream: methods x labels, over seeds.
+
+    python -m benchmarks.downstream --workdir=runs/downstream
+
+Each method pre-trains on all digits without labels; then, with 100, 10 and 1 percent of
+the labels, everything is fine-tuned, and frozen features are classified by logistic
+regression and by their nearest neighbours. With all labels the last blocks are
+fine-tuned, too, for every number of blocks. The share of labels is another part of the
+training images for each seed.
+
+Fine-tuning is measured at its LAST epoch: nothing is chosen on the test images, though
+the papers report the best epoch.
+
+Runs lie in WORKDIR/METHOD/seed_N. One that is finished is not trained again, so a table
+that was interrupted goes on, and several processes may each take a seed.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import jax
+
+from benchmarks import ablation, step
+from crossmae_jax import evaluate, train, visualize, workdir
+
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+FINETUNE = "configs/finetune_digits.py"
+METHODS = {
+    "MAE": ("configs/digits_mae.py", []),
+    "CrossMAE 0.75": ("configs/digits_cross.py", ["masking.pred_ratio=0.75"]),
+    "CrossMAE 0.25": ("configs/digits_cross.py", ["masking.pred_ratio=0.25"]),
+    "PR-MIM": ("configs/digits_cross_prmim.py", []),
+    "random": None,  # not pre-trained
+}
+DEPTH = 4.0  # blocks of the encoder
+BLOCKS = (0.0, 0.5, 1.0, 2.0)
+NEIGHBOURS = 10  # with 1 percent of the labels there are 14
+EPOCHS = 20.0  # with all labels; with a share of them as many steps
+# Percent of the labels, and the batch size.
+SHARES = {100: 128, 10: 128, 1: 14}
+
+
+def split(percent: int, seed: int) -> str:
+    """Returns a share of the training images, another one for each seed.
+
+    Example:
+      split(10, 2)  # "train[20%:30%]"
+    """
+    if percent == 100:
+        return "train"
+    first = percent * seed
+    return f"train[{first}%:{first + percent}%]"
+
+
+def finetune(
+    weights: str, *, percent: int, blocks: float, seed: int, directory: Path
+) -> float:
+    """Returns the test accuracy of fine-tuning at its last epoch.
+
+    Args:
+      weights: a run, "" for none.
+      blocks: how many of the last blocks are tuned.
+    """
+    epochs = EPOCHS * 100 / percent
+    overrides = [
+        f"init_from={weights!r}", f"tune_blocks={blocks}",
+        f"data.split={split(percent, seed)!r}", f"data.batch_size={SHARES[percent]}",
+        "data.num_classes=10", f"epochs={epochs}",
+        f"optim.warmup_epochs={epochs / 10}", "evals.accuracy.every_epochs=0.0",
+        "checkpoint.every_epochs=0.0", "checkpoint.best=''",
+    ]
+    found = ablation.run(FINETUNE, overrides, seed=seed, directory=directory)
+    return found["eval/accuracy/top1"]
+
+
+def frozen(weights: str, *, percent: int, seed: int, directory: Path) -> dict[str, float]:
+    """Returns the test accuracy of k-NN and logistic regression on frozen features.
+
+    Args:
+      weights: a run, "" for none: then the network is that of CrossMAE, as it is drawn.
+    """
+    done = directory / "evaluation.json"
+    if not done.exists():
+        path, overrides = METHODS["CrossMAE 0.25"]
+        config = step.load_config(path, overrides=[f"seed={seed}", *overrides])
+        if weights:
+            config = workdir.read_config(weights)
+        config.data.split = split(percent, seed)
+        config.evals = dict(
+            knn=dict(k=NEIGHBOURS, temperature=0.07, pools=("mean", "cls")), linear={}
+        )
+        if weights:
+            made = evaluate.open_checkpoint(weights, config)
+        else:
+            objective = train.make_objective(config)
+            variables = objective.init(jax.random.key(seed))
+            made = evaluate.Checkpoint("random", None, "", config, objective, variables)
+        evaluate.run(made, ("knn", "linear"), directory)
+    return json.loads(done.read_text())["metrics"]
+
+
+def one(method: str, seed: int, root: Path) -> dict[str, float]:
+    """Pre-trains one method with one seed, and returns all that is measured of it."""
+    place, weights = root / method.replace(" ", "_") / f"seed_{seed}", ""
+    if METHODS[method] is not None:
+        path, overrides = METHODS[method]
+        weights = str(place / "pretrained")
+        ablation.run(
+            path, [*overrides, "evals={}", "checkpoint.every_epochs=0.0"], seed=seed,
+            directory=Path(weights),
+        )
+    found = {}
+    for percent in SHARES:
+        found[f"fine-tuning {percent}"] = finetune(
+            weights, percent=percent, blocks=DEPTH, seed=seed,
+            directory=place / f"finetuned_{percent}",
+        )
+        of_frozen = frozen(
+            weights, percent=percent, seed=seed, directory=place / f"frozen_{percent}"
+        )
+        found[f"linear {percent}"] = of_frozen["linear/top1"]
+        found[f"k-NN, mean {percent}"] = of_frozen[f"knn/mean/k{NEIGHBOURS}/top1"]
+        found[f"k-NN, class token {percent}"] = of_frozen[f"knn/cls/k{NEIGHBOURS}/top1"]
+    for blocks in BLOCKS:
+        found[f"blocks {blocks:g}"] = finetune(
+            weights, percent=100, blocks=blocks, seed=seed,
+            directory=place / f"blocks_{blocks:g}",
+        )
+    found[f"blocks {DEPTH:g}"] = found["fine-tuning 100"]
+    return found
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Returns means and standard deviations over the seeds, in percent, in Markdown."""
+    lines = [step.row(["", *found]), step.row(["---"] * (len(found) + 1))]
+    for key in next(iter(found.values()))[0]:
+        cells = []
+        for runs in found.values():
+            values = [100 * run[key] for run in runs]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(step.row([_title(key), *cells]))
+    return "\n".join(lines)
+
+
+def _title(key: str) -> str:
+    what, number = key.rsplit(" ", 1)
+    if what == "blocks":
+        return f"{number} tuned block" + "s" * (number != "1")
+    return f"{what}, {number} % of labels"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains and evaluates what is missing and prints the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.downstream", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--write", action="store_true", help="the picture into docs/")
+    args = parser.parse_args(argv)
+    found = {
+        method: [one(method, seed, args.workdir) for seed in args.seeds]
+        for method in args.methods
+    }
+    curves = {
+        method: {
+            blocks: statistics.mean(run[f"blocks {blocks:g}"] for run in runs)
+            for blocks in (*BLOCKS, DEPTH)
+        }
+        for method, runs in found.items()
+    }
+    folder = PICTURES if args.write else args.workdir
+    picture = visualize.accuracy_by_blocks(curves, folder / "accuracy_by_blocks.png")
+    print(step.conditions([], f"downstream of digits, seeds {args.seeds}"))
+    print(f"{table(found)}\n\n{picture}")
+
+
+if __name__ == "__main__":
+    main()
