@@ -6,7 +6,7 @@ random initialisation, and the raw pixels, evaluated in the same way on the same
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Evaluations:
             config.evals.to_dict(), num_classes=opened["train"].num_classes,
             num_images={split: len(source) for split, source in opened.items()},
         )
+        _check_pools(config)
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
         if "reconstruction" in config.evals:
             self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
@@ -114,12 +115,13 @@ class Evaluations:
                 panel=self._directory / "panels" / f"step_{step:08d}.png",
                 caption=visualize.caption(normalize=self._config.target.normalize),
             )
+        evals = {name: self._config.evals[name].to_dict() for name in names}
         evaluation = self._evaluation(
-            lambda batch: self._predict(variables, batch), stop, **pictures
+            evals, lambda batch: self._predict(variables, batch), stop, **pictures
         )
         found = {}
-        for name in names:
-            result = self._one(name, evaluation)
+        for name, options in evals.items():
+            result = evaluators.run(name, evaluation, options)
             self.files.extend(result.files)
             found |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
         if found:
@@ -137,24 +139,35 @@ class Evaluations:
             "random_init": lambda batch: self._predict(initial_variables, batch),
             "pixels": features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
         }
-        found = {}
+        evals = self._config.evals.to_dict()
+        evals, found = {name: evals[name] for name in _COMPARED if name in evals}, {}
         for baseline, predict in predicts.items():
-            evaluation = self._evaluation(predict, stop)
-            for name in (name for name in _COMPARED if name in self._config.evals):
-                result = self._one(name, evaluation)
+            if baseline == "pixels":  # one vector, no class token
+                evals.get("knn", {}).pop("pools", None)
+            evaluation = self._evaluation(evals, predict, stop)
+            for name, options in evals.items():
+                result = evaluators.run(name, evaluation, options)
                 found |= {
                     f"{baseline}/{name}/{key}": value
                     for key, value in result.metrics.items()
                 }
         return found
 
-    def _one(self, name: str, made: evaluators.Evaluation) -> evaluators.Result:
-        return evaluators.run(name, made, self._config.evals[name].to_dict())
-
-    def _evaluation(self, predict, stop, **pictures: Any) -> evaluators.Evaluation:
+    def _evaluation(
+        self, evals, predict, stop, **pictures: Any
+    ) -> evaluators.Evaluation:
         return of_sources(
             self._sources, self._config.data, predict, mesh=self._mesh,
-            workdir=self._directory, stop=stop, **pictures,
+            workdir=self._directory, evals=evals, stop=stop, **pictures,
+        )
+
+
+def _check_pools(config: ConfigDict) -> None:
+    pools = config.evals.get("knn", {}).get("pools", ())
+    if config.model.get("pool") == "cls" and len(pools) > 1:
+        raise ValueError(
+            f"config.evals.knn.pools={pools} of a classifier with model.pool='cls': "
+            "what it pools is the class token alone; set pools=('cls',)."
         )
 
 
@@ -165,6 +178,7 @@ def of_sources(
     *,
     mesh: jax.sharding.Mesh,
     workdir: Path,
+    evals: Mapping[str, Mapping[str, Any]],
     stop: threading.Event | None = None,
     **pictures: Any,
 ) -> evaluators.Evaluation:
@@ -174,6 +188,7 @@ def of_sources(
       data: `config.data`, which says how images are prepared.
       predict: as in `evaluators.Evaluation`; likewise `pictures`.
       workdir: where images that cannot be decoded are listed.
+      evals: the evaluators that will run, with their options.
       stop: ends the evaluation with `interruption.Interrupted` once it is set.
     """
     def batches(split: str, num_images: int | None) -> Iterator[evaluators.Batch]:
@@ -190,7 +205,8 @@ def of_sources(
     return evaluators.Evaluation(
         batches=batches, predict=predict,
         num_images={split: len(source) for split, source in opened.items()},
-        place=lambda batch: parallel.place_batch(mesh, batch), **pictures,
+        place=lambda batch: parallel.place_batch(mesh, batch),
+        wanted=evaluators.wanted(evals), **pictures,
     )
 
 

@@ -146,7 +146,7 @@ def test_what_can_be_evaluated_passes_the_check():
     (dict(knm=KNN), "Unknown evaluator 'knm' in config.evals. Known: accuracy, knn"),
     (dict(knn=KNN | dict(temprature=1)),
      r"Unknown option 'temprature' in config.evals.knn. Known: every_epochs, k, "
-     r"max_train_images, temperature; correct it or take it out\."),
+     r"max_train_images, pools, temperature; correct it or take it out\."),
     (dict(linear=LINEAR | dict(k=5)), "Unknown option 'k' in config.evals.linear. "
      "Known: every_epochs, l2s, max_iterations, max_train_images, tolerance;"),
     (dict(reconstruction=PANELS | dict(rows=8)),

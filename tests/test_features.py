@@ -69,7 +69,7 @@ def test_every_image_counts_once_whatever_the_tail(num, num_devices):
     images, labels = images_of(num)
     extracted = features.extract(
         PIXELS, batches(images, labels, 8), placer(num_devices), num_images=num
-    )
+    )["features"]
     expected = (images / 255 - [0.5, 0.4]) / [0.2, 0.3]
     np.testing.assert_allclose(
         extracted.values, expected.reshape(num, -1), atol=F32_ATOL
@@ -81,8 +81,10 @@ def test_every_image_counts_once_whatever_the_tail(num, num_devices):
 def test_features_keep_the_order_of_the_data_set_when_batches_do_not():
     images, labels = images_of(24)
     in_order = list(batches(images, labels, 8))
-    extracted = features.extract(PIXELS, in_order, placer(1), num_images=24)
-    turned = features.extract(PIXELS, in_order[::-1], placer(1), num_images=24)
+    extracted, turned = (
+        features.extract(PIXELS, each, placer(1), num_images=24)["features"]
+        for each in (in_order, in_order[::-1])
+    )
     np.testing.assert_array_equal(extracted.values, turned.values)
     np.testing.assert_array_equal(extracted.labels, turned.labels)
 

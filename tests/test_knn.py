@@ -95,18 +95,19 @@ def test_one_close_neighbour_outvotes_two_distant_ones():
 
 
 def test_knn_holds_one_tile_of_similarities_at_the_size_of_imagenet():
-    f32, num_queries = jnp.float32, 50 * 1024
+    f32, rows, columns = jnp.float32, knn._QUERY_BLOCK, knn._BANK_BLOCK
+    num_blocks = -(-50_000 // rows)
     compiled = knn._merge_block.lower(
         (
-            jax.ShapeDtypeStruct((50, 1024, 20), f32),
-            jax.ShapeDtypeStruct((50, 1024, 20), jnp.int32),
+            jax.ShapeDtypeStruct((num_blocks, rows, 200), f32),
+            jax.ShapeDtypeStruct((num_blocks, rows, 200), jnp.int32),
         ),
-        jax.ShapeDtypeStruct((50, 1024, 768), f32),
-        jax.ShapeDtypeStruct((8192, 768), f32),
+        jax.ShapeDtypeStruct((num_blocks, rows, 768), f32),
+        jax.ShapeDtypeStruct((columns, 768), f32),
         0,
         1_281_167,
     ).compile()
-    tile, all_pairs = 1024 * 8192 * 4, num_queries * 8192 * 4
+    tile, all_pairs = rows * columns * 4, 50_000 * columns * 4
     assert tile < compiled.memory_analysis().temp_size_in_bytes < all_pairs / 5
 
 

@@ -8,7 +8,7 @@ and the files that it wrote. Adding one is a function and a row in `EVALUATORS`.
 import dataclasses
 import inspect
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from crossmae_jax import visualize
@@ -23,6 +23,18 @@ from crossmae_jax.evaluators import (
 Batch = features.Batch
 
 
+# What images are compared by in k-NN -> which output of `predict` that is.
+_POOLS = {"mean": "features", "cls": "class_token"}
+
+
+class Wanted(NamedTuple):
+    """An output of `predict` that an evaluator takes from a split, or part of it."""
+
+    split: str
+    num_images: int | None
+    output: str
+
+
 class Result(NamedTuple):
     """What an evaluator returns: flat metrics, and the files that it wrote."""
 
@@ -35,7 +47,7 @@ class Evaluation:
     """One state of one model, with the data to evaluate it on.
 
     Make a new one for every step: it remembers the features that it has extracted, so
-    that evaluators share them.
+    that evaluators share them. What lies in `wanted` is extracted in the same pass.
 
     Attributes:
       batches: (split, num_images) -> host batches as of `pipeline.eval_batches`; split
@@ -43,12 +55,13 @@ class Evaluation:
       num_images: how many images each split holds; a split that is missing here does
         not exist.
       place: puts a host batch on the devices.
-      predict: jitted; placed batch -> {"features": f32[b d]}, and of a classifier
-        "logits" f32[b classes].
+      predict: jitted; placed batch -> {"features": f32[b d]}, of an encoder
+        "class_token" f32[b d], too, and of a classifier "logits" f32[b classes].
       reconstruct: jitted; placed batch -> pictures, masks and errors. The masks should
         be the same at every call.
       panel: where the reconstruction panel is written.
       caption: the line under the panel.
+      wanted: what the evaluators will ask for, see `wanted`.
     """
 
     batches: Callable[[str, int | None], Iterable[Batch]]
@@ -58,6 +71,7 @@ class Evaluation:
     reconstruct: Callable[[Batch], visualize.Reconstruction] | None = None
     panel: pathlib.Path | None = None
     caption: str = ""
+    wanted: Sequence[Wanted] = ()
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def features_of(
@@ -65,21 +79,32 @@ class Evaluation:
     ) -> features.Features:
         """Returns the features of a split, or of so many of its images.
 
-        They are extracted the first time they are asked for.
+        They are extracted the first time they are asked for, and with them whatever
+        else is wanted of the same images.
 
         Args:
           output: which of the outputs of `predict`.
         """
-        available = self.num_images[split]
-        num_images = available if num_images is None else min(num_images, available)
-        key = (split, num_images, output)
-        if key not in self._extracted:
-            subset = None if num_images == available else num_images
-            self._extracted[key] = features.extract(
-                self.predict, self.batches(split, subset), self.place,
-                num_images=num_images, output=output,
+        asked = self._exactly(Wanted(split, num_images, output))
+        if asked not in self._extracted:
+            together = dict.fromkeys([asked, *map(self._exactly, self.wanted)])
+            outputs = [each.output for each in together if each[:2] == asked[:2]]
+            every = asked.num_images == self.num_images[split]
+            found = features.extract(
+                self.predict,
+                self.batches(split, None if every else asked.num_images),
+                self.place, num_images=asked.num_images, outputs=outputs,
             )
-        return self._extracted[key]
+            for name, extracted in found.items():
+                self._extracted[asked._replace(output=name)] = extracted
+        return self._extracted[asked]
+
+    def _exactly(self, wanted: Wanted) -> Wanted:
+        """Returns it with the number of images that there are."""
+        available, number = self.num_images[wanted.split], wanted.num_images
+        return wanted._replace(
+            num_images=available if number is None else min(number, available)
+        )
 
 
 def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Result]:
@@ -99,6 +124,31 @@ def _classifier(evaluate: Callable[..., dict[str, float]]) -> Callable[..., Resu
         [first, *_options(evaluator).values(), *_options(evaluate).values()]
     )
     return evaluator
+
+
+def _knn(
+    evaluation: Evaluation,
+    *,
+    k: int | Sequence[int],
+    temperature: float,
+    pools: Sequence[str] = ("mean",),
+    max_train_images: int | None = None,
+) -> Result:
+    """Several k or pools are reported one by one, "mean/k20/top1"; the first as ever."""
+    ks, metrics = knn.numbers(k), {}
+    for pool in pools:
+        train, test = (
+            evaluation.features_of(split, limit, output=_POOLS[pool])
+            for split, limit in (("train", max_train_images), ("eval", None))
+        )
+        found = knn.evaluate(train, test, k=ks, temperature=temperature)
+        metrics |= {f"{pool}/{name}": value for name, value in found.items()}
+    first = f"{pools[0]}/k{ks[0]}/"
+    plain = {
+        name.removeprefix(first): value for name, value in metrics.items()
+        if name.startswith(first)
+    }
+    return Result(plain if len(ks) == len(pools) == 1 else plain | metrics)
 
 
 def _options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -126,7 +176,7 @@ def _accuracy(evaluation: Evaluation) -> Result:
 
 EVALUATORS = {
     "accuracy": _accuracy,
-    "knn": _classifier(knn.evaluate),
+    "knn": _knn,
     "linear": _classifier(linear.evaluate),
     "reconstruction": _reconstruction,
 }
@@ -140,6 +190,20 @@ def run(name: str, evaluation: Evaluation, options: Mapping[str, Any]) -> Result
     """
     options = {key: value for key, value in options.items() if key != "every_epochs"}
     return EVALUATORS[name](evaluation, **options)
+
+
+def wanted(evals: Mapping[str, Mapping[str, Any]]) -> tuple[Wanted, ...]:
+    """Returns what these evaluators with these options will ask an `Evaluation` for."""
+    found = []
+    for name, options in evals.items():
+        if name == "accuracy":
+            found.append(Wanted("eval", None, "logits"))
+        if name in ("knn", "linear"):
+            for pool in options.get("pools", ("mean",)):
+                limit = options.get("max_train_images")
+                found.append(Wanted("train", limit, _POOLS[pool]))
+                found.append(Wanted("eval", None, _POOLS[pool]))
+    return tuple(found)
 
 
 def check(
@@ -157,7 +221,8 @@ def check(
 
     Raises:
       ValueError: for an evaluator or an option that does not exist, an option that is
-        missing, more neighbours than images, or a lack of labels or of a split.
+        missing, more neighbours than images, an unknown pool, or a lack of labels or
+        of a split.
     """
     for name, options in evals.items():
         if name not in EVALUATORS:
@@ -202,13 +267,19 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _check_neighbours(num_train: int, options: Mapping[str, Any]) -> None:
-    k, limit = options["k"], options.get("max_train_images")
+    limit, pools = options.get("max_train_images"), options.get("pools", ("mean",))
     bank = num_train if limit is None else min(limit, num_train)
-    if not 1 <= k <= bank:
-        otherwise = f", or raise max_train_images={limit}" if bank < num_train else ""
+    for k in knn.numbers(options["k"]):
+        if not 1 <= k <= bank:
+            more = f", or raise max_train_images={limit}" if bank < num_train else ""
+            raise ValueError(
+                f"config.evals.knn.k={k} neighbours of {bank} training images; choose "
+                f"1 <= k <= {bank}{more}."
+            )
+    if not pools or len(set(pools)) < len(pools) or not set(pools) <= set(_POOLS):
         raise ValueError(
-            f"config.evals.knn.k={k} neighbours of {bank} training images; choose "
-            f"1 <= k <= {bank}{otherwise}."
+            f"config.evals.knn.pools={pools!r}; give one or several different ones of "
+            f"{', '.join(_POOLS)}."
         )
 
 

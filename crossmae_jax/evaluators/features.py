@@ -5,7 +5,7 @@ real images. Evaluations that drop the remainder, or count the padding, report t
 accuracy of another data set. Here every image is counted once or the extraction fails.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +51,11 @@ def extract(
     place: Callable[[Batch], Batch],
     *,
     num_images: int,
-    output: str = "features",
-) -> Features:
+    outputs: Sequence[str] = ("features",),
+) -> dict[str, Features]:
     """Computes the features of every image once, on any number of devices and hosts.
+
+    The arrays of the split are made once and written batch by batch.
 
     Args:
       predict: jitted; maps a placed batch to {"features": f32[b d]}.
@@ -61,55 +63,106 @@ def extract(
         each process holds its slice, and every process the same number of batches.
       place: puts a host batch on the devices, all four arrays of it.
       num_images: how many images the split holds.
-      output: which of the outputs of `predict`.
+      outputs: which of the outputs of `predict` are kept, all of one pass.
+
+    Returns:
+      The features of each of the outputs; their labels are one array.
 
     Raises:
-      ValueError: if the valid rows are not `num_images` different images, or a feature
-        is not finite.
+      ValueError: if the valid rows are not `num_images` different images, a feature is
+        not finite, or `predict` has no such output.
     """
-    values, labels, samples = [], [], []
-
-    def collect(rows: Mapping[str, jax.Array]) -> None:
-        rows = to_host(rows)
-        valid = rows["valid"]
-        values.append(rows["values"].astype(np.float32)[valid])
-        labels.append(rows["label"].astype(np.int32)[valid])
-        samples.append(rows["sample"][valid])
-
+    table = _Table(num_images)
     waiting = None
     for batch in batches:
         batch = place(batch)
+        predicted = predict(batch)
+        if missing := [name for name in outputs if name not in predicted]:
+            raise ValueError(
+                f"No output {', '.join(missing)} to evaluate; the model has "
+                f"{', '.join(sorted(predicted))}. Evaluate one of these."
+            )
         rows = {name: batch[name] for name in ("valid", "label", "sample")}
-        rows["values"] = predict(batch)[output]
+        rows["values"] = {name: predicted[name] for name in outputs}
         # The devices compute this batch while the one before is copied to the host.
         if waiting is not None:
-            collect(waiting)
+            table.add(to_host(waiting))
         waiting = rows
     if waiting is None:
         raise ValueError(
             f"No batch to extract features from, expected num_images={num_images}; "
             "check that the split holds images."
         )
-    collect(waiting)
+    table.add(to_host(waiting))
+    return table.finish()
 
-    sample = np.concatenate(samples)
-    # Hosts interleave their slices; the sample number restores the data set's order.
-    _, order = np.unique(sample, return_index=True)
-    if len(order) != len(sample) or len(order) != num_images:
-        raise ValueError(
-            f"Extracted {len(sample)} images, {len(order)} of them different, but "
-            f"num_images={num_images}; the batches must hold every image of the split "
-            "once, with valid=False on padding only."
-        )
-    features = np.concatenate(values)[order]
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise ValueError(
-            f"{np.sum(~finite)} of {num_images} images have {output} that are not "
-            f"finite, first sample={np.argmin(finite)}; the weights have diverged. "
-            "Lower optim.base_lr or go back to an earlier checkpoint."
-        )
-    return Features(features, np.concatenate(labels)[order])
+
+class _Table:
+    """The rows of a split in arrays of their final size."""
+
+    def __init__(self, num_images: int):
+        self._labels = np.empty(num_images, np.int32)
+        self._samples: list[np.ndarray] = []
+        self._values: dict[str, np.ndarray] = {}
+        self._num_rows = 0  # all that came, also those that are too many
+        self._broken: dict[str, list[int]] = {}
+
+    def add(self, rows: Mapping[str, Any]) -> None:
+        """Writes the valid rows of a batch behind those that are there."""
+        valid, num_images = np.flatnonzero(rows["valid"]), len(self._labels)
+        self._samples.append(rows["sample"][valid])
+        begin = min(self._num_rows, num_images)
+        self._num_rows += len(valid)
+        end = min(self._num_rows, num_images)
+        valid = valid[: end - begin]
+        self._labels[begin:end] = rows["label"][valid]
+        for name, values in rows["values"].items():
+            if name not in self._values:
+                shape = (num_images, *values.shape[1:])
+                self._values[name] = np.empty(shape, np.float32)
+            written = self._values[name][begin:end]
+            written[:] = values[valid]
+            finite = np.isfinite(written).all(axis=1)
+            broken = self._broken.setdefault(name, [])
+            broken.extend(rows["sample"][valid[~finite]].tolist())
+
+    def finish(self) -> dict[str, Features]:
+        """Returns the rows in the order of the data set."""
+        num_images = len(self._labels)
+        sample = np.concatenate(self._samples)
+        num_different = len(np.unique(sample))
+        if not num_different == self._num_rows == num_images:
+            raise ValueError(
+                f"Extracted {self._num_rows} images, {num_different} of them "
+                f"different, but num_images={num_images}; the batches must hold every "
+                "image of the split once, with valid=False on padding only."
+            )
+        for name, samples in self._broken.items():
+            if samples:
+                raise ValueError(
+                    f"{len(samples)} of {num_images} images have {name} that are not "
+                    f"finite, first sample={min(samples)}; the weights have diverged. "
+                    "Lower optim.base_lr or go back to an earlier checkpoint."
+                )
+        # Hosts interleave their slices; the sample number restores the order.
+        if np.any(sample[1:] < sample[:-1]):
+            order = np.argsort(sample)
+            self._labels = self._labels[order]
+            for values in self._values.values():
+                _reorder(values, order)
+        return {
+            name: Features(values, self._labels)
+            for name, values in self._values.items()
+        }
+
+
+def _reorder(values: np.ndarray, order: np.ndarray) -> None:
+    """Sorts rows in place, a few columns at a time: never all of them twice."""
+    width = values.shape[1]
+    step = -(-width // 16)
+    for first in range(0, width, step):
+        columns = slice(first, first + step)
+        values[:, columns] = values[order, columns]
 
 
 def check_labelled(train: Features, test: Features) -> int:

@@ -85,8 +85,16 @@ def mean_feature(
         trained on: blocks behind it are not trained. None for a decoder that sees the
         encoder's normed output.
     """
-    tokens = encoded.tokens if last_map is None else encoded.feature_maps[last_map]
-    return tokens[:, 1:].astype(jnp.float32).mean(1)
+    return _output(encoded, last_map)[:, 1:].astype(jnp.float32).mean(1)
+
+
+def class_token(encoded: Encoded, last_map: int | None) -> Float[Array, "b d"]:
+    """Returns the class token of what `mean_feature` is the mean of."""
+    return _output(encoded, last_map)[:, 0].astype(jnp.float32)
+
+
+def _output(encoded: Encoded, last_map: int | None) -> Float[Array, "b v d"]:
+    return encoded.tokens if last_map is None else encoded.feature_maps[last_map]
 
 
 def drop_path_rates(maximum: float, *, depth: int) -> tuple[float, ...]:

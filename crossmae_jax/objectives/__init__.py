@@ -3,7 +3,8 @@
     init(key) -> variables
     loss(variables, batch, key) -> (scalar, dict of scalars to log)
                                      under "batch_stats" what replaces that collection
-    predict(variables, batch) -> dict with "features" [b d], "logits" of a classifier
+    predict(variables, batch) -> dict with "features" and "class_token" [b d], and
+        "logits" of a classifier
     reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
 """
 

@@ -119,10 +119,15 @@ class Classify:
     def predict(
         self, variables: Variables, batch: Batch
     ) -> dict[str, Float[Array, "b d"]]:
-        """Returns the pooled features of whole images, and their logits."""
+        """Returns the pooled features of whole images, and their logits.
+
+        "class_token" is that of the encoder's output: with pool "cls" the features
+        themselves, with "mean" not normed, since only their mean is.
+        """
         found = self.model.apply(variables, self.normalize(batch))
         return {
             "features": found.features.astype(jnp.float32),
+            "class_token": found.tokens[:, 0].astype(jnp.float32),
             "logits": found.logits.astype(jnp.float32),
         }
 

@@ -186,12 +186,16 @@ class Pretrain:
 
         "features" is the mean over patch tokens of the encoder's output, or of the last
         feature map that the decoder uses: blocks behind it are not trained.
+        "class_token" is the class token of the same output or map.
         """
         images = self.normalize(batch)
         encoded = self.model.apply(variables, images, method="encode")
         fusion = self.model.fusion
         last_map = None if fusion is None else fusion.maps[-1]
-        return {"features": vit.mean_feature(encoded, last_map)}
+        return {
+            "features": vit.mean_feature(encoded, last_map),
+            "class_token": vit.class_token(encoded, last_map),
+        }
 
     def reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
