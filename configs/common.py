@@ -236,5 +236,9 @@ def knn(*, every_epochs: float = 50.0) -> dict[str, Any]:
     ImageNet is enough to watch a run.
     """
     return dict(knn=dict(
-        every_epochs=every_epochs, k=20, temperature=0.07, max_train_images=128_000
+        every_epochs=every_epochs,
+        k=(20,),  # DINO's others: (20, 10, 100, 200), all of one search
+        pools=("mean", "cls"),  # of patch tokens, and the class token
+        temperature=0.07,
+        max_train_images=128_000,
     ))

@@ -198,6 +198,17 @@ def test_blocks_are_left_out_in_training_only():
     np.testing.assert_array_equal(*predicted)
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_the_class_token_is_told_beside_what_the_head_sees(pool):
+    objective, config = objective_of(model__pool=pool)
+    batch, variables = batch_of(8, config), objective.init(jax.random.key(0))
+    found = objective.predict(variables, batch)
+    tokens = objective.model.apply(variables, objective.normalize(batch)).tokens
+    np.testing.assert_array_equal(found["class_token"], tokens[:, 0])
+    same = np.array_equal(found["class_token"], found["features"])
+    assert same == (pool == "cls")
+
+
 def folders(directory, classes, images=6):
     for number, name in enumerate(classes):
         for image in range(images):
@@ -255,6 +266,9 @@ def test_images_without_labels_are_refused(tmp_path):
     (dict(checkpoint__best="eval/knn/top1"), "config.checkpoint.best='eval/knn/top1'"),
     (dict(checkpoint__best="top1"), "config.checkpoint.best='top1'"),
     (dict(data__crop="center"), "Unknown data.crop"),
+    (dict(model__pool="cls", evals__knn=dict(
+        every_epochs=0.0, k=5, temperature=0.07, pools=("mean", "cls")
+     )), "what it pools is the class token alone; set pools=('cls',)"),
 ])
 def test_settings_that_contradict_themselves(digits_dir, tmp_path, changes, message):
     assert message in refused(make_config(digits_dir, **changes), tmp_path / "run")

@@ -78,7 +78,8 @@ del CLASSIFY_KEYS["loss"]
 EVALS = {
     "accuracy": {"every_epochs": float},
     "knn": {
-        "every_epochs": float, "k": int, "temperature": float, "max_train_images": int,
+        "every_epochs": float, "k": tuple, "pools": tuple, "temperature": float,
+        "max_train_images": int,
     },
     "linear": {"every_epochs": float},
     "reconstruction": {"every_epochs": float, "num_images": int},

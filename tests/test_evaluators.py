@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from crossmae_jax import evaluators, visualize
+from crossmae_jax.evaluators import features
 from tests.test_features import PIXELS, batches, images_of, placer
+from tests.test_knn import brute_force
 
 F64_RTOL = 1e-12
 
@@ -38,7 +40,8 @@ def reconstruct(batch, thrown):
 
 
 def evaluation_of(
-    images, labels, tmp_path, *, splits=("train", "eval"), thrown=(), log=None
+    images, labels, tmp_path, *, splits=("train", "eval"), thrown=(), log=None,
+    **changes,
 ):
     """An Evaluation of two splits of the same images, with pictures made by hand."""
     log = [] if log is None else log
@@ -48,7 +51,7 @@ def evaluation_of(
         log.append((split, num_images))
         return batches(images[:num_images], labels[:num_images], 8)
 
-    return evaluators.Evaluation(
+    return evaluators.Evaluation(**dict(
         batches=split_batches,
         num_images=dict.fromkeys(splits, len(images)),
         place=placer(8),
@@ -56,7 +59,7 @@ def evaluation_of(
         reconstruct=lambda batch: reconstruct(batch, thrown),
         panel=tmp_path / "panels" / "step_00000007.png",
         caption="made by hand",
-    )
+    ) | changes)
 
 
 def test_knn_and_linear_share_the_features_of_both_splits(tmp_path):
@@ -81,6 +84,87 @@ def test_fewer_train_images_are_asked_for_not_thrown_away(tmp_path):
     assert log == [("train", 20), ("eval", None)]
     evaluators.run("knn", evaluation, dict(options, max_train_images=10**6))
     assert log == [("train", 20), ("eval", None), ("train", None)]
+
+
+@jax.jit
+def encode(batch):
+    """Two views of an image, and a guess: class 0."""
+    pixels = PIXELS(batch)["features"]
+    return {
+        "features": pixels, "class_token": jnp.tanh(pixels[:, :7] + 0.3),
+        "logits": jnp.zeros((8, 4)),
+    }
+
+
+def views(images, labels):
+    """What `encode` makes of all images, by its output."""
+    pixels = features.extract(
+        PIXELS, batches(images, labels, 8), placer(8), num_images=len(images)
+    )["features"]
+    return {
+        "mean": pixels,
+        "cls": pixels._replace(values=np.tanh(pixels.values[:, :7] + np.float32(0.3))),
+    }
+
+
+def test_everything_wanted_of_a_split_is_extracted_in_one_pass(tmp_path):
+    images, labels = images_of(60)
+    log = []
+    evals = dict(
+        knn=dict(k=(5, 20), temperature=0.5, pools=("mean", "cls")),
+        linear=dict(l2s=(0.1,), max_iterations=9), accuracy={},
+    )
+    evaluation = evaluation_of(
+        images, labels, tmp_path, log=log, predict=encode,
+        wanted=evaluators.wanted(evals),
+    )
+    found = {
+        name: evaluators.run(name, evaluation, options).metrics
+        for name, options in evals.items()
+    }
+    assert sorted(log) == [("eval", None), ("train", None)]
+    assert found["accuracy"]["top1"] == np.mean(labels == 0)
+    assert set(found["knn"]) == {
+        "top1", "mean/k5/top1", "mean/k20/top1", "cls/k5/top1", "cls/k20/top1"
+    }
+    for pool, view in views(images, labels).items():
+        for k in (5, 20):
+            top1, _ = brute_force(view, view, k=k, temperature=0.5)
+            assert found["knn"][f"{pool}/k{k}/top1"] == pytest.approx(top1)
+    assert found["knn"]["top1"] == found["knn"]["mean/k5/top1"]
+    assert len(set(found["knn"].values())) > 2
+
+
+def test_only_what_is_wanted_of_the_same_images_is_extracted_with_them(tmp_path):
+    log = []
+    evals = dict(
+        knn=dict(k=1, temperature=0.07, pools=("cls",), max_train_images=20),
+        linear=dict(l2s=(0.1,), max_iterations=9, max_train_images=10**6),
+    )
+    evaluation = evaluation_of(
+        *images_of(50), tmp_path, log=log, predict=encode,
+        wanted=evaluators.wanted(evals),
+    )
+    for name, options in evals.items():
+        evaluators.run(name, evaluation, options)
+    assert log == [("train", 20), ("eval", None), ("train", None)]
+    assert set(evaluation._extracted) == {
+        ("train", 20, "class_token"), ("train", 50, "features"),
+        ("eval", 50, "class_token"), ("eval", 50, "features"),
+    }
+
+
+def test_one_pool_and_one_k_are_reported_as_one_number(tmp_path):
+    evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode)
+    for k in (1, (1,)):
+        options = dict(k=k, temperature=0.07, pools=("cls",))
+        assert evaluators.run("knn", evaluation, options).metrics == {"top1": 1.0}
+
+
+def test_a_pool_that_the_model_does_not_have_is_an_error(tmp_path):
+    evaluation = evaluation_of(*images_of(40), tmp_path)
+    with pytest.raises(ValueError, match="No output class_token .* has features"):
+        evaluators.run("knn", evaluation, dict(k=1, temperature=0.1, pools=("cls",)))
 
 
 @pytest.mark.parametrize(
@@ -159,6 +243,13 @@ def test_what_can_be_evaluated_passes_the_check():
     (dict(knn=KNN | dict(k=51, max_train_images=50)),
      "choose 1 <= k <= 50, or raise max_train_images=50"),
     (dict(knn=KNN | dict(k=101, max_train_images=128)), r"choose 1 <= k <= 100\."),
+    (dict(knn=KNN | dict(k=(20, 200, 10))), "evals.knn.k=200 neighbours of 100 train"),
+    (dict(knn=KNN | dict(k=(20, 20))), r"k=\(20, 20\); give a whole number of neigh"),
+    (dict(knn=KNN | dict(k=2.5)), "k=2.5; give a whole number of neighbours"),
+    (dict(knn=KNN | dict(pools=("mean", "max"))),
+     r"evals.knn.pools=\('mean', 'max'\); give one or several .* of mean, cls\."),
+    (dict(knn=KNN | dict(pools=())), r"evals.knn.pools=\(\); give one"),
+    (dict(knn=KNN | dict(pools=("cls", "cls"))), "give one or several different"),
 ])
 def test_evaluations_that_cannot_be_made_are_refused_before_the_training(
     evals, message

@@ -1,6 +1,7 @@
 """Features: every image once, in order, finite; and data to make features of."""
 
 import functools
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,58 @@ def test_features_keep_the_order_of_the_data_set_when_batches_do_not():
     )
     np.testing.assert_array_equal(extracted.values, turned.values)
     np.testing.assert_array_equal(extracted.labels, turned.labels)
+
+
+def test_every_output_that_is_asked_for_is_kept_of_one_pass():
+    images, labels = images_of(21)
+    calls = []
+
+    def predict(batch):
+        calls.append(batch)
+        mean = batch["image"].astype(jnp.float32).mean((1, 2))
+        return {"mean": mean, "sum": 20 * mean, "other": mean}
+
+    found = features.extract(
+        predict, batches(images, labels, 8), placer(8), num_images=21,
+        outputs=("sum", "mean"),
+    )
+    assert len(calls) == 3 and set(found) == {"mean", "sum"}
+    for name, expected in (("mean", images.mean((1, 2))), ("sum", images.sum((1, 2)))):
+        np.testing.assert_allclose(found[name].values, expected, rtol=1e-5)
+        np.testing.assert_array_equal(found[name].labels, labels)
+    with pytest.raises(ValueError, match="No output logits .* has mean, other, sum"):
+        features.extract(
+            predict, batches(images, labels, 8), placer(8), num_images=21,
+            outputs=("mean", "logits"),
+        )
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_the_features_of_a_split_are_never_held_twice(turn):
+    """Whatever the order of their batches; samples are those of a part of a split."""
+    num, width = 16_000, 300
+    spread = jnp.linspace(0.5, 2.0, width)[None]
+
+    @jax.jit
+    def predict(batch):
+        return {"features": batch["sample"][:, None] * spread}
+
+    def parts():
+        for start in range(0, num, 500)[::turn]:
+            sample = 3 * np.arange(start, start + 500, dtype=np.uint32)
+            yield {
+                "image": np.zeros((500, 1, 1, 1), np.uint8), "sample": sample,
+                "label": sample.astype(np.int32), "valid": np.ones(500, bool),
+            }
+
+    tracemalloc.start()
+    found = features.extract(predict, parts(), placer(1), num_images=num)["features"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found.labels, 3 * np.arange(num))
+    expected = found.labels[:, None] * np.linspace(0.5, 2.0, width)
+    np.testing.assert_allclose(found.values, expected, rtol=1e-6)
+    assert found.values.nbytes < peak < 1.25 * found.values.nbytes
 
 
 def test_a_missing_or_repeated_image_is_an_error():

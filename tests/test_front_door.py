@@ -123,12 +123,14 @@ def test_both_ways_to_train_hand_over_the_same_settings(program):
         "--config.epochs=0.5", "--config.data.image_size=(8, 16)",
         "--config.model.fusion_maps=(0, -1)", "--config.data.dir=/some/where",
         "--noconfig.data.flip", "--config.evals.knn.k=5",
+        "--config.evals.knn.pools=('cls', 'mean')",
     )
     assert found.returncode == 0, found.stderr
     workdir, config = json.loads(found.stdout)
     assert workdir == "runs/x"
     assert config["optim"]["base_lr"] == 2.0 and config["optim"]["clip_norm"] == 3.5
-    assert config["epochs"] == 0.5 and config["evals"]["knn"]["k"] == 5
+    assert config["epochs"] == 0.5 and config["evals"]["knn"]["k"] == [5]
+    assert config["evals"]["knn"]["pools"] == ["cls", "mean"]
     assert config["data"]["image_size"] == [8, 16]
     assert config["data"]["dir"] == "/some/where" and config["data"]["flip"] is False
     assert config["model"]["fusion_maps"] == [0, -1]

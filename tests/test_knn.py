@@ -1,5 +1,7 @@
 """k nearest neighbours: exact, whatever the blocks, and in a bounded memory."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,23 @@ def test_knn_equals_brute_force(k):
     }
 
 
+def test_several_numbers_of_neighbours_are_counted_on_one_search(monkeypatch):
+    train, test = blobs(333, noise=0.35), blobs(101, seed=1, noise=0.35)
+    searches, search = [], knn.neighbours
+    monkeypatch.setattr(
+        knn, "neighbours",
+        lambda *arrays, k: (searches.append(k), search(*arrays, k=k))[1],
+    )
+    found = knn.evaluate(train, test, k=(20, 10, 200, 100), temperature=0.07)
+    assert searches == [200]
+    assert list(found)[:3] == ["k20/top1", "k20/top5", "k10/top1"]
+    for k in (10, 20, 100, 200):
+        top1, top5 = brute_force(train, test, k=k, temperature=0.07)
+        assert found[f"k{k}/top1"] == pytest.approx(top1)
+        assert found[f"k{k}/top5"] == pytest.approx(top5)
+    assert len({found[f"k{k}/top1"] for k in (10, 20, 100, 200)}) > 1
+
+
 def test_knn_on_raw_digits_equals_brute_force_and_has_no_top5():
     train, test = digits()
     top1, _ = brute_force(train, test, k=20, temperature=0.07)
@@ -62,7 +81,7 @@ def test_neighbours_do_not_depend_on_the_blocks(query_block, bank_block):
     bank = rng.integers(-2, 3, (200, 4)).astype(np.float32)
     queries = rng.integers(-2, 3, (33, 4)).astype(np.float32)
     similarity, index = knn.neighbours(
-        bank, queries, k=9, query_block=query_block, bank_block=bank_block
+        bank, queries, k=9, query_block=query_block, bank_block=bank_block, group=26
     )
     unit = [
         values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
@@ -111,6 +130,22 @@ def test_knn_holds_one_tile_of_similarities_at_the_size_of_imagenet():
     assert tile < compiled.memory_analysis().temp_size_in_bytes < all_pairs / 5
 
 
+@pytest.mark.parametrize("num_bank, num_queries", [(100_000, 10), (10, 100_000)])
+def test_neither_set_is_copied_whole(num_bank, num_queries):
+    rng = np.random.default_rng(0)
+    bank, queries = (
+        rng.standard_normal((num, 48), np.float32) for num in (num_bank, num_queries)
+    )
+    tracemalloc.start()
+    similarity, index = knn.neighbours(
+        bank, queries, k=2, query_block=1000, bank_block=1000, group=10_000
+    )
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    larger = max(bank.nbytes, queries.nbytes)
+    assert peak - similarity.nbytes - index.nbytes < larger / 4
+
+
 def test_a_class_the_train_set_lacks_is_wrong_not_an_error():
     train, test = blobs(120, num_classes=4), blobs(40, num_classes=5, seed=1)
     assert knn.evaluate(train, test, k=5, temperature=0.07)["top1"] == 0.8
@@ -119,6 +154,9 @@ def test_a_class_the_train_set_lacks_is_wrong_not_an_error():
 @pytest.mark.parametrize("change, message", [
     (dict(k=0), "k=0 neighbours of 60 train images"),
     (dict(k=61), "choose 1 <= k <= 60"),
+    (dict(k=(5, 61, 20)), "k=61 neighbours of 60 train images"),
+    (dict(k=(5, 5)), r"k=\(5, 5\); give a whole number of neighbours, or several dif"),
+    (dict(k=()), r"k=\(\); give a whole number"),
     (dict(temperature=0.0), "temperature=0.0"),
     (dict(test_labels=-1), "30 of 30 test images have no label"),
     (dict(train_labels=-1), "60 of 60 train images have no label"),

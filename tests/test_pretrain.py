@@ -32,9 +32,9 @@ def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
     assert encoded.tokens.shape == (3, 1 + 24, 16)
     found = objective.predict(variables, batch)["features"]
     np.testing.assert_allclose(found, encoded.tokens[:, 1:].mean(1), atol=1e-6)
-    np.testing.assert_array_equal(
-        found, objective.predict(variables, batch)["features"]
-    )
+    again = objective.predict(variables, batch)
+    np.testing.assert_array_equal(found, again["features"])
+    np.testing.assert_allclose(again["class_token"], encoded.tokens[:, 0], atol=1e-6)
 
 
 def test_features_come_from_the_last_block_that_is_trained():
@@ -43,8 +43,11 @@ def test_features_come_from_the_last_block_that_is_trained():
         variables, objective.normalize(batch), method="encode"
     )
     expected = encoded.feature_maps[2][:, 1:].mean(1)
-    found = objective.predict(variables, batch)["features"]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    found = objective.predict(variables, batch)
+    np.testing.assert_allclose(found["features"], expected, atol=1e-6)
+    np.testing.assert_allclose(
+        found["class_token"], encoded.feature_maps[2][:, 0], atol=1e-6
+    )
 
 
 def test_the_loss_depends_on_sample_numbers_and_not_on_places_in_the_batch():

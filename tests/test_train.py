@@ -75,7 +75,10 @@ def finished(digits_dir, tmp_path_factory):
     config = _config(
         digits_dir, baselines=True,
         evals=dict(
-            knn=dict(every_epochs=0.5, k=5, temperature=0.07, max_train_images=200),
+            knn=dict(
+                every_epochs=0.5, k=(5, 3), pools=("mean", "cls"), temperature=0.07,
+                max_train_images=200,
+            ),
             linear=dict(every_epochs=0.0, max_train_images=200),
             reconstruction=dict(every_epochs=0.0, num_images=3),
         ),
@@ -97,7 +100,11 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     assert evaluated == [8, 15]
     assert [line["step"] for line in lines if "eval/linear/top1" in line] == [15]
     for source in ("eval", "random_init", "pixels"):
-        assert 0 < found[f"{source}/knn/top1"] <= 1
+        top1 = found[f"{source}/knn/top1"]
+        assert 0 < top1 <= 1 and top1 == found[f"{source}/knn/mean/k5/top1"]
+        assert 0 < found[f"{source}/knn/mean/k3/top1"] <= 1
+        # Raw pixels have no class token.
+        assert (f"{source}/knn/cls/k3/top1" in found) == (source != "pixels")
     assert (workdir / "panels" / "step_00000015.png").stat().st_size > 1000
     assert (workdir / "curve.png").stat().st_size > 1000
     assert list((workdir / "tensorboard").iterdir())

@@ -134,7 +134,7 @@ def _knn(
     pools: Sequence[str] = ("mean",),
     max_train_images: int | None = None,
 ) -> Result:
-    """Several k or pools are reported one by one, "mean/k20/top1"; the first as ever."""
+    """Several k or pools are told one by one, "mean/k20/top1"; the first also plain."""
     ks, metrics = knn.numbers(k), {}
     for pool in pools:
         train, test = (
