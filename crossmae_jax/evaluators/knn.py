@@ -148,13 +148,13 @@ def _search(bank, queries, k, query_block, bank_block):
 @functools.partial(jax.jit, donate_argnums=0)
 def _merge_block(best, queries, block, start, num_bank):
     """Merges one block of the bank into the k best of every query."""
-    block = _unit_rows(block)
+    length = _length(block)[:, 0]  # divides the tile: no second block beside this one
     index = start + jnp.arange(block.shape[0], dtype=jnp.int32)
 
     def merge(arguments):
         (similarity, nearest), queries = arguments
         tile = jnp.matmul(queries, block.T, precision=jax.lax.Precision.HIGHEST)
-        tile = jnp.where(index[None] < num_bank, tile, -jnp.inf)
+        tile = jnp.where(index[None] < num_bank, tile / length[None], -jnp.inf)
         k = similarity.shape[1]
         tile, column = jax.lax.top_k(tile, k)
         # Earlier blocks first: `top_k` keeps the first of equals, hence the lower row.
@@ -166,10 +166,14 @@ def _merge_block(best, queries, block, start, num_bank):
     return jax.lax.map(merge, (best, queries))
 
 
+@jax.jit
 def _unit_rows(values):
     """Divides rows by their length; a row of zeros stays, similar to nothing."""
-    length = jnp.linalg.norm(values, axis=-1, keepdims=True)
-    return values / jnp.maximum(length, 1e-12)
+    return values / _length(values)
+
+
+def _length(values):
+    return jnp.maximum(jnp.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 
 
 def _padded(values: np.ndarray, start: int, size: int) -> jax.Array:
