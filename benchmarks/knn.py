@@ -129,8 +129,8 @@ def compare(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measures and prints the table."""
+def parser() -> argparse.ArgumentParser:
+    """Returns the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.knn", description=__doc__.partition("\n")[0]
     )
@@ -144,12 +144,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--player", choices=_NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures and prints the table."""
+    args = parser().parse_args(argv)
     if args.player:
         _play(args)
         return
     if importlib.util.find_spec("faiss") is None:
-        sys.exit("The package faiss is missing: pip install faiss-cpu.")
+        sys.exit(
+            "The package faiss is missing; pip install '.[benchmarks]' to search with "
+            "it, too."
+        )
     load = os.getloadavg()[0]
     text = "\n".join([
         step.conditions(

@@ -230,7 +230,8 @@ def declared():
 
 DISTRIBUTIONS = {
     "PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint",
-    "sklearn": "scikit-learn", "imagecorruptions": "imagecorruptions-imaug",
+    "sklearn": "scikit-learn", "faiss": "faiss-cpu", "skimage": "scikit-image",
+    "imagecorruptions": "imagecorruptions-imaug",
 }
 
 
@@ -247,6 +248,8 @@ def test_every_package_that_is_imported_is_declared():
             assert name in tested, name
         elif name in declared()["interop"]:
             pass  # imported inside functions: see below
+        elif folders == {"benchmarks"} and name in declared()["benchmarks"]:
+            pass  # likewise
         elif name in optional:
             assert name in declared()[optional[name]], name
         else:
@@ -284,6 +287,17 @@ def test_the_other_side_of_conversions_is_imported_by_its_check_only():
                 assert node not in tree.body, f"{path} imports {names} at its top"
 
 
+def test_what_only_benchmarks_need_is_imported_inside_functions():
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                names = {each.name for each in node.names}
+            else:
+                names = {getattr(node, "module", None)}
+            names = {DISTRIBUTIONS.get(name, name) for name in names}
+            assert not names & declared()["benchmarks"], path
+
+
 def test_every_pin_is_exact_and_inside_the_declared_bounds():
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
@@ -298,7 +312,7 @@ def test_every_pin_is_exact_and_inside_the_declared_bounds():
         name = pin.name.lower().replace("_", "-")
         versions.setdefault(name, []).append(str(pin.specifier)[2:])
     lines = parser["options"]["install_requires"].splitlines()
-    for extra in ("demo", "test", "robustness"):
+    for extra in ("demo", "test", "robustness", "benchmarks"):
         lines += parser["options.extras_require"][extra].splitlines()
     for line in filter(None, lines):
         requirement = requirements.Requirement(line)
