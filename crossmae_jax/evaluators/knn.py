@@ -29,9 +29,9 @@ from crossmae_jax.evaluators import features
 
 # Below this many classes five guesses are right too often to say anything.
 _TOP5_CLASSES = 20
-# A tile of 32 MiB; wide, because beside the product it is choosing the best of each
+# A tile of 16 MiB; wide, because beside the product it is choosing the best of each
 # tile that costs.
-_QUERY_BLOCK = 256
+_QUERY_BLOCK = 128
 _BANK_BLOCK = 32768
 _GROUP = 2**16  # queries on the device: 200 MB at width 768
 
@@ -136,13 +136,23 @@ def _search(bank, queries, k, query_block, bank_block):
         jnp.full((*placed.shape[:2], k), -jnp.inf),
         jnp.zeros((*placed.shape[:2], k), jnp.int32),
     )
-    for start in range(0, len(bank), bank_block):
-        block = _padded(bank, start, bank_block)
-        # Two blocks exist at a time, one on its way and one at work. Unasked, the host
-        # would put all of them in the queue.
-        jax.block_until_ready(best)
+    # Two blocks exist at a time, one on its way and one at work, always in the same
+    # memory. Unasked, the host would put all of them in the queue.
+    stages = [_aligned(bank_block, bank.shape[1]) for _ in range(2)]
+    for i, start in enumerate(range(0, len(bank), bank_block)):
+        stage, rows = stages[i % 2], bank[start : start + bank_block]
+        stage[: len(rows)] = rows  # what is behind them is told by its number
+        block = jnp.asarray(stage)
+        jax.block_until_ready(best)  # before the next but one overwrites this stage
         best = _merge_block(best, placed, block, start, len(bank))
-    return best
+    return jax.block_until_ready(best)
+
+
+def _aligned(rows: int, width: int) -> np.ndarray:
+    """Returns zeros that start where XLA reads an array without copying it on a CPU."""
+    values = np.zeros(rows * width + 16, np.float32)
+    offset = -values.ctypes.data % 64 // 4
+    return values[offset : offset + rows * width].reshape(rows, width)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
