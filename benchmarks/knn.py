@@ -105,7 +105,8 @@ def compare(args: argparse.Namespace) -> str:
     bank_bytes = 4 * args.rows * args.width
     lines = [
         step.row([
-            "search", "seconds", "CPU seconds", "peak, GB", "peak / bank", "time / FAISS"
+            "search", "seconds", "CPU seconds", "peak, GB", "peak / bank",
+            "time / FAISS",
         ]),
         step.row(["---"] * 6),
     ]

@@ -22,7 +22,7 @@ _TRAIN_SHARE = 0.6  # of the width
 def write(
     directory: Path, *, num_train: int, num_test: int, size: int
 ) -> tuple[Path, Path]:
-    """Writes JPEGs of `size` x `size` pixels, so many of each class; the same each time.
+    """Writes JPEGs of `size` x `size` pixels, so many of each class, always the same.
 
     Returns:
       The folders to train on and to test on, each with a folder per class.
