@@ -1,4 +1,7 @@
-"""Every test sees eight fake CPU devices, and shapes that must match in rank."""
+"""Every test sees eight fake CPU devices, and shapes that must match in rank.
+
+Programs are compiled without optimisation: most tests compile more than they compute.
+"""
 
 import os
 import platform
@@ -7,6 +10,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    " --xla_backend_optimization_level=0"
 )
 
 import jax  # noqa: E402  the flags above must be set first

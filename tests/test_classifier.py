@@ -44,15 +44,20 @@ def test_a_branch_is_left_out_or_divided_by_its_share_of_samples():
     variables = block.init(jax.random.key(1), x)
     out = block.apply(variables, x, rngs={"drop_path": jax.random.key(2)})
 
-    def branch(norm, part, x):
-        bound = block.bind(variables)
-        return getattr(bound, part)(getattr(bound, norm)(x)) / 0.75
+    bound = block.bind(variables)
+    branches = {
+        "norm1": lambda x: bound.attn.attend(*bound.attn.project(x)),
+        "norm2": bound.mlp,
+    }
+
+    def branch(norm, x):
+        return branches[norm](getattr(bound, norm)(x)) / 0.75
 
     found = []
     for with_attention in (False, True):
-        middle = x + with_attention * branch("norm1", "attn", x)
+        middle = x + with_attention * branch("norm1", x)
         for with_mlp in (False, True):
-            expected = middle + with_mlp * branch("norm2", "mlp", middle)
+            expected = middle + with_mlp * branch("norm2", middle)
             found.append(jnp.abs(out - expected).max((1, 2)) < 1e-5)
     found = np.stack(found)
     np.testing.assert_array_equal(found.sum(0), 1)

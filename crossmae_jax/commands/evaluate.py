@@ -89,8 +89,8 @@ def main(argv: list[str]) -> int:
             values.workdir or path / "evaluations" / f"step_{made.step:08d}"
         )
         report = evaluate.run(made, values.suite, directory, imagenet={
-            name: directory for name in _SETS
-            if (directory := values[f"imagenet_{name}"].value)
+            name: values[f"imagenet_{name}"].value for name in _SETS
+            if values[f"imagenet_{name}"].value
         })
     print(f"{report.to_markdown()}\nwritten to {directory / 'evaluation.json'}")
     return 0

@@ -99,6 +99,13 @@ class Evaluation:
                 self._extracted[asked._replace(output=name)] = extracted
         return self._extracted[asked]
 
+    def num_extracted(self, split: str) -> int:
+        """Returns of how many images of a split features were extracted, at most."""
+        return max(
+            (len(found.labels) for (of, *_), found in self._extracted.items()
+             if of == split), default=0,
+        )
+
     def _exactly(self, wanted: Wanted) -> Wanted:
         """Returns it with the number of images that there are."""
         available, number = self.num_images[wanted.split], wanted.num_images
