@@ -99,7 +99,7 @@ class Report:
         lines = [
             f"# Evaluation of {made.path}{step}", "", f"* sha256 `{made.digest}`",
             *(
-                f"* {split}: {count(*seen)} images"
+                f"* {split}: {evaluation.counted(*seen)} images"
                 for split, seen in self.images.items()
             ),
             *(f"* {note}" for note in self.notes),
@@ -107,11 +107,6 @@ class Report:
             *(f"| {name} | {value:.4f} |" for name, value in self.metrics.items()),
         ]
         return "\n".join(lines) + "\n"
-
-
-def count(seen: int, available: int) -> str:
-    """Returns how many of how many, as "50 000/50 000"."""
-    return f"{seen:,}/{available:,}".replace(",", " ")
 
 
 def open_checkpoint(
@@ -210,6 +205,7 @@ def run(
         evals, num_images={"train": 0} | num_images,
         num_classes=max((source.num_classes for source in opened.values()), default=0),
     )
+    evaluation.check_pools(evals, config.model)
     whole = evaluation_of(opened, config.data, evals)
     for name, options in evals.items():
         found = evaluators.run(name, whole, options).metrics

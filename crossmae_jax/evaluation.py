@@ -60,7 +60,7 @@ class Evaluations:
             config.evals.to_dict(), num_classes=opened["train"].num_classes,
             num_images={split: len(source) for split, source in opened.items()},
         )
-        _check_pools(config)
+        check_pools(config.evals, config.model)
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
         if "reconstruction" in config.evals:
             self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
@@ -162,9 +162,10 @@ class Evaluations:
         )
 
 
-def _check_pools(config: ConfigDict) -> None:
-    pools = config.evals.get("knn", {}).get("pools", ())
-    if config.model.get("pool") == "cls" and len(pools) > 1:
+def check_pools(evals: Mapping[str, Mapping[str, Any]], model: ConfigDict) -> None:
+    """Raises ValueError for k-NN of a pooling that the model does not have."""
+    pools = evals.get("knn", {}).get("pools", ())
+    if model.get("pool") == "cls" and len(pools) > 1:
         raise ValueError(
             f"config.evals.knn.pools={pools} of a classifier with model.pool='cls': "
             "what it pools is the class token alone; set pools=('cls',)."
@@ -247,5 +248,10 @@ def best(found: dict[str, float]) -> str:
     if name in found:
         line += f", at the end {found[name]:.4f}"
     if (images := found.get("eval/accuracy/images")) is not None:
-        line += f" ({images:.0f}/{images:.0f} images)"
+        line += f" ({counted(int(images), int(images))} images)"
     return line
+
+
+def counted(seen: int, available: int) -> str:
+    """Returns how many of how many, as "50 000/50 000"."""
+    return f"{seen:,}/{available:,}".replace(",", " ")

@@ -23,7 +23,7 @@ ROWS = (
     ("objectives", "evaluators"),
     ("evaluation", "convert"),
     ("train", "pretrained"),
-    ("estimate",),
+    ("estimate", "evaluate", "sweep"),
     ("main", "commands", "__main__"),
 )
 
