@@ -75,7 +75,9 @@ def finetune(
     return found["eval/accuracy/top1"]
 
 
-def frozen(weights: str, *, percent: int, seed: int, directory: Path) -> dict[str, float]:
+def frozen(
+    weights: str, *, percent: int, seed: int, directory: Path
+) -> dict[str, float]:
     """Returns the test accuracy of k-NN and logistic regression on frozen features.
 
     Args:

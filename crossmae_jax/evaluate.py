@@ -3,17 +3,15 @@
     accuracy     of a classifier, on the evaluation split
     knn          k nearest neighbours, of the mean of the patches and the class token
     linear       logistic regression on frozen features
-    robustness   of a classifier, on ImageNet-A, -R, -Sketch and -C, or on the evaluation
-                 split with the 15 corruptions of ImageNet-C (docs/robustness.md)
+    robustness   of a classifier, on other sets or corrupted images
 
 Every image of a split is counted once. The report says of how many, of which
 checkpoint, and how: results without these cannot be compared.
 """
 
 import dataclasses
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +25,12 @@ from crossmae_jax import (
     evaluation,
     evaluators,
     parallel,
+    robust,
     train,
 )
 from crossmae_jax.convert import starting
-from crossmae_jax.data import corruptions, imagenet_variants, pipeline, sources
-from crossmae_jax.evaluators import accuracy, features, robustness
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.evaluators import features
 from crossmae_jax.ops import attention, attention_check
 
 SUITES = ("accuracy", "knn", "linear", "robustness")
@@ -193,11 +192,12 @@ def run(
             opened, data, predict, mesh=mesh, workdir=directory, evals=evals
         )
 
-    needs_train = {"knn", "linear"} & set(suites)
+    sets = imagenet or {}
+    needed = ["train"] * bool({"knn", "linear"} & set(suites))
+    needed += ["eval"] * (not sets or set(suites) != {"robustness"})
     opened = {
-        split: source for split in ("train", "eval")
-        if (split == "eval" or needs_train)
-        and (source := sources.make_source(config.data, split)) is not None
+        split: source for split in needed
+        if (source := sources.make_source(config.data, split)) is not None
     }
     evals = _options(config, suites, opened, report.notes)
     num_images = {split: len(source) for split, source in opened.items()}
@@ -215,7 +215,17 @@ def run(
         for split, count in num_images.items() if whole.num_extracted(split)
     }
     if "robustness" in suites:
-        _add_robustness(report, evaluation_of, opened.get("eval"), imagenet or {})
+        def logits_of(
+            source: sources.Source, data: ConfigDict
+        ) -> features.Features:
+            one = evaluation_of({"eval": source}, data, {"accuracy": {}})
+            return one.features_of("eval", output="logits")
+
+        if not sets:
+            report.notes.append(robust.NOTE)
+        report.metrics |= robust.evaluate(
+            logits_of, config.data, opened.get("eval"), imagenet=sets
+        )
     if jax.process_index() == 0:
         directory.mkdir(parents=True, exist_ok=True)
         for name, text in (
@@ -279,54 +289,3 @@ def _predict(made: Checkpoint, mesh: jax.sharding.Mesh) -> features.Predict:
         jax.eval_shape(jitted, made.variables, batch)
     attention_check.check(choices, mesh=mesh)
     return lambda batch: jitted(made.variables, batch)
-
-
-def _add_robustness(
-    report: Report,
-    evaluation_of: Callable[..., evaluators.Evaluation],
-    source: sources.Source | None,
-    imagenet: Mapping[str, str],
-) -> None:
-    """Adds the metrics of robustness to a report."""
-    config = report.checkpoint.config
-    as_stored = config.data.copy_and_resolve_references()
-    as_stored.eval_crop_ratio = 1.0
-
-    def logits(opened: Any, data: ConfigDict) -> features.Features:
-        wanted = {"accuracy": {}}
-        return evaluation_of({"eval": opened}, data, wanted).features_of(
-            "eval", output="logits"
-        )
-
-    def errors(open_one: Callable[..., Any]) -> dict[tuple[str, int], float]:
-        found = {}
-        for name in robustness.CORRUPTIONS:
-            for severity in robustness.SEVERITIES:
-                one = open_one(corruption=name, severity=severity)
-                accurate = accuracy.evaluate(*logits(one, as_stored))
-                found[name, severity] = 1 - accurate["top1"]
-        return found
-
-    def add(prefix: str, found: Mapping[str, float]) -> None:
-        report.metrics |= {f"{prefix}/{key}": value for key, value in found.items()}
-
-    for name, directory in imagenet.items():
-        if name == "c":
-            open_one = functools.partial(imagenet_variants.imagenet_c, directory)
-            add("imagenet_c", robustness.corruption_errors(errors(open_one)))
-            continue
-        opened = getattr(imagenet_variants, f"imagenet_{name}")(directory)
-        add(f"imagenet_{name}", robustness.subset_accuracy(*logits(opened, config.data)))
-        report.images[f"imagenet_{name}"] = (len(opened), len(opened))
-    if not imagenet:
-        if source is None:
-            raise ValueError(
-                "Robustness needs images: an evaluation split (data.eval_split or "
-                "data.eval_dir) to corrupt, or directories of ImageNet-A, -R, -Sketch "
-                "or -C."
-            )
-        open_one = functools.partial(corruptions.Corrupted, source, config.data)
-        add("corrupted", robustness.mean_errors(errors(open_one)))
-        report.notes.append(
-            "corrupted on the fly: not comparable with ImageNet-C (docs/robustness.md)"
-        )

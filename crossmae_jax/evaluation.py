@@ -60,7 +60,7 @@ class Evaluations:
             config.evals.to_dict(), num_classes=opened["train"].num_classes,
             num_images={split: len(source) for split, source in opened.items()},
         )
-        check_pools(config.evals, config.model)
+        check_pools(config.evals.to_dict(), config.model)
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
         if "reconstruction" in config.evals:
             self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))

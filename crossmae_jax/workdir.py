@@ -79,7 +79,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
 
 
 def _as_written(values: Any, path: str = "") -> Any:
-    """Returns settings as configs write them: JSON has no tuples and no placeholders."""
+    """Returns settings as configs write them: JSON has no tuples, no placeholders."""
     if isinstance(values, dict):
         return {
             name: _as_written(value, f"{path}.{name}" if path else name)

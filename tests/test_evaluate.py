@@ -10,8 +10,10 @@ from configs import digits_cross
 from crossmae_jax import digests, evaluate, train, workdir
 from crossmae_jax.commands import convert
 from crossmae_jax.commands import evaluate as command
-from crossmae_jax.data import corruptions
+from crossmae_jax.data import corruptions, imagenet_variants, sources
+from crossmae_jax.evaluators import robustness
 from tests.test_classify import TINY, make_config
+from tests.test_robustness import lay_out, true_classes
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +196,67 @@ def test_random_weights_stay_on_all_devices(pretrained):
     made = evaluate.open_checkpoint(run, workdir.read_config(run))
     leaf = jax.tree.leaves(made.variables)[0]
     assert len(leaf.sharding.device_set) == jax.device_count() == 8
+
+
+def test_the_sets_of_imagenet_are_evaluated_by_a_head_of_their_classes(
+    digits_dir, tmp_path, monkeypatch, classifier
+):
+    small = imagenet_variants._A._replace(num_images=400)
+    monkeypatch.setattr(imagenet_variants, "_A", small)
+    folder = lay_out(tmp_path / "imagenet-a", true_classes("a"), 400, channels=1)
+    config = make_config(
+        digits_dir, data__num_classes=1000, data__image_size=(32, 32), epochs=0.1,
+        optim__warmup_epochs=0.0, checkpoint__best="",
+    )
+    config.evals = {}
+    train.run(config, tmp_path / "run")
+    opened = []
+
+    def one_of_75(directory, **which):
+        opened.append((directory, *which.values()))
+        source = sources.FolderSource(folder, classes=imagenet_variants.wordnet_ids())
+        return Part(source)
+
+    monkeypatch.setattr(imagenet_variants, "imagenet_c", one_of_75)
+    (tmp_path / "run" / "config.json").write_text(  # the run's own images are not here
+        (tmp_path / "run" / "config.json").read_text().replace(digits_dir, "/nowhere")
+    )
+    arguments = ["--suite=robustness", f"--imagenet_a={folder}", "--imagenet_c=C"]
+    assert command.main([f"--checkpoint={tmp_path / 'run'}", *arguments]) == 0
+    (directory,) = (tmp_path / "run" / "evaluations").iterdir()
+    written = report(directory)
+    metrics = written["metrics"]
+    assert metrics["imagenet_a/classes"] == 200
+    assert metrics["imagenet_a/images"] == 400
+    assert 0 < metrics["imagenet_a/top5"] < 0.2  # the head knows nothing
+    assert opened == [
+        ("C", name, severity)
+        for name in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES
+    ]
+    alexnet = np.array(list(robustness.ALEXNET_ERRORS.values()))
+    np.testing.assert_allclose(
+        metrics["imagenet_c/mce"],
+        np.mean(100 * metrics["imagenet_c/mean_error"] / alexnet),
+    )
+    run, _ = classifier
+    with pytest.raises(SystemExit, match="The head has 10 classes"):
+        command.main([
+            f"--checkpoint={run}", "--suite=robustness", f"--imagenet_a={folder}",
+        ])
+
+
+class Part:
+    """The first images of a source: enough where only what becomes of them counts."""
+
+    def __init__(self, source):
+        self._source, self.num_classes = source, source.num_classes
+        self.fingerprint = f"part of {source.fingerprint}"
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return self._source[index]
+
+    def name(self, index):
+        return self._source.name(index)

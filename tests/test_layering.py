@@ -21,7 +21,7 @@ ROWS = (
     ("models.mim", "models.classifier"),
     ("data", "cost", "probing", "optim"),
     ("objectives", "evaluators"),
-    ("evaluation", "convert"),
+    ("evaluation", "convert", "robust"),
     ("train", "pretrained"),
     ("estimate", "evaluate", "sweep"),
     ("main", "commands", "__main__"),

@@ -33,7 +33,7 @@ def true_classes(name):
     return [int(line) for line in listed.read_text().split()]
 
 
-def lay_out(root, classes, num_images):
+def lay_out(root, classes, num_images, *, channels=3):
     """Spreads links to a few real JPEGs over class folders, like a whole set."""
     ids = imagenet_variants.wordnet_ids()
     root.mkdir(parents=True)
@@ -42,7 +42,7 @@ def lay_out(root, classes, num_images):
         folder.mkdir()
         original = root.parent / f"{root.name}-{k % 3}.jpg"
         if not original.exists():
-            original.write_bytes(encode(pixels(k, 230, 250), "JPEG"))
+            original.write_bytes(encode(pixels(k, 230, 250, channels), "JPEG"))
         for image in range(k, num_images, len(classes)):
             os.link(original, folder / f"{image}.JPEG")
     return str(root)

@@ -5,15 +5,15 @@
         --imagenet_a=DIR --imagenet_r=DIR --imagenet_sketch=DIR --imagenet_c=DIR
 
 A run is evaluated with its own configuration, of which settings can be changed:
---config.data.data_dir=DIR, --config.data.split=train[:10%], --config.evals.linear.l2s=...
+--config.data.data_dir=DIR, --config.data.split=train[:10%], --config.evals.knn.k=5.
 Weights of other formats (docs/weights.md) need --config=FILE, which says what the model
 is and where images lie.
 
 Robustness without one of the four directories is that of the evaluation split under
 corruptions made on the fly (docs/robustness.md).
 
---workdir=DIR   where evaluation.json and evaluation.md go; RUN/evaluations/step_N if not
-                given, for other weights it must be
+--workdir=DIR   where evaluation.json and evaluation.md go; RUN/evaluations/step_N if
+                not given, for other weights it must be
 --step=N        of the run; its newest intact checkpoint if not given
 
 Exit status 2 if the command line is wrong, 1 if checkpoint, configuration and data do

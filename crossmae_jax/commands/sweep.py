@@ -3,10 +3,9 @@
     python -m crossmae_jax sweep --config=configs/partialft_vitb.py --workdir=DIR \\
         --blocks=0,0.5,1,2,4,8,12 --config.init_from=RUN [--config.KEY=VALUE ...]
 
-Each number of blocks is a run in DIR/blocks_N; given again, the command goes on where it
-stopped. DIR/sweep.json has the best accuracy of each, DIR/accuracy_by_blocks.png the
-curve. With `--against=OTHER,...`, other sweeps' directories, their curves are drawn with
-it.
+Each number of blocks is a run in DIR/blocks_N; given again, the command goes on where
+it stopped. DIR/sweep.json has the best accuracy of each, DIR/accuracy_by_blocks.png the
+curve, with `--against=OTHER,...` beside those of other sweeps' directories.
 
 Exit status 2 if the command line is wrong, 1 if configuration and data contradict each
 other, 75 if it was interrupted.
