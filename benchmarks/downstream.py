@@ -38,7 +38,7 @@ DEPTH = 4.0  # blocks of the encoder
 BLOCKS = (0.0, 0.5, 1.0, 2.0)
 NEIGHBOURS = 10  # with 1 percent of the labels there are 14
 IMAGES = 1442  # to train on
-STEPS = 157  # of fine-tuning: seven epochs of all
+STEPS = 157  # of fine-tuning, about: seven epochs of all
 SHARES = {100: 64, 10: 32, 1: 14}  # percent of the labels, and the batch size
 
 
@@ -55,17 +55,20 @@ def split(percent: int, seed: int) -> str:
 
 
 def finetune(
-    weights: str, *, percent: int, blocks: float, seed: int, directory: Path
+    weights: str, *, percent: int, blocks: float, seed: int, directory: Path,
+    changes: list[str],
 ) -> float:
     """Returns the test accuracy of fine-tuning at its last epoch.
 
     Args:
       weights: a run, "" for none.
       blocks: how many of the last blocks are tuned.
+      changes: overrides of the configuration.
     """
     epochs = STEPS * SHARES[percent] / (IMAGES * percent / 100)
     overrides = [
-        f"init_from={weights!r}", f"tune_blocks={blocks}", "optim.base_lr=8e-3",
+        *changes, f"init_from={weights!r}", f"tune_blocks={blocks}",
+        "optim.base_lr=8e-3",
         f"data.split={split(percent, seed)!r}", f"data.batch_size={SHARES[percent]}",
         "data.num_classes=10", f"epochs={epochs}",
         f"optim.warmup_epochs={epochs / 10}", "evals.accuracy.every_epochs=0.0",
@@ -76,51 +79,55 @@ def finetune(
 
 
 def frozen(
-    weights: str, *, percent: int, seed: int, directory: Path
+    weights: str, *, percent: int, seed: int, directory: Path, changes: list[str]
 ) -> dict[str, float]:
     """Returns the test accuracy of k-NN and logistic regression on frozen features.
 
     Args:
       weights: a run, "" for none: then the network is that of CrossMAE, as it is drawn.
+      changes: overrides of its configuration.
     """
     done = directory / "evaluation.json"
     if not done.exists():
         path, overrides = METHODS["CrossMAE 0.25"]
-        config = step.load_config(path, overrides=[f"seed={seed}", *overrides])
+        config = step.load_config(path, overrides=[
+            f"seed={seed}", *changes, *overrides
+        ])
         if weights:
             config = workdir.read_config(weights)
         config.data.split = split(percent, seed)
-        config.evals = dict(
-            knn=dict(k=NEIGHBOURS, temperature=0.07, pools=("mean", "cls")), linear={}
-        )
         if weights:
             made = evaluate.open_checkpoint(weights, config)
         else:
             objective = train.make_objective(config)
             variables = objective.init(jax.random.key(seed))
             made = evaluate.Checkpoint("random", None, "", config, objective, variables)
-        evaluate.run(made, ("knn", "linear"), directory)
+        options = dict(knn=dict(k=(NEIGHBOURS,)))
+        evaluate.run(made, ("knn", "linear"), directory, options=options)
     return json.loads(done.read_text())["metrics"]
 
 
-def one(method: str, seed: int, root: Path) -> dict[str, float]:
+def one(
+    method: str, seed: int, root: Path, changes: list[str]
+) -> dict[str, float]:
     """Pre-trains one method with one seed, and returns all that is measured of it."""
     place, weights = root / method.replace(" ", "_") / f"seed_{seed}", ""
     if METHODS[method] is not None:
         path, overrides = METHODS[method]
         weights = str(place / "pretrained")
         ablation.run(
-            path, [*overrides, "checkpoint.every_epochs=0.0"], seed=seed,
+            path, [*changes, *overrides, "checkpoint.every_epochs=0.0"], seed=seed,
             directory=Path(weights),
         )
     found = {}
     for percent in SHARES:
         found[f"fine-tuning {percent}"] = finetune(
             weights, percent=percent, blocks=DEPTH, seed=seed,
-            directory=place / f"finetuned_{percent}",
+            directory=place / f"finetuned_{percent}", changes=changes,
         )
         of_frozen = frozen(
-            weights, percent=percent, seed=seed, directory=place / f"frozen_{percent}"
+            weights, percent=percent, seed=seed,
+            directory=place / f"frozen_{percent}", changes=changes,
         )
         found[f"linear {percent}"] = of_frozen["linear/top1"]
         found[f"k-NN, mean {percent}"] = of_frozen[f"knn/mean/k{NEIGHBOURS}/top1"]
@@ -128,7 +135,7 @@ def one(method: str, seed: int, root: Path) -> dict[str, float]:
     for blocks in BLOCKS:
         found[f"blocks {blocks:g}"] = finetune(
             weights, percent=100, blocks=blocks, seed=seed,
-            directory=place / f"blocks_{blocks:g}",
+            directory=place / f"blocks_{blocks:g}", changes=changes,
         )
     found[f"blocks {DEPTH:g}"] = found["fine-tuning 100"]
     return found
@@ -162,10 +169,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="setting to change everywhere",
+    )
     parser.add_argument("--write", action="store_true", help="the picture into docs/")
     args = parser.parse_args(argv)
     found = {
-        method: [one(method, seed, args.workdir) for seed in args.seeds]
+        method: [
+            one(method, seed, args.workdir, args.override) for seed in args.seeds
+        ]
         for method in args.methods
     }
     curves = {
@@ -177,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     folder = PICTURES if args.write else args.workdir
     picture = visualize.accuracy_by_blocks(curves, folder / "accuracy_by_blocks.png")
-    print(step.conditions([], f"downstream of digits, seeds {args.seeds}"))
+    print(step.conditions(args.override, f"downstream of digits, seeds {args.seeds}"))
     print(f"{table(found)}\n\n{picture}")
 
 

@@ -21,24 +21,25 @@ from ml_collections import ConfigDict
 from crossmae_jax import (
     checkpoint,
     digests,
-    environment,
     evaluation,
     evaluators,
     parallel,
+    report,
     robust,
     train,
+    workdir,
 )
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.evaluators import features
+from crossmae_jax.evaluators import features, linear
 from crossmae_jax.ops import attention, attention_check
 
 SUITES = ("accuracy", "knn", "linear", "robustness")
 KS = (10, 20, 100, 200)  # DINO's, arXiv 2104.14294; 20 is the usual one
-_DEFAULTS = {
+DEFAULTS = {
     "accuracy": {},
     "knn": dict(k=KS, temperature=0.07, pools=("mean", "cls")),
-    "linear": {},
+    "linear": dict(l2s=linear.L2S, max_iterations=1000, tolerance=1e-6),
 }
 # Parts that no evaluation here looks at.
 _UNUSED = ("fusion", "decoder", "aggregator")
@@ -52,6 +53,7 @@ class Checkpoint:
       path: a run, or a file or folder of another format.
       step: of a run.
       digest: SHA-256 of what was read.
+      notes: what became of the parts of other formats.
     """
 
     path: str
@@ -60,52 +62,7 @@ class Checkpoint:
     config: ConfigDict
     objective: Any
     variables: Any
-
-
-@dataclasses.dataclass
-class Report:
-    """What was found.
-
-    Attributes:
-      metrics: by name, "knn/top1".
-      images: how many images of each split were evaluated, and how many it has.
-      notes: what a reader must know to compare.
-    """
-
-    checkpoint: Checkpoint
-    metrics: dict[str, float]
-    images: dict[str, tuple[int, int]]
-    notes: list[str]
-
-    def to_json(self) -> str:
-        """Returns everything, the configuration included."""
-        made = self.checkpoint
-        return json.dumps({
-            "checkpoint": {
-                "path": made.path, "step": made.step, "sha256": made.digest
-            },
-            "metrics": self.metrics,
-            "images": self.images,
-            "notes": self.notes,
-            "config": json.loads(made.config.to_json()),
-            "environment": environment.describe(),
-        }, indent=2) + "\n"
-
-    def to_markdown(self) -> str:
-        """Returns a table of the metrics under what they are of."""
-        made = self.checkpoint
-        step = "" if made.step is None else f", step {made.step}"
-        lines = [
-            f"# Evaluation of {made.path}{step}", "", f"* sha256 `{made.digest}`",
-            *(
-                f"* {split}: {evaluation.counted(*seen)} images"
-                for split, seen in self.images.items()
-            ),
-            *(f"* {note}" for note in self.notes),
-            "", "| metric | value |", "| --- | --- |",
-            *(f"| {name} | {value:.4f} |" for name, value in self.metrics.items()),
-        ]
-        return "\n".join(lines) + "\n"
+    notes: tuple[str, ...] = ()
 
 
 def open_checkpoint(
@@ -120,42 +77,40 @@ def open_checkpoint(
       step: of a run; the newest intact one if None.
 
     Raises:
+      SetupError: if the weights do not fit the config, or lack what is evaluated.
       RestoreError: if the run has no intact checkpoint.
-      ValueError: if the weights do not fit the config, or lack what is evaluated.
     """
     path, mesh = Path(path), parallel.make_mesh()
-    if not config.data.get("num_classes", 1):
-        opened = sources.make_source(config.data, "train")
-        config = train.with_classes(config, opened.num_classes)
-    objective = train.make_objective(config)
+    with train.setting_up():
+        if not config.data.get("num_classes", 1):
+            opened = sources.make_source(config.data, "train")
+            config = train.with_classes(config, opened.num_classes)
+        objective = train.make_objective(config)
     key = jax.random.key(0, impl="threefry2x32")
     abstract = parallel.with_sharding(
         jax.eval_shape(objective.init, key), parallel.replicated(mesh)
     )
-    if is_run(path):
+    if workdir.is_run(path):
         place = path / "checkpoints"
         step = checkpoint.newest_step(place) if step is None else step
         variables = checkpoint.restore_variables(place, abstract, step)
         digest = digests.of(place / str(step) / digests.LIST)
         return Checkpoint(str(path), step, digest, config, objective, variables)
-    if step is not None:
-        raise ValueError(f"{path} is no run and has no steps; leave out step={step}.")
-    found = starting.plan(str(path), abstract, config)
-    if missing := sorted(found.new - set(_UNUSED)):
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}, which would be random numbers; give "
-            "weights that have all of it, or a config of another model or "
-            "objective.\n" + "\n".join(found.report)
-        )
+    with train.setting_up():
+        if step is not None:
+            raise ValueError(f"{path} is no run and has no steps; leave out {step=}.")
+        found = starting.plan(str(path), abstract, config)
+        if missing := sorted(found.new - set(_UNUSED)):
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}, which would be random numbers; "
+                "give weights that have all of it, or a config of another model or "
+                "objective.\n" + "\n".join(found.report)
+            )
     init = jax.jit(objective.init, out_shardings=parallel.replicated(mesh))
     return Checkpoint(
-        str(path), None, digests.of(path), config, objective, found.apply(init(key))
+        str(path), None, digests.of(path), config, objective, found.apply(init(key)),
+        notes=tuple(line.strip() for line in found.report),
     )
-
-
-def is_run(path: Path) -> bool:
-    """Says whether a path is the workdir of a run."""
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
 def run(
@@ -163,79 +118,99 @@ def run(
     suites: Sequence[str],
     directory: Path,
     *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
     imagenet: Mapping[str, str] | None = None,
-) -> Report:
-    """Evaluates a checkpoint and writes `evaluation.json` and `evaluation.md`.
+) -> report.Report:
+    """Evaluates a checkpoint; writes the report after each suite.
 
-    The options of an evaluator are those of `config.evals`, where it is named there.
+    A directory that holds the report of other suites of the same checkpoint, with the
+    same configuration, is added to.
 
     Args:
       suites: some of `SUITES`.
-      directory: where the report is written.
+      options: of evaluators, in place of `DEFAULTS`.
       imagenet: directories of the sets of robustness, "a", "r", "sketch" and "c"; with
         none of them it is measured on the evaluation split, corrupted on the fly.
 
     Raises:
-      ValueError: for an unknown suite, or one that the checkpoint or the data cannot
+      SetupError: for an unknown suite, or one that the checkpoint or the data cannot
         give.
       KernelError: if a kernel does not compute what it should on these devices.
     """
-    _check_suites(made, suites)
-    config, mesh = made.config, parallel.make_mesh()
+    config, mesh, imagenet = made.config, parallel.make_mesh(), imagenet or {}
+    with train.setting_up():
+        _check_suites(made, suites)
+        opened = _open(config, suites, own_images=not imagenet)
+        found = report.begun(directory, _empty(made))
+        chosen = _options(config, suites, opened, options or {}, found)
+        evaluators.check(
+            chosen, num_images={split: len(one) for split, one in opened.items()},
+            num_classes=max((one.num_classes for one in opened.values()), default=0),
+        )
+        evaluation.check_pools(chosen, config.model)
+        sets = {}
+        if "robustness" in suites:
+            sets = robust.prepare(config.data, opened.get("eval"), imagenet=imagenet)
     predict = _predict(made, mesh)
-    report = Report(made, {}, {}, [])
 
-    def evaluation_of(
-        opened: dict[str, sources.Source], data: ConfigDict, evals: dict[str, Any]
-    ) -> evaluators.Evaluation:
+    def evaluation_of(opened: dict[str, sources.Source], data: ConfigDict, evals: Any):
         return evaluation.of_sources(
             opened, data, predict, mesh=mesh, workdir=directory, evals=evals
         )
 
-    sets = imagenet or {}
-    needed = ["train"] * bool({"knn", "linear"} & set(suites))
-    needed += ["eval"] * (not sets or set(suites) != {"robustness"})
-    opened = {
-        split: source for split in needed
-        if (source := sources.make_source(config.data, split)) is not None
-    }
-    evals = _options(config, suites, opened, report.notes)
-    num_images = {split: len(source) for split, source in opened.items()}
-    evaluators.check(
-        evals, num_images={"train": 0} | num_images,
-        num_classes=max((source.num_classes for source in opened.values()), default=0),
-    )
-    evaluation.check_pools(evals, config.model)
-    whole = evaluation_of(opened, config.data, evals)
-    for name, options in evals.items():
-        found = evaluators.run(name, whole, options).metrics
-        report.metrics |= {f"{name}/{key}": value for key, value in found.items()}
-    report.images |= {
-        split: (whole.num_extracted(split), count)
-        for split, count in num_images.items() if whole.num_extracted(split)
-    }
-    if "robustness" in suites:
-        def logits_of(
-            source: sources.Source, data: ConfigDict
-        ) -> features.Features:
-            one = evaluation_of({"eval": source}, data, {"accuracy": {}})
-            return one.features_of("eval", output="logits")
+    def logits_of(source: sources.Source, data: ConfigDict) -> features.Features:
+        one = evaluation_of({"eval": source}, data, {"accuracy": {}})
+        extracted = one.features_of("eval", output="logits")
+        _note_replaced(found, one)
+        return extracted
 
-        if not sets:
-            report.notes.append(robust.NOTE)
-        report.metrics |= robust.evaluate(
-            logits_of, config.data, opened.get("eval"), imagenet=sets
-        )
-    if jax.process_index() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("evaluation.json", report.to_json()),
-            ("evaluation.md", report.to_markdown()),
-        ):
-            temporary = directory / f"{name}.tmp"
-            temporary.write_text(text)
-            temporary.replace(directory / name)
-    return report
+    whole = evaluation_of(opened, config.data, chosen)
+    for name, its_options in chosen.items():
+        metrics = evaluators.run(name, whole, its_options).metrics
+        _note_replaced(found, whole)
+        found.options[name] = dict(its_options)
+        found.add(name, metrics, _images(name, its_options, opened))
+        found.write(directory)
+    for name, measure in sets.items():
+        metrics, num_images = measure(logits_of)
+        found.add(name, metrics, {"all": (num_images, num_images)})
+        if note := robust.NOTES.get(name):
+            found.note(note)
+        found.write(directory)
+    return found
+
+
+def _empty(made: Checkpoint) -> report.Report:
+    """Returns the report of a checkpoint of which nothing is known yet."""
+    return report.Report(
+        dict(path=made.path, step=made.step, sha256=made.digest),
+        json.loads(made.config.to_json()), notes=list(made.notes),
+    )
+
+
+def _open(
+    config: ConfigDict, suites: Sequence[str], *, own_images: bool
+) -> dict[str, sources.Source]:
+    """Returns the splits that the suites look at, as far as there are any."""
+    needed = ["train"] * bool({"knn", "linear"} & set(suites))
+    needed += ["eval"] * (own_images or set(suites) != {"robustness"})
+    opened = {}
+    for split in needed:
+        source = sources.make_source(config.data, split)
+        if source is None:
+            raise ValueError(
+                f"{', '.join(suites)} need images to test on, but the data has no "
+                "evaluation split. Set data.eval_split (tfds) or data.eval_dir "
+                "(folder)."
+            )
+        head = config.data.get("num_classes")
+        if head and source.num_classes not in (0, head):
+            raise ValueError(
+                f"{source} has {source.num_classes} classes, the head {head}: their "
+                "numbers do not mean the same. Give the data that it was trained for."
+            )
+        opened[split] = source
+    return opened
 
 
 def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
@@ -256,25 +231,47 @@ def _options(
     config: ConfigDict,
     suites: Sequence[str],
     opened: Mapping[str, sources.Source],
-    notes: list[str],
+    given: Mapping[str, Mapping[str, Any]],
+    found: report.Report,
 ) -> dict[str, dict[str, Any]]:
     """Returns the options of each evaluator; notes which defaults do not apply."""
-    evals = {}
-    for name in (name for name in suites if name in _DEFAULTS):
-        if name in config.evals:
-            evals[name] = config.evals[name].to_dict()
+    chosen = {}
+    for name in (name for name in suites if name in DEFAULTS):
+        chosen[name] = DEFAULTS[name] | given.get(name, {})
+        if name != "knn":
             continue
-        evals[name] = dict(_DEFAULTS[name])
-        if name == "knn":
-            bank = len(opened["train"])
-            ks = tuple(k for k in KS if k <= bank)
-            if ks != KS:
-                left = ", ".join(str(k) for k in KS if k not in ks)
-                notes.append(f"k-NN without k = {left}: {bank} training images")
-            evals[name]["k"] = ks or (bank,)
-            if config.model.get("pool") == "cls":
-                evals[name]["pools"] = ("cls",)
-    return evals
+        bank = len(opened["train"])
+        if "k" not in given.get(name, {}) and bank < KS[-1]:
+            chosen[name]["k"] = tuple(k for k in KS if k <= bank) or (bank,)
+            left = ", ".join(str(k) for k in KS if k > bank)
+            found.note(f"k-NN without k = {left}: {bank} training images")
+        if "pools" not in given.get(name, {}) and config.model.get("pool") == "cls":
+            chosen[name]["pools"] = ("cls",)
+    return chosen
+
+
+def _images(
+    name: str, options: Mapping[str, Any], opened: Mapping[str, sources.Source]
+) -> dict[str, tuple[int, int]]:
+    """Returns how many images of each split an evaluator took, of how many.
+
+    The extraction of features fails unless it was each of them, once.
+    """
+    counts = {}
+    for wanted in evaluators.wanted({name: options}):
+        available = len(opened[wanted.split])
+        taken = available if wanted.num_images is None else wanted.num_images
+        counts[wanted.split] = (min(taken, available), available)
+    return counts
+
+
+def _note_replaced(found: report.Report, one: evaluators.Evaluation) -> None:
+    for split, number in one.num_replaced.items():
+        if number:
+            found.note(
+                f"{number} images of {split} could not be decoded and count as their "
+                "neighbours do; bad_images.jsonl names them"
+            )
 
 
 def _predict(made: Checkpoint, mesh: jax.sharding.Mesh) -> features.Predict:

@@ -13,7 +13,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import evaluators, interruption, metrics, parallel, visualize
+from crossmae_jax import (
+    evaluators,
+    interruption,
+    metrics,
+    parallel,
+    report,
+    visualize,
+)
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.evaluators import features
 
@@ -164,11 +171,11 @@ class Evaluations:
 
 def check_pools(evals: Mapping[str, Mapping[str, Any]], model: ConfigDict) -> None:
     """Raises ValueError for k-NN of a pooling that the model does not have."""
-    pools = evals.get("knn", {}).get("pools", ())
-    if model.get("pool") == "cls" and len(pools) > 1:
+    pools = evals.get("knn", {}).get("pools", ("mean",))
+    if "knn" in evals and model.get("pool") == "cls" and "mean" in pools:
         raise ValueError(
-            f"config.evals.knn.pools={pools} of a classifier with model.pool='cls': "
-            "what it pools is the class token alone; set pools=('cls',)."
+            f"k-NN with pools={pools} of a classifier with model.pool='cls': what it "
+            "pools is the class token alone; set evals.knn.pools=('cls',)."
         )
 
 
@@ -202,13 +209,15 @@ def of_sources(
                 if stop is not None and stop.is_set():
                     raise interruption.Interrupted
                 yield batch
+            found.num_replaced[split] = made.num_bad
 
-    return evaluators.Evaluation(
+    found = evaluators.Evaluation(
         batches=batches, predict=predict,
         num_images={split: len(source) for split, source in opened.items()},
         place=lambda batch: parallel.place_batch(mesh, batch),
         wanted=evaluators.wanted(evals), **pictures,
     )
+    return found
 
 
 def _batch_size(
@@ -248,10 +257,5 @@ def best(found: dict[str, float]) -> str:
     if name in found:
         line += f", at the end {found[name]:.4f}"
     if (images := found.get("eval/accuracy/images")) is not None:
-        line += f" ({counted(int(images), int(images))} images)"
+        line += f" ({report.counted(int(images), int(images))} images)"
     return line
-
-
-def counted(seen: int, available: int) -> str:
-    """Returns how many of how many, as "50 000/50 000"."""
-    return f"{seen:,}/{available:,}".replace(",", " ")

@@ -77,7 +77,7 @@ def is_tuned(params: Any, *, tune_blocks: float | None, depth: int) -> Any:
     Raises:
       ValueError: for any other number.
     """
-    _check_blocks(tune_blocks, depth)
+    check_blocks(tune_blocks, depth)
     if tune_blocks is None or tune_blocks == depth:
         return jax.tree.map(lambda _: True, params)
 
@@ -92,7 +92,8 @@ def is_tuned(params: Any, *, tune_blocks: float | None, depth: int) -> Any:
     return jax.tree.map(tuned, names(params))
 
 
-def _check_blocks(tune_blocks, depth):
+def check_blocks(tune_blocks: float | None, depth: int) -> None:
+    """Raises ValueError for a number of blocks that an encoder cannot be tuned by."""
     if tune_blocks not in (None, 0.5, *range(depth + 1)):
         raise ValueError(
             f"tune_blocks={tune_blocks}; expected 0, 0.5 (the MLP of the last "
@@ -122,7 +123,7 @@ def freeze(
     Raises:
       ValueError: if an encoder of this depth has no such blocks.
     """
-    _check_blocks(tune_blocks, depth)
+    check_blocks(tune_blocks, depth)
 
     def labels(params):
         tuned = is_tuned(params, tune_blocks=tune_blocks, depth=depth)

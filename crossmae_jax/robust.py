@@ -6,6 +6,7 @@ severities each. docs/robustness.md says what is counted of what.
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -13,7 +14,14 @@ from crossmae_jax.data import corruptions, imagenet_variants, sources
 from crossmae_jax.evaluators import accuracy, features, robustness
 
 LogitsOf = Callable[[sources.Source, ConfigDict], features.Features]
-NOTE = "corrupted on the fly: not comparable with ImageNet-C (docs/robustness.md)"
+Measure = Callable[[LogitsOf], tuple[dict[str, float], int]]
+# What a reader of the numbers must know.
+NOTES = {
+    "imagenet_c": "imagenet_c: mce and ce in percent of AlexNet's errors, the rest "
+                  "shares from 0 to 1",
+    "corrupted": "corrupted: made on the fly, not comparable with ImageNet-C "
+                 "(docs/robustness.md)",
+}
 _OPEN = {
     "a": imagenet_variants.imagenet_a,
     "r": imagenet_variants.imagenet_r,
@@ -21,58 +29,81 @@ _OPEN = {
 }
 
 
-def evaluate(
-    logits_of: LogitsOf,
-    data: ConfigDict,
-    source: sources.Source | None,
-    *,
-    imagenet: Mapping[str, str],
-) -> dict[str, float]:
-    """Returns metrics by set, "imagenet_a/top1", or "corrupted/mean_error".
+def prepare(
+    data: ConfigDict, source: sources.Source | None, *, imagenet: Mapping[str, str]
+) -> dict[str, Measure]:
+    """Opens what robustness is measured on, before anything is computed.
 
     Args:
-      logits_of: (source, data) -> the logits and labels of all its images, prepared as
-        `data` says.
       data: `config.data`.
       source: the images to corrupt; not used where sets are given.
       imagenet: directories of "a", "r", "sketch" and "c", as many as there are.
 
+    Returns:
+      By name, "imagenet_a" or "corrupted", what measures it: (source, data) -> the
+      logits and labels of all images of a source, to metrics and a number of images.
+
     Raises:
-      ValueError: if a set is not whole, the head is not one of its classes, or there
-        is nothing to evaluate on.
+      ValueError: if a set is not whole, the head is not one of its classes, or images
+        cannot be corrupted here.
     """
-    found = {}
+    if imagenet and data.num_classes != len(imagenet_variants.wordnet_ids()):
+        raise ValueError(
+            f"The head has {data.num_classes} classes; ImageNet-A, -R, -Sketch and -C "
+            "need one of ImageNet-1k's 1000. Leave out their directories to measure "
+            "robustness on the evaluation split."
+        )
+    sets: dict[str, Measure] = {}
     for name, directory in imagenet.items():
         if name == "c":
+            _check_folders(Path(directory).expanduser())
             open_one = functools.partial(imagenet_variants.imagenet_c, directory)
-            metrics = robustness.corruption_errors(_errors(logits_of, data, open_one))
+            sets["imagenet_c"] = functools.partial(
+                _of_corruptions, data=data, open_one=open_one,
+                summary=robustness.corruption_errors,
+            )
         else:
-            one = _OPEN[name](directory)
-            metrics = robustness.subset_accuracy(*logits_of(one, data))
-        found |= {f"imagenet_{name}/{key}": value for key, value in metrics.items()}
-    if imagenet:
-        return found
-    if source is None:
-        raise ValueError(
-            "Robustness needs images: an evaluation split (data.eval_split or "
-            "data.eval_dir) to corrupt, or directories of ImageNet-A, -R, -Sketch or "
-            "-C."
-        )
+            sets[f"imagenet_{name}"] = functools.partial(
+                _of_set, data=data, source=_OPEN[name](directory)
+            )
+    if sets:
+        return sets
     open_one = functools.partial(corruptions.Corrupted, source, data)
-    metrics = robustness.mean_errors(_errors(logits_of, data, open_one))
-    return {f"corrupted/{key}": value for key, value in metrics.items()}
+    try:
+        open_one(corruption="fog", severity=1)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    return {"corrupted": functools.partial(
+        _of_corruptions, data=data, open_one=open_one, summary=robustness.mean_errors
+    )}
 
 
-def _errors(
-    logits_of: LogitsOf, data: ConfigDict, open_one: Callable[..., sources.Source]
-) -> dict[tuple[str, int], float]:
-    """Returns the top-1 error of each corruption and severity."""
+def _check_folders(directory: Path) -> None:
+    """Looks for all 75 folders now: the last is opened hours after the first."""
+    missing = [
+        f"{name}/{severity}" for name in robustness.CORRUPTIONS
+        for severity in robustness.SEVERITIES
+        if not (directory / name / str(severity)).is_dir()
+    ]
+    if missing:
+        raise ValueError(
+            f"{directory} lacks {len(missing)} of the 75 folders of ImageNet-C, first "
+            f"{missing[0]}; unpack noise.tar, blur.tar, weather.tar and digital.tar "
+            "side by side."
+        )
+
+
+def _of_set(logits_of: LogitsOf, *, data, source):
+    return robustness.subset_accuracy(*logits_of(source, data)), len(source)
+
+
+def _of_corruptions(logits_of: LogitsOf, *, data, open_one, summary):
     as_stored = data.copy_and_resolve_references()
     as_stored.eval_crop_ratio = 1.0  # these images are cropped already
-    found = {}
+    errors, num_images = {}, 0
     for name in robustness.CORRUPTIONS:
         for severity in robustness.SEVERITIES:
-            one = open_one(corruption=name, severity=severity)
-            accurate = accuracy.evaluate(*logits_of(one, as_stored))
-            found[name, severity] = 1 - accurate["top1"]
-    return found
+            found = logits_of(open_one(corruption=name, severity=severity), as_stored)
+            errors[name, severity] = 1 - accuracy.evaluate(*found)["top1"]
+            num_images += len(found.labels)
+    return summary(errors), num_images

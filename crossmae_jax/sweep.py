@@ -6,26 +6,29 @@ hides where pre-training left off; what lies between shows how much of a represe
 must change.
 
 Every number of blocks is a run of its own, in `blocks_N` of the sweep's directory. A
-sweep that was interrupted goes on where it stopped: runs that are finished are not
-trained again.
+sweep that was interrupted goes on where it stopped, and a later one with other numbers
+of blocks adds to the curve: runs that are finished are not trained again.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import train, visualize
+from crossmae_jax import layerwise, train, visualize
+from crossmae_jax.models import vit
 
 RESULT = "sweep.json"
 PICTURE = "accuracy_by_blocks.png"
+_METRIC = "eval/accuracy/top1"
+
+Curve = dict[float, float]
 
 
-def run(
-    config: ConfigDict, directory: Path, *, blocks: Sequence[float]
-) -> dict[float, float]:
+def run(config: ConfigDict, directory: Path, *, blocks: Sequence[float]) -> Curve:
     """Fine-tunes once for each number of blocks; returns the best accuracies.
 
     Writes `sweep.json` with what is known so far after each of them.
@@ -35,35 +38,60 @@ def run(
       blocks: 0 trains the head alone, 0.5 also the MLP of the last block, n the last n
         blocks: see `layerwise.is_tuned`.
 
+    Returns:
+      The accuracies in this directory by number of blocks, those of former calls, too.
+
     Raises:
-      SetupError: if the configuration does not classify, or names no checkpoint to
-        keep as the best.
+      SetupError: if the configuration is not one of fine-tuning, the encoder does not
+        have so many blocks, or the directory holds another sweep.
     """
-    if config.objective != "classify" or not config.checkpoint.best:
-        raise train.SetupError(
-            "A sweep fine-tunes and compares the best epochs: give a config with "
-            "objective='classify' and checkpoint.best='eval/accuracy/top1', such as "
-            f"configs/partialft_vitb.py; this has objective={config.objective!r}, "
-            f"checkpoint.best={config.checkpoint.best!r}."
-        )
-    if not blocks or len(set(blocks)) < len(blocks):
-        raise train.SetupError(
-            f"blocks={list(blocks)}; give numbers of blocks, each once."
-        )
-    found = {}
+    with train.setting_up():
+        _check(config, blocks)
+        found = _begun(directory, config)
     for count in sorted(blocks):
         one = config.copy_and_resolve_references()
         one.tune_blocks = float(count)
-        print(f"tune_blocks={count:g}", flush=True)
+        if jax.process_index() == 0:
+            print(f"tune_blocks={count:g}", flush=True)
         metrics = train.run(one, directory / f"blocks_{count:g}")
-        found[count] = metrics[f"best/{config.checkpoint.best}"]
+        found[count] = metrics[f"best/{_METRIC}"]
+        found = dict(sorted(found.items()))
         if jax.process_index() == 0:
             _write(directory / RESULT, config, found)
     return found
 
 
-def read(directory: Path) -> tuple[str, dict[float, float]]:
-    """Returns what a sweep started from, and the accuracy of each number of blocks.
+def _check(config: ConfigDict, blocks: Sequence[float]) -> None:
+    if config.objective != "classify" or config.checkpoint.best != _METRIC:
+        raise ValueError(
+            "A sweep fine-tunes and compares the best epochs: give a config with "
+            f"objective='classify' and checkpoint.best={_METRIC!r}, such as "
+            f"configs/partialft_vitb.py; this has objective={config.objective!r}, "
+            f"checkpoint.best={config.checkpoint.best!r}."
+        )
+    if not blocks or len(set(blocks)) < len(blocks):
+        raise ValueError(f"blocks={list(blocks)}; give numbers of blocks, each once.")
+    size, _ = vit.parse_size(config.model.size)
+    for count in blocks:
+        layerwise.check_blocks(count, size.depth)
+
+
+def _begun(directory: Path, config: ConfigDict) -> Curve:
+    """Returns what a directory holds already of the sweep."""
+    path = directory / RESULT
+    if not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["init_from"] != config.init_from:
+        raise ValueError(
+            f"{directory} holds a sweep from init_from={content['init_from']!r}, not "
+            f"{config.init_from!r}; give another --workdir."
+        )
+    return read(directory)
+
+
+def read(directory: Path) -> Curve:
+    """Returns the accuracy of each number of blocks of a sweep.
 
     Raises:
       SetupError: if the directory is not that of a sweep.
@@ -74,32 +102,46 @@ def read(directory: Path) -> tuple[str, dict[float, float]]:
             f"{path} does not exist; give the --workdir of a sweep that has finished a "
             "run."
         )
-    content = json.loads(path.read_text())
-    return content["init_from"], {
-        float(count): value for count, value in content["accuracy"].items()
-    }
+    accuracy = json.loads(path.read_text())["accuracy"]
+    return {float(count): value for count, value in accuracy.items()}
 
 
-def draw(directories: Sequence[Path], *, names: Sequence[str], path: Path) -> Path:
+def draw(directories: Sequence[Path], path: Path) -> Path:
     """Draws a curve for each sweep; returns the path of the picture."""
-    curves = {
-        name: read(directory)[1]
-        for name, directory in zip(names, directories, strict=True)
-    }
-    return visualize.accuracy_by_blocks(curves, path)
+    return visualize.accuracy_by_blocks(
+        dict(zip(names(directories), map(read, directories), strict=True)), path
+    )
 
 
-def table(found: dict[float, float]) -> str:
+def names(directories: Sequence[Path]) -> list[str]:
+    """Returns names for curves: the directories without what they have in common.
+
+    Raises:
+      SetupError: if a directory is given twice.
+    """
+    whole = [os.path.abspath(directory) for directory in directories]
+    if len(set(whole)) < len(whole):
+        raise train.SetupError(
+            f"A sweep is compared with itself: {', '.join(map(str, directories))}; "
+            "give other directories."
+        )
+    if len(whole) == 1:
+        return [os.path.basename(whole[0])]
+    above = os.path.commonpath(whole)
+    return [os.path.relpath(one, above) for one in whole]
+
+
+def table(found: Curve) -> str:
     """Returns the accuracies in Markdown."""
     lines = ["| tuned blocks | best top-1, % |", "| --- | --- |"]
     lines += [f"| {count:g} | {100 * value:.2f} |" for count, value in found.items()]
     return "\n".join(lines)
 
 
-def _write(path: Path, config: ConfigDict, found: dict[float, float]) -> None:
+def _write(path: Path, config: ConfigDict, found: Curve) -> None:
     content = {
         "init_from": config.init_from,
-        "metric": config.checkpoint.best,
+        "metric": _METRIC,
         "accuracy": {f"{count:g}": value for count, value in found.items()},
     }
     temporary = path.with_suffix(".tmp")

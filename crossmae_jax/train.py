@@ -153,7 +153,7 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
 
 
 @contextlib.contextmanager
-def _setting_up() -> Iterator[None]:
+def setting_up() -> Iterator[None]:
     """Marks a ValueError as the user's to cure; anywhere else it is a bug."""
     try:
         yield
@@ -165,15 +165,16 @@ def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:
     """Returns the config with the number of classes that the training data has.
 
     Raises:
-      ValueError: if the config names fewer.
+      ValueError: if the config names another number.
     """
     if "num_classes" not in config.data:
         return config
     wanted = config.data.num_classes
-    if wanted is not None and wanted < num_classes:
+    if wanted is not None and wanted != num_classes:
         raise ValueError(
             f"The training data has {num_classes} classes, but the head is for "
-            f"data.num_classes={wanted}; leave it unset to take the data's."
+            f"data.num_classes={wanted}; give the directory right above the class "
+            "folders, or set data.num_classes to the data's."
         )
     config = config.copy_and_resolve_references()
     config.data.num_classes = wanted or num_classes
@@ -204,7 +205,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     """
     directory = Path(directory)
     environment.check_accelerator()
-    with _setting_up():
+    with setting_up():
         opened = {"train": sources.make_source(config.data, "train")}
         config = with_classes(config, opened["train"].num_classes)
         objective, mesh = make_objective(config), parallel.make_mesh()
@@ -233,7 +234,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     )
 
     with contextlib.ExitStack() as stack:
-        with _setting_up():
+        with setting_up():
             checkpoints = checkpoint.Checkpoints(
                 directory / "checkpoints", keep=config.checkpoint.keep
             )
@@ -282,7 +283,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             evaluations.trace(state.variables)
         attention_check.check(choices, mesh=mesh)
 
-        with _setting_up():
+        with setting_up():
             writer = metrics.MetricWriter(
                 directory, resume_step=start if restored else None
             )

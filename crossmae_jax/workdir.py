@@ -52,6 +52,12 @@ _BEFORE = {
 }
 
 
+def is_run(path: str | Path) -> bool:
+    """Says whether a path is the workdir of a run with checkpoints."""
+    path = Path(path)
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
 # Settings that may be unset, and their types, which JSON does not tell of nothing.
 _OPTIONAL = {
     "data.data_dir": str,

@@ -133,7 +133,9 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
 def test_a_config_describes_a_model_and_a_schedule(path):
     config = load(path)
     if path in CLASSIFY:
-        objective = OBJECTIVES["classify"](train.with_classes(config, 10))
+        objective = OBJECTIVES["classify"](
+            train.with_classes(config, config.data.num_classes or 10)
+        )
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         bias = shapes["params"]["head"]["bias"]
         assert bias.shape == (config.data.num_classes or 10,)

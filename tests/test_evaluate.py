@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs import digits_cross
-from crossmae_jax import digests, evaluate, train, workdir
+from crossmae_jax import digests, evaluate, evaluation, train, workdir
 from crossmae_jax.commands import convert
 from crossmae_jax.commands import evaluate as command
 from crossmae_jax.data import corruptions, imagenet_variants, sources
 from crossmae_jax.evaluators import robustness
+from tests import image_files
 from tests.test_classify import TINY, make_config
 from tests.test_robustness import lay_out, true_classes
 
@@ -49,17 +50,36 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(pretrained, capsys):
     written = report(directory)
     assert list(written["metrics"])[0] == "linear/top1"
     for name, value in found.items():
-        if name.startswith("eval/"):
+        # The run's first number of neighbours is 20, the suite's 10.
+        if name.startswith("eval/") and name not in ("eval/knn/top1", "eval/knn/top5"):
             assert written["metrics"][name.removeprefix("eval/")] == value, name
     step = written["checkpoint"]["step"]
     listed = run / "checkpoints" / str(step) / digests.LIST
     assert directory.name == f"step_{step:08d}"
     assert written["checkpoint"]["sha256"] == digests.of(listed)
     assert written["config"]["seed"] == 0
-    assert written["images"] == {"train": [1442, 1442], "eval": [355, 355]}
+    assert written["images"] == {
+        f"{name}/{split}": [count, count] for name in ("linear", "knn")
+        for split, count in (("train", 1442), ("eval", 355))
+    }
     table = (directory / "evaluation.md").read_text()
-    assert table in said and "* train: 1 442/1 442 images" in table
-    assert f"| linear/top1 | {found['eval/linear/top1']:.4f} |" in table
+    assert table in said and "* linear/train: 1 442/1 442 images" in table
+    assert "* knn: k=(10, 20, 100, 200), temperature=0.07, pools=" in table
+    assert f"| linear/top1 | {found['eval/linear/top1']:.6g} |" in table
+
+
+def test_suites_of_one_configuration_share_a_report(pretrained, tmp_path):
+    run, found = pretrained
+    arguments = [f"--checkpoint={run}", f"--workdir={tmp_path}"]
+    linear = "--config.evals.linear.l2s=(0.1,)"
+    assert command.main([*arguments, "--suite=knn", linear]) == 0
+    assert command.main([*arguments, "--suite=linear", linear]) == 0
+    metrics = report(tmp_path)["metrics"]
+    assert metrics["knn/mean/k20/top1"] == found["eval/knn/top1"]
+    assert metrics["linear/l2"] == 0.1
+    with pytest.raises(SystemExit, match="holds the report of another configuration"):
+        command.main([*arguments, "--suite=linear", "--config.data.split=train[:50%]"])
+    assert report(tmp_path)["metrics"] == metrics
 
 
 def test_settings_of_the_run_can_be_changed_but_not_misspelt(
@@ -72,8 +92,8 @@ def test_settings_of_the_run_can_be_changed_but_not_misspelt(
     ]
     assert command.main(arguments) == 0
     written = report(tmp_path)
-    assert written["images"]["train"] == [144, 144]
-    assert written["config"]["evals"]["knn"]["k"] == [7]
+    assert written["images"]["knn/train"] == [144, 144]
+    assert written["options"]["knn"]["k"] == [7]
     with pytest.raises(SystemExit):
         command.main([*arguments, "--config.evals.knn.n=7"])
     assert "Unknown setting --config.evals.knn.n" in capsys.readouterr().err
@@ -96,7 +116,7 @@ def test_exported_weights_need_a_config_and_give_the_same(
     ]
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "is no run; name the --config=FILE" in capsys.readouterr().err
+    assert "is no run with checkpoints; name the --config=FILE" in capsys.readouterr().err
     arguments += [
         "--config=configs/digits_cross.py", f"--config.data.data_dir={digits_dir}",
         "--config.model.decoder_dim=16", "--config.model.decoder_depth=1",
@@ -111,8 +131,11 @@ def test_exported_weights_need_a_config_and_give_the_same(
         "export", str(run), "--format=safetensors", "--parts=encoder",
         f"--to={tmp_path / 'encoder.safetensors'}",
     ])
+    (tmp_path / "evaluation.json").rename(tmp_path / "whole.json")
     assert command.main(arguments) == 0
     assert report(tmp_path)["metrics"] == written["metrics"]
+    (loaded,) = (one for one in report(tmp_path)["notes"] if one.startswith("loaded"))
+    assert "encoder" in loaded and "decoder" not in loaded
     # A classifier's head would be random numbers.
     settings[0:0] = ["--config=configs/finetune_digits.py"]
     with pytest.raises(SystemExit, match="lacks fc_norm, head, which would be random"):
@@ -127,12 +150,12 @@ def test_every_image_is_counted_of_a_classifier(classifier, tmp_path, capsys):
     assert command.main(arguments) == 0
     written = report(tmp_path)
     assert written["metrics"]["accuracy/top1"] == found["eval/accuracy/top1"]
-    assert written["images"] == {"eval": [355, 355]}
-    assert "* eval: 355/355 images" in capsys.readouterr().out
+    assert written["images"] == {"accuracy/eval": [355, 355]}
+    assert "* accuracy/eval: 355/355 images" in capsys.readouterr().out
     # Of its features, too: the mean of the patches, and the class token.
-    arguments[-1] = "--suite=knn"
+    arguments[1:] = [f"--workdir={tmp_path / 'knn'}", "--suite=knn"]
     assert command.main([*arguments, "--config.data.split=train[:10%]"]) == 0
-    written = report(tmp_path)
+    written = report(tmp_path / "knn")
     assert {name.rpartition("/")[0] for name in written["metrics"]} == {
         "knn", "knn/mean/k10", "knn/mean/k20", "knn/mean/k100",
         "knn/cls/k10", "knn/cls/k20", "knn/cls/k100",
@@ -150,15 +173,28 @@ def test_robustness_is_the_mean_over_corruptions_and_severities(
         opened.append(which)
         return source  # as it is: corruptions have tests of their own
 
+    def of_sources(opened, data, *args, **kwargs):
+        ratios.append(data.eval_crop_ratio)
+        return whole(opened, data, *args, **kwargs)
+
+    ratios, whole = [], evaluation.of_sources
+    monkeypatch.setattr(evaluation, "of_sources", of_sources)
+
     monkeypatch.setattr(corruptions, "Corrupted", corrupted)
     config = workdir.read_config(run)
     config.data.eval_split = "test[:20%]"
-    config.data.eval_crop_ratio = 1.0  # corrupted images are cropped already
     made = evaluate.open_checkpoint(run, config)
-    metrics = evaluate.run(made, ["accuracy", "robustness"], tmp_path).metrics
-    clean = [metrics.pop(f"accuracy/{name}") for name in ("top1", "top5", "images")]
-    assert len(opened) == 75 and len({tuple(one.items()) for one in opened}) == 75
-    np.testing.assert_allclose(list(metrics.values()), 1 - clean[0], rtol=1e-6)
+    found = evaluate.run(made, ["robustness"], tmp_path / "robustness")
+    metrics = found.metrics
+    assert found.images == {"corrupted/all": [75 * 71, 75 * 71]}
+    assert len({tuple(one.items()) for one in opened}) == 75
+    # Corrupted images are cropped already.
+    assert ratios == [0.875] + [1.0] * 75
+    config.data.eval_crop_ratio = 1.0
+    made = evaluate.open_checkpoint(run, config)
+    whole_images = evaluate.run(made, ["accuracy"], tmp_path / "accuracy").metrics
+    error = 1 - whole_images["accuracy/top1"]
+    np.testing.assert_allclose(list(metrics.values()), error, rtol=1e-6)
     assert set(metrics) == {"corrupted/mean_error"} | {
         f"corrupted/error/{name}" for name in corruptions.CORRUPTIONS
     }
@@ -167,11 +203,19 @@ def test_robustness_is_the_mean_over_corruptions_and_severities(
 @pytest.mark.parametrize("flags, message", [
     ([], "--checkpoint is missing"),
     (["--checkpoint"], "no run"),
-    (["--checkpoint=nowhere", "--suite=knn"], "nowhere is no run; name the --config"),
+    (["--checkpoint=nowhere", "--suite=knn"], "nowhere is no run with checkpoints;"),
+    (["--checkpoint=RUN"], "--suite is missing: accuracy, knn, linear, robustness"),
+    (["--checkpoint=RUN", "--suite=knn", "--imagenet_a=A"],
+     "--imagenet_a is for --suite=robustness, which is not asked for"),
+    (["--checkpoint=RUN", "--suite=robustness", "--imagenet_c="],
+     "--imagenet_c is empty"),
 ])
-def test_flags_that_are_missing_are_named(flags, message, capsys):
+def test_flags_that_are_missing_or_wrong_are_named(
+    flags, message, capsys, pretrained
+):
+    run, _ = pretrained
     with pytest.raises(SystemExit) as stopped:
-        command.main(flags)
+        command.main([flag.replace("RUN", str(run)) for flag in flags])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -191,7 +235,43 @@ def test_suites_that_the_checkpoint_cannot_give_are_refused(
         command.main([f"--checkpoint={run}", "--suite=knn", "--step=7"])
 
 
-def test_random_weights_stay_on_all_devices(pretrained):
+def test_data_of_other_classes_and_images_too_small_to_corrupt_are_refused(
+    classifier, digits_dir, tmp_path
+):
+    run, _ = classifier
+    folder = image_files.write_folder(tmp_path / "images", 9)
+    config = workdir.read_config(run)
+    config.data.update(source="folder", dir=folder, eval_dir=folder)
+    with pytest.raises(train.SetupError, match="3 classes, the head 10"):
+        evaluate.run(
+            evaluate.open_checkpoint(run, config), ["accuracy"], tmp_path / "report"
+        )
+    tiny = make_config(digits_dir, epochs=0.1, optim__warmup_epochs=0.0)
+    tiny.evals, tiny.checkpoint.best = {}, ""
+    train.run(tiny, tmp_path / "tiny")
+    with pytest.raises(SystemExit, match="32"):
+        command.main([f"--checkpoint={tmp_path / 'tiny'}", "--suite=robustness"])
+
+
+def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path):
+    run, _ = classifier
+    folder = tmp_path / "images"
+    for number in range(20):
+        content = image_files.encode(image_files.pixels(number, 32, 32, 1))
+        image_files.write(folder / str(number // 2) / f"{number}.png", content)
+    (folder / "3" / "7.png").write_bytes(b"no image")
+    config = workdir.read_config(run)
+    config.data.update(
+        source="folder", dir=str(folder), eval_dir=str(folder), max_bad_share=0.5
+    )
+    made = evaluate.open_checkpoint(run, config)
+    (note,) = evaluate.run(made, ["accuracy"], tmp_path / "report").notes
+    assert note.startswith("1 images of eval could not be decoded")
+    (line,) = (tmp_path / "report" / "bad_images.jsonl").read_text().splitlines()
+    assert "3/7.png" in line
+
+
+def test_weights_lie_on_all_devices(pretrained):
     run, _ = pretrained
     made = evaluate.open_checkpoint(run, workdir.read_config(run))
     leaf = jax.tree.leaves(made.variables)[0]
@@ -199,14 +279,15 @@ def test_random_weights_stay_on_all_devices(pretrained):
 
 
 def test_the_sets_of_imagenet_are_evaluated_by_a_head_of_their_classes(
-    digits_dir, tmp_path, monkeypatch, classifier
+    tmp_path, monkeypatch, classifier
 ):
     small = imagenet_variants._A._replace(num_images=400)
     monkeypatch.setattr(imagenet_variants, "_A", small)
     folder = lay_out(tmp_path / "imagenet-a", true_classes("a"), 400, channels=1)
+    trained_on = lay_out(tmp_path / "imagenet", range(1000), 1000, channels=1)
     config = make_config(
-        digits_dir, data__num_classes=1000, data__image_size=(32, 32), epochs=0.1,
-        optim__warmup_epochs=0.0, checkpoint__best="",
+        data__source="folder", data__dir=trained_on, data__image_size=(32, 32),
+        epochs=0.1, optim__warmup_epochs=0.0, checkpoint__best="",
     )
     config.evals = {}
     train.run(config, tmp_path / "run")
@@ -219,18 +300,27 @@ def test_the_sets_of_imagenet_are_evaluated_by_a_head_of_their_classes(
 
     monkeypatch.setattr(imagenet_variants, "imagenet_c", one_of_75)
     (tmp_path / "run" / "config.json").write_text(  # the run's own images are not here
-        (tmp_path / "run" / "config.json").read_text().replace(digits_dir, "/nowhere")
+        (tmp_path / "run" / "config.json").read_text().replace(trained_on, "/nowhere")
     )
-    arguments = ["--suite=robustness", f"--imagenet_a={folder}", "--imagenet_c=C"]
+    stored = tmp_path / "imagenet-c"
+    arguments = [
+        "--suite=robustness", f"--imagenet_a={folder}", f"--imagenet_c={stored}"
+    ]
+    with pytest.raises(SystemExit, match="lacks 75 of the 75 folders"):
+        command.main([f"--checkpoint={tmp_path / 'run'}", *arguments])
+    for name in corruptions.CORRUPTIONS:
+        for severity in corruptions.SEVERITIES:
+            (stored / name / str(severity)).mkdir(parents=True)
     assert command.main([f"--checkpoint={tmp_path / 'run'}", *arguments]) == 0
     (directory,) = (tmp_path / "run" / "evaluations").iterdir()
     written = report(directory)
     metrics = written["metrics"]
     assert metrics["imagenet_a/classes"] == 200
-    assert metrics["imagenet_a/images"] == 400
+    assert written["images"]["imagenet_a/all"] == [400, 400]
+    assert written["images"]["imagenet_c/all"] == [75 * 16, 75 * 16]
     assert 0 < metrics["imagenet_a/top5"] < 0.2  # the head knows nothing
     assert opened == [
-        ("C", name, severity)
+        (str(stored), name, severity)
         for name in corruptions.CORRUPTIONS for severity in corruptions.SEVERITIES
     ]
     alexnet = np.array(list(robustness.ALEXNET_ERRORS.values()))
@@ -239,7 +329,7 @@ def test_the_sets_of_imagenet_are_evaluated_by_a_head_of_their_classes(
         np.mean(100 * metrics["imagenet_c/mean_error"] / alexnet),
     )
     run, _ = classifier
-    with pytest.raises(SystemExit, match="The head has 10 classes"):
+    with pytest.raises(SystemExit, match="The head has 10 classes; ImageNet-A"):
         command.main([
             f"--checkpoint={run}", "--suite=robustness", f"--imagenet_a={folder}",
         ])

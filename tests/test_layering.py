@@ -14,7 +14,7 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
      "visualize", "digests", "environment", "workdir", "hardware", "collectives",
-     "interruption"),
+     "interruption", "report"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),

@@ -39,16 +39,36 @@ def test_a_sweep_trains_each_number_of_blocks_and_draws_the_curve(
         assert image.size == (900, 500)
     before = picture.read_bytes()
 
-    # Again, with one more: what is finished is not trained again.
-    (tmp_path / "one").rename(tmp_path / "two")
-    run[-1] = f"--workdir={tmp_path / 'two'}"
-    against = f"--against={tmp_path / 'two'}"
-    assert command.main([*run, "--blocks=0,0.5", against]) == 0
+    # With one more: the curve grows, and what is finished is not trained again.
+    assert command.main([*run, "--blocks=0,0.5"]) == 0
     said = capsys.readouterr().out
     assert said.count("FRESH START") == 1 and said.count("RESUMED at step 30") == 1
-    again = json.loads((tmp_path / "two" / "sweep.json").read_text())["accuracy"]
-    assert list(again) == ["0", "0.5"] and again["0"] == content["accuracy"]["0"]
-    assert (tmp_path / "two" / "accuracy_by_blocks.png").read_bytes() != before
+    again = json.loads((tmp_path / "one" / "sweep.json").read_text())["accuracy"]
+    assert list(again) == ["0", "0.5", "2"] and again | content["accuracy"] == again
+    assert picture.read_bytes() != before
+
+    with pytest.raises(SystemExit, match="holds a sweep from init_from=''"):
+        command.main([*run, "--blocks=1", "--config.init_from=elsewhere"])
+
+
+def test_sweeps_are_drawn_under_names_that_tell_them_apart(tmp_path, monkeypatch):
+    for name, value in (("mae", 0.5), ("crossmae", 0.75)):
+        directory = tmp_path / name / "sweep"
+        directory.mkdir(parents=True)
+        content = {"init_from": "", "accuracy": {"0": value, "0.5": value + 0.1}}
+        (directory / "sweep.json").write_text(json.dumps(content))
+    directories = [tmp_path / "mae" / "sweep", tmp_path / "crossmae" / "sweep"]
+    drawn = {}
+    monkeypatch.setattr(
+        sweep.visualize, "accuracy_by_blocks",
+        lambda curves, path: drawn.update(curves) or path,
+    )
+    sweep.draw(directories, tmp_path / "picture.png")
+    assert drawn == {
+        "mae/sweep": {0.0: 0.5, 0.5: 0.6}, "crossmae/sweep": {0.0: 0.75, 0.5: 0.85}
+    }
+    with pytest.raises(train.SetupError, match="compared with itself"):
+        sweep.names([directories[0], directories[0] / ".." / "sweep"])
 
 
 def test_what_is_no_sweep_is_refused_before_it_trains(digits_dir, tmp_path):
@@ -56,6 +76,12 @@ def test_what_is_no_sweep_is_refused_before_it_trains(digits_dir, tmp_path):
         sweep.run(digits_cross.get_config(), tmp_path, blocks=[0.0])
     with pytest.raises(train.SetupError, match=r"blocks=\[1.0, 1.0\]"):
         sweep.run(make_config(digits_dir), tmp_path, blocks=[1.0, 1.0])
+    for blocks in ([0.0, 1.5], [0.0, 3.0]):
+        with pytest.raises(train.SetupError, match="at most the encoder's 2"):
+            sweep.run(make_config(digits_dir), tmp_path, blocks=blocks)
+    top5 = make_config(digits_dir, checkpoint__best="eval/accuracy/top5")
+    with pytest.raises(train.SetupError, match="checkpoint.best='eval/accuracy/top5'"):
+        sweep.run(top5, tmp_path, blocks=[0.0])
     with pytest.raises(SystemExit, match="sweep.json does not exist"):
         command.main([
             *SETTINGS, "--blocks=0", f"--workdir={tmp_path}",

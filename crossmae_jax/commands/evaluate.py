@@ -24,8 +24,10 @@ import itertools
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from crossmae_jax import main as train_main
 
@@ -50,15 +52,43 @@ def _parse(argv: list[str], values: flags.FlagValues) -> None:
     if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in argv):
         train_main.parse_command("evaluate", argv, values, usage=usage)
         return
-    if not (path / "config.json").is_file():
-        train_main.stop(
-            f"{path} is no run; name the --config=FILE that describes the model of "
-            "these weights and the images, such as configs/finetune_vitb.py."
-        )
-    from crossmae_jax import workdir
+    from crossmae_jax import evaluate, workdir
 
+    if not workdir.is_run(path):
+        train_main.stop(
+            f"{path} is no run with checkpoints; name the --config=FILE that describes "
+            "the model of these weights and the images, such as "
+            "configs/finetune_vitb.py."
+        )
     config = workdir.read_config(path)
+    config.evals = evaluate.DEFAULTS  # so that any option can be changed
     train_main.parse_settings("evaluate", argv, values, config, usage=usage)
+
+
+def _sets(values: flags.FlagValues) -> dict[str, str]:
+    """Returns the directories of ImageNet's variants that were given."""
+    given = {name: values[f"imagenet_{name}"].value for name in _SETS}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if not value:
+            train_main.stop(f"--imagenet_{name} is empty; name a directory.")
+        if "robustness" not in values.suite:
+            train_main.stop(
+                f"--imagenet_{name} is for --suite=robustness, which is not asked for."
+            )
+    return given
+
+
+def _options(values: flags.FlagValues) -> dict[str, dict[str, Any]]:
+    """Returns the options of evaluators that the command line sets."""
+    options: dict[str, dict[str, Any]] = {}
+    for name in config_flags.get_override_values(values["config"]):
+        group, *rest = name.split(".")
+        if group == "evals" and len(rest) == 2:
+            evaluator, option = rest
+            value = values.config.evals[evaluator][option]
+            options.setdefault(evaluator, {})[option] = value
+    return options
 
 
 def main(argv: list[str]) -> int:
@@ -76,23 +106,27 @@ def main(argv: list[str]) -> int:
     _parse(argv, values)
     if not values.suite:
         train_main.stop("--suite is missing: accuracy, knn, linear, robustness.")
+    imagenet = _sets(values)
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
-    from crossmae_jax import evaluate
+    import jax
+
+    from crossmae_jax import environment, evaluate, workdir
 
     path = Path(values.checkpoint)
-    if values.workdir is None and not evaluate.is_run(path):
+    if values.workdir is None and not workdir.is_run(path):
         train_main.stop("--workdir is missing: where the report goes.")
-    with train_main.known_errors(ValueError):
+    with train_main.known_errors():
+        environment.check_accelerator()
         made = evaluate.open_checkpoint(path, values.config, step=values.step)
         directory = Path(
             values.workdir or path / "evaluations" / f"step_{made.step:08d}"
         )
-        report = evaluate.run(made, values.suite, directory, imagenet={
-            name: values[f"imagenet_{name}"].value for name in _SETS
-            if values[f"imagenet_{name}"].value
-        })
-    print(f"{report.to_markdown()}\nwritten to {directory / 'evaluation.json'}")
+        found = evaluate.run(
+            made, values.suite, directory, options=_options(values), imagenet=imagenet
+        )
+    if jax.process_index() == 0:
+        print(f"{found.to_markdown()}\nwritten to {directory / 'evaluation.json'}")
     return 0
 
 

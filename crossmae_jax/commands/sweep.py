@@ -49,19 +49,20 @@ def main(argv: list[str]) -> int:
             )
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
+    import jax
+
     from crossmae_jax import sweep
 
     print(title, flush=True)
     directories = [Path(name) for name in (values.workdir, *values.against)]
     with train_main.known_errors():
+        sweep.names(directories)  # before the training, not after it
         for other in directories[1:]:
-            sweep.read(other)  # before the training, not after it
+            sweep.read(other)
         found = sweep.run(values.config, directories[0], blocks=blocks)
-        picture = sweep.draw(
-            directories, names=[directory.name for directory in directories],
-            path=directories[0] / sweep.PICTURE,
-        )
-    print(f"\n{sweep.table(found)}\n\npicture      {picture}")
+        if jax.process_index() == 0:
+            picture = sweep.draw(directories, directories[0] / sweep.PICTURE)
+            print(f"\n{sweep.table(found)}\n\npicture      {picture}")
     return 0
 
 

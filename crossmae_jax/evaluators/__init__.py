@@ -62,6 +62,8 @@ class Evaluation:
       panel: where the reconstruction panel is written.
       caption: the line under the panel.
       wanted: what the evaluators will ask for, see `wanted`.
+      num_replaced: by split, how many images could not be decoded and were replaced by
+        their neighbours; filled by whoever made `batches`.
     """
 
     batches: Callable[[str, int | None], Iterable[Batch]]
@@ -72,6 +74,7 @@ class Evaluation:
     panel: pathlib.Path | None = None
     caption: str = ""
     wanted: Sequence[Wanted] = ()
+    num_replaced: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def features_of(
@@ -98,13 +101,6 @@ class Evaluation:
             for name, extracted in found.items():
                 self._extracted[asked._replace(output=name)] = extracted
         return self._extracted[asked]
-
-    def num_extracted(self, split: str) -> int:
-        """Returns of how many images of a split features were extracted, at most."""
-        return max(
-            (len(found.labels) for (of, *_), found in self._extracted.items()
-             if of == split), default=0,
-        )
 
     def _exactly(self, wanted: Wanted) -> Wanted:
         """Returns it with the number of images that there are."""
