@@ -116,7 +116,8 @@ def test_exported_weights_need_a_config_and_give_the_same(
     ]
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "is no run with checkpoints; name the --config=FILE" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "is no run with checkpoints; name the --config=FILE" in said
     arguments += [
         "--config=configs/digits_cross.py", f"--config.data.data_dir={digits_dir}",
         "--config.model.decoder_dim=16", "--config.model.decoder_depth=1",
