@@ -263,7 +263,7 @@ def accuracy_by_blocks(
         )
     axes.set_xticks(list(places.values()), [f"{count:g}" for count in ticks])
     axes.set_xlabel("fine-tuned blocks", fontsize=13)
-    axes.set_ylabel("best top-1 accuracy, %", fontsize=13)
+    axes.set_ylabel("top-1 accuracy, %", fontsize=13)
     axes.legend(fontsize=12, frameon=False)
     return _save(drawing, path)
 
