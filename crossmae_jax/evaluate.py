@@ -25,7 +25,7 @@ from crossmae_jax import (
     evaluators,
     parallel,
     report,
-    robust,
+    robustness_sets,
     train,
     workdir,
 )
@@ -150,7 +150,9 @@ def run(
         evaluation.check_pools(chosen, config.model)
         sets = {}
         if "robustness" in suites:
-            sets = robust.prepare(config.data, opened.get("eval"), imagenet=imagenet)
+            sets = robustness_sets.prepare(
+                config.data, opened.get("eval"), imagenet=imagenet
+            )
     predict = _predict(made, mesh)
 
     def evaluation_of(opened: dict[str, sources.Source], data: ConfigDict, evals: Any):
@@ -174,7 +176,7 @@ def run(
     for name, measure in sets.items():
         metrics, num_images = measure(logits_of)
         found.add(name, metrics, {"all": (num_images, num_images)})
-        if note := robust.NOTES.get(name):
+        if note := robustness_sets.NOTES.get(name):
             found.note(note)
         found.write(directory)
     return found

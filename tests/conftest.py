@@ -10,7 +10,7 @@ import sys
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
+    " --xla_backend_optimization_level=1"
 )
 
 import jax  # noqa: E402  the flags above must be set first

@@ -315,7 +315,7 @@ def test_augmentations_do_not_depend_on_the_devices():
         return _mixup_cutmix(KEY, sample, images, targets, groups=8)
 
     batch = (_numbers(16), _images(batch_size=16), jnp.eye(16))
-    alone = both(*batch)
+    alone = jax.jit(both)(*batch)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
     spread = jax.sharding.NamedSharding(mesh, jax.P("data"))
     assert mesh.size == 8

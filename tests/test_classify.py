@@ -9,7 +9,7 @@ import pytest
 
 import crossmae_jax
 from configs import digits_cross, finetune_digits
-from crossmae_jax import optim, train
+from crossmae_jax import evaluate, optim, train
 from crossmae_jax.convert.names import without_collections
 from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.workdir import read_config
@@ -98,6 +98,9 @@ def test_a_linear_probe_trains_its_head_and_nothing_else(
     config.evals.accuracy.every_epochs = 16.0
     found = train.run(config, tmp_path / "run")
     assert found["eval/accuracy/top1"] > 0.2  # a tenth by chance
+    made = evaluate.open_checkpoint(tmp_path / "run", read_config(tmp_path / "run"))
+    again = evaluate.run(made, ["accuracy"], tmp_path / "report").metrics
+    assert again["accuracy/top1"] == found["eval/accuracy/top1"]
     after = weights_of(tmp_path / "run")
     for name, value in weights_of(pretrained).items():
         np.testing.assert_array_equal(value, after[f"encoder/{name}"], err_msg=name)
@@ -268,7 +271,7 @@ def test_images_without_labels_are_refused(tmp_path):
     (dict(data__crop="center"), "Unknown data.crop"),
     (dict(model__pool="cls", evals__knn=dict(
         every_epochs=0.0, k=5, temperature=0.07, pools=("mean", "cls")
-     )), "what it pools is the class token alone; set pools=('cls',)"),
+     )), "what it pools is the class token alone; set evals.knn.pools=('cls',)"),
 ])
 def test_settings_that_contradict_themselves(digits_dir, tmp_path, changes, message):
     assert message in refused(make_config(digits_dir, **changes), tmp_path / "run")

@@ -21,7 +21,7 @@ ROWS = (
     ("models.mim", "models.classifier"),
     ("data", "cost", "probing", "optim"),
     ("objectives", "evaluators"),
-    ("evaluation", "convert", "robust"),
+    ("evaluation", "convert", "robustness_sets"),
     ("train", "pretrained"),
     ("estimate", "evaluate", "sweep"),
     ("main", "commands", "__main__"),

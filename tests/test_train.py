@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,9 +196,9 @@ train.run(_config(sys.argv[1], **eval(sys.argv[3])), sys.argv[2])
 
 def _start(digits_dir, workdir, devices=8, **changes):
     """Starts a run in a process of its own, with so many devices."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     environment = dict(
-        os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1", XLA_FLAGS=flags,
         JAX_DEFAULT_MATMUL_PRECISION="highest",
     )
     return subprocess.Popen(
