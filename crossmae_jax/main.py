@@ -185,13 +185,10 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def known_errors(*others: type[Exception]) -> Iterator[None]:
+def known_errors() -> Iterator[None]:
     """Ends the program with one line for an error that says what to do.
 
     Other errors are bugs, and keep their traceback.
-
-    Args:
-      others: what says so, too, in this program.
     """
     from crossmae_jax import checkpoint, environment, train
     from crossmae_jax.data import bad_images, transforms
@@ -202,7 +199,7 @@ def known_errors(*others: type[Exception]) -> Iterator[None]:
     except (
         train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
         bad_images.TooManyBadImages, transforms.ChannelMismatch,
-        attention_check.KernelError, *others,
+        attention_check.KernelError,
     ) as error:
         sys.exit(f"error: {error}")
 
