@@ -76,9 +76,7 @@ def run(
     overrides = [f"seed={seed}", "baselines=False", *overrides]
     config, done = step.load_config(path, overrides=overrides), directory / "found.json"
     if not done.exists():
-        temporary = done.with_suffix(".tmp")
-        temporary.write_text(json.dumps(train.run(config, directory)))
-        temporary.replace(done)
+        workdir.write_whole(done, json.dumps(train.run(config, directory)))
     elif workdir.read_config(directory).to_json() != config.to_json():
         raise ValueError(
             f"{directory} holds a run with other settings (config.json); give another "

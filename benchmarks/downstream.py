@@ -89,16 +89,15 @@ def frozen(
     """
     done = directory / "evaluation.json"
     if not done.exists():
-        path, overrides = METHODS["CrossMAE 0.25"]
-        config = step.load_config(path, overrides=[
-            f"seed={seed}", *changes, *overrides
-        ])
         if weights:
             config = workdir.read_config(weights)
-        config.data.split = split(percent, seed)
-        if weights:
+            config.data.split = split(percent, seed)
             made = evaluate.open_checkpoint(weights, config)
         else:
+            path, overrides = METHODS["CrossMAE 0.25"]
+            overrides = [f"seed={seed}", *changes, *overrides]
+            config = step.load_config(path, overrides=overrides)
+            config.data.split = split(percent, seed)
             objective = train.make_objective(config)
             variables = objective.init(jax.random.key(seed))
             made = evaluate.Checkpoint("random", None, "", config, objective, variables)

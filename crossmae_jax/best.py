@@ -60,9 +60,9 @@ class Best:
         self._value, self._step = value, step
         if jax.process_index() == 0:
             noted = {"step": step, "metric": self._metric, "value": value}
-            temporary = self._directory / "best.json.tmp"
-            temporary.write_text(json.dumps(noted) + "\n")
-            temporary.replace(self._directory / "best.json")
+            workdir.write_whole(
+                self._directory / "best.json", json.dumps(noted) + "\n"
+            )
 
     def metrics(self) -> dict[str, float]:
         """Returns the largest value and its step, for the report.

@@ -26,6 +26,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
+from crossmae_jax import workdir
+
 METRICS = "metrics.jsonl"
 EARLIER_METRICS = "metrics.earlier.jsonl"
 
@@ -60,9 +62,7 @@ def _keep_until(path: Path, step: int) -> None:
                     f"{path}, line {number} is not an object with a step: {line!r}. "
                     "Correct or remove the line, or move the file away."
                 ) from error
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    workdir.write_whole(path, "".join(kept))
 
 
 class MetricWriter:

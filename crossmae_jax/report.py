@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from crossmae_jax import environment
+from crossmae_jax import environment, workdir
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 
@@ -78,13 +78,8 @@ class Report:
             return
         directory.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self) | {"environment": environment.describe()}
-        for name, text in (
-            (JSON, json.dumps(content, indent=2) + "\n"),
-            (MARKDOWN, self.to_markdown()),
-        ):
-            temporary = directory / f"{name}.tmp"
-            temporary.write_text(text)
-            temporary.replace(directory / name)
+        workdir.write_whole(directory / JSON, json.dumps(content, indent=2) + "\n")
+        workdir.write_whole(directory / MARKDOWN, self.to_markdown())
 
 
 def begun(directory: Path, report: Report) -> Report:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import layerwise, train, visualize
+from crossmae_jax import layerwise, train, visualize, workdir
 from crossmae_jax.models import vit
 
 RESULT = "sweep.json"
@@ -144,6 +144,4 @@ def _write(path: Path, config: ConfigDict, found: Curve) -> None:
         "metric": _METRIC,
         "accuracy": {f"{count:g}": value for count, value in found.items()},
     }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    workdir.write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -52,6 +52,13 @@ _BEFORE = {
 }
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in one step: whoever reads it meanwhile sees all of it or none."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def is_run(path: str | Path) -> bool:
     """Says whether a path is the workdir of a run with checkpoints."""
     path = Path(path)
@@ -166,6 +173,4 @@ def claim(
         return
     workdir.mkdir(parents=True, exist_ok=True)
     for name, new in ours.items():
-        temporary = workdir / f"{name}.tmp"
-        temporary.write_text(json.dumps(new, indent=2) + "\n")
-        temporary.replace(workdir / name)
+        write_whole(workdir / name, json.dumps(new, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Every test sees eight fake CPU devices, and shapes that must match in rank.
 
-Programs are compiled without optimisation: most tests compile more than they compute.
+Programs are compiled with little optimisation: most tests compile more than they run.
 """
 
 import os

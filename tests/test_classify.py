@@ -35,14 +35,20 @@ def make_config(digits_dir=None, **changes):
     return config
 
 
-@pytest.fixture(scope="module")
-def pretrained(digits_dir, tmp_path_factory):
-    """A run of pre-training."""
+def make_pretraining(digits_dir):
+    """Returns the config of a short pre-training, evaluated as the digits are."""
     config = digits_cross.get_config()
     config.update_from_flattened_dict(TINY | {
         "data.data_dir": digits_dir, "baselines": False, "model.decoder_dim": 16,
         "model.decoder_depth": 1, "model.decoder_heads": 2, "epochs": 1.0,
     })
+    return config
+
+
+@pytest.fixture(scope="module")
+def pretrained(digits_dir, tmp_path_factory):
+    """A run of pre-training."""
+    config = make_pretraining(digits_dir)
     config.evals = {}
     directory = tmp_path_factory.mktemp("runs") / "pretrained"
     train.run(config, directory)

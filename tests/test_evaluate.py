@@ -6,25 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from configs import digits_cross
 from crossmae_jax import digests, evaluate, evaluation, train, workdir
 from crossmae_jax.commands import convert
 from crossmae_jax.commands import evaluate as command
 from crossmae_jax.data import corruptions, imagenet_variants, sources
 from crossmae_jax.evaluators import robustness
 from tests import image_files
-from tests.test_classify import TINY, make_config
+from tests.test_classify import TINY, make_config, make_pretraining
 from tests.test_robustness import lay_out, true_classes
 
 
 @pytest.fixture(scope="module")
 def pretrained(digits_dir, tmp_path_factory):
     """A run of pre-training, and what its own evaluations found at its end."""
-    config = digits_cross.get_config()
-    config.update_from_flattened_dict(TINY | {
-        "data.data_dir": digits_dir, "baselines": False, "model.decoder_dim": 16,
-        "model.decoder_depth": 1, "model.decoder_heads": 2, "epochs": 1.0,
-    })
+    config = make_pretraining(digits_dir)
     del config.evals["reconstruction"]
     directory = tmp_path_factory.mktemp("runs") / "pretrained"
     return directory, train.run(config, directory)
