@@ -59,7 +59,7 @@ def _cells(case, **options) -> list[str]:
         return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     found = [name for name, call in KERNELS.items() if call in text] or ["xla"]
-    exchanged = collectives.read(text)
+    exchanged = collectives.read(text, mesh.size)
     return [
         " ".join(found),
         ", ".join(f"{each.count} {each.kind}" for each in exchanged) or "none",
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     print(step.row(head))
     print(step.row(["---"] * len(head)))
     for target in args.target:
-        mesh = hardware.target_mesh(target)
+        mesh = parallel.make_mesh(hardware.target_devices(target))
         for case in attention_cases.CASES:
             for dtype in args.dtype or ["bfloat16", "float32"]:
                 if args.case not in case.name:

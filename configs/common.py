@@ -44,6 +44,9 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
             layer_decay=1.0,  # rate of a block, over that of the next one
         ),
         checkpoint=dict(every_epochs=1.0, keep=2, best=""),
+        # Devices that share one copy of weights and moments; 1: whole on each; 0: as
+        # many as their memory asks for.
+        mesh=dict(fsdp=0),
         baselines=False,
     ))
 

@@ -4,8 +4,8 @@ An instruction that makes devices exchange arrays is one line:
 
     %all-reduce.1 = (f32[64,16]{1,0}, f32[16]{0}) all-reduce(%a, %b), ...
 
-The shapes before its name are its result, on one device. Among n devices each must send
-at least
+The shapes before its name are its result, on one device. Among a group of n devices,
+which the line names as `replica_groups`, each must send at least
 
     all-reduce            2 (n - 1) / n of it
     all-gather            (n - 1) / n
@@ -16,12 +16,15 @@ at least
 Lines in the body of a loop count as often as the loop runs. Compilers for CPUs and GPUs
 note that; those for TPUs do not, but a loop that JAX wrote counts from 0 and compares
 with a constant. An exchange that runs beside other work is written as a start and a
-done, and is counted by the latter.
+done, and is counted by the latter; or once in each computation that it runs beside,
+under one `channel_id`. What a TPU's compiler calls `all-reduce-scatter` is a
+reduce-scatter.
 """
 
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
 # Of the result, what a device sends at least among n.
 _SENT = {
@@ -32,15 +35,31 @@ _SENT = {
     "collective-permute": lambda n: 1,
 }
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*)")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*)")
 _OPCODE = re.compile(r"\s([a-z][a-z0-9-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_SCATTER = re.compile(r"\bcalls=%?all-reduce-scatter[\w.\-]*")
+_STARTED = re.compile(r"-done\(%?([\w.\-]+)")
+# Groups as lists, as the shape of an array of devices, and as axes of a mesh.
+_LISTED = re.compile(r"\breplica_groups=\{\{([\d,]+)\}")
+_SHAPED = re.compile(r"\breplica_groups=\[\d+,(\d+)\]")
+_MESHED = re.compile(r"\breplica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_MESH_AXIS = re.compile(r"'(\w+)'=(\d+)")
+_GROUP_AXIS = re.compile(r"'(\w+)'(?::\(\d+\)(\d+))?")  # a part of it: (after)size
 _LESS = re.compile(r" compare\(.*\bdirection=LT\b")
 _CONSTANT = re.compile(r" constant\((\d+)\)")
+
+
+class _Total(NamedTuple):
+    count: int
+    num_bytes: int
+    sent: float
+    exact: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,63 +68,107 @@ class Collective:
 
     Attributes:
       num_bytes: of all results together, on one device.
+      sent: bytes that a device must send at least.
       exact: False if some are in a loop of unknown length, of which one turn counts.
     """
 
     kind: str
     count: int
     num_bytes: int
+    sent: float
     exact: bool = True
 
-    def sent(self, num_devices: int) -> float:
-        """Returns the bytes that one of the devices must send at least."""
-        return float(_SENT[self.kind](num_devices) * self.num_bytes)
 
+def read(text: str, num_devices: int) -> list[Collective]:
+    """Returns what a program exchanges, by kind.
 
-def read(text: str) -> list[Collective]:
-    """Returns what a program exchanges, by kind; `text` is `compiled.as_text()`."""
+    Args:
+      text: `compiled.as_text()`.
+      num_devices: that the program runs on.
+    """
     computations, entry = _computations(text)
-    found = _count(entry, computations, {})
+    found = _count(entry, computations, num_devices, {})
     return [Collective(kind, *found[kind]) for kind in _SENT if kind in found]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the right-hand sides of each computation, and the name of the first."""
-    computations, entry, lines = {}, "", []
+    """Returns the right-hand sides of each computation, and the name of the first.
+
+    Of the lines that are one exchange only the first stays; a done gets what its start
+    says of the groups.
+    """
+    computations, entry, lines, channels, groups = {}, "", [], set(), {}
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
             lines = computations.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
         elif found := _INSTRUCTION.match(line):
-            lines.append(found[1])
+            name, right = found.groups()
+            operation = _OPCODE.search(right)
+            if operation and operation[1] in _SENT:
+                channel = _CHANNEL.search(right)
+                if channel and channel[1] in channels:
+                    continue
+                channels.add(channel and channel[1])
+            elif operation and operation[1].endswith("-start"):
+                groups[name] = right.partition("replica_groups=")[2]
+            elif started := _STARTED.search(right):
+                right += f" replica_groups={groups.get(started[1], '')}"
+            lines.append(right)
     return computations, entry
+
+
+def _group_size(line: str, num_devices: int) -> int:
+    """Returns among how many devices a line exchanges: all, if it does not say."""
+    if listed := _LISTED.search(line):
+        return len(listed[1].split(","))
+    if shaped := _SHAPED.search(line):
+        return int(shaped[1])
+    if meshed := _MESHED.search(line):
+        sizes = dict(_MESH_AXIS.findall(meshed[1]))
+        axes = _GROUP_AXIS.findall(meshed[2])
+        return math.prod(int(part or sizes[name]) for name, part in axes)
+    return num_devices
 
 
 def _count(
     name: str,
     computations: dict[str, list[str]],
-    known: dict[str, dict[str, tuple[int, int, bool]]],
-) -> dict[str, tuple[int, int, bool]]:
-    """Returns count, bytes and exactness by kind, of a computation and what it calls.
+    num_devices: int,
+    known: dict[str, dict[str, _Total]],
+) -> dict[str, _Total]:
+    """Returns what a computation and those that it calls exchange, by kind.
 
     Args:
       known: results for computations, to which those found here are added.
     """
     if name in known:
         return known[name]
-    total: dict[str, tuple[int, int, bool]] = {}
+    total: dict[str, _Total] = {}
 
-    def add(kind, count, num_bytes, exact):
-        old = total.get(kind, (0, 0, True))
-        total[kind] = (old[0] + count, old[1] + num_bytes, old[2] and exact)
+    def add(kind, new):
+        old = total.get(kind, _Total(0, 0, 0.0, True))
+        total[kind] = _Total(
+            old.count + new.count, old.num_bytes + new.num_bytes, old.sent + new.sent,
+            old.exact and new.exact,
+        )
 
     for line in computations.get(name, []):
         operation = _OPCODE.search(line)
         if not operation or operation[1] in ("async-update", "async-done"):
             continue  # what these belong to was counted with async-start
-        kind = operation[1].removesuffix("-done")
+        kind, said = operation[1].removesuffix("-done"), line
+        if scatter := _SCATTER.search(line):
+            kind = "reduce-scatter"
+            body = computations.get(scatter[0].partition("=")[2].lstrip("%"), [])
+            said = next((inner for inner in body if " all-reduce(" in inner), line)
+        size = _group_size(said, num_devices)
+        if kind in _SENT and size > 1:
+            num_bytes = _num_bytes(line[:operation.start()])
+            sent = float(_SENT[kind](size) * num_bytes)
+            add(kind, _Total(1, num_bytes, sent, True))
         if kind in _SENT:
-            add(kind, 1, _num_bytes(line[:operation.start()]), True)
+            continue
         times, exact = 1, True
         if kind == "while":
             turns = _turns(line, computations)
@@ -114,10 +177,12 @@ def _count(
         for branches in _BRANCHES.findall(line):
             called += [branch.strip().lstrip("%") for branch in branches.split(",")]
         for other in called:
-            for inner, (count, num_bytes, sure) in _count(
-                other, computations, known
-            ).items():
-                add(inner, times * count, times * num_bytes, exact and sure)
+            inner = _count(other, computations, num_devices, known)
+            for inner_kind, each in inner.items():
+                add(inner_kind, _Total(
+                    times * each.count, times * each.num_bytes, times * each.sent,
+                    exact and each.exact,
+                ))
     known[name] = total
     return total
 

@@ -18,15 +18,14 @@ program, and the shares of `capacity` leave room for it.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from crossmae_jax import collectives, cost, hardware, optim, parallel, train
+from crossmae_jax import collectives, cost, hardware, layout, optim, parallel, train
 from crossmae_jax.data import pipeline
 
 _FUSED = {"cuDNN": "__cudnn$fmha", "TPU kernels": "tpu_custom_call"}
@@ -80,6 +79,7 @@ class Estimate:
     """What one configuration needs of one target.
 
     Attributes:
+      layout: how weights and moments lie on the devices, in a line.
       memory: None if the compiler refused, and then also `accessed`.
       refusal: the compiler's own words, "" if it did not refuse.
       capacity: None where the memory of the device is not known.
@@ -92,6 +92,7 @@ class Estimate:
     target: str
     device_kind: str
     num_devices: int
+    layout: str
     device: hardware.Device | None
     capacity: Capacity | None
     batch_size: int
@@ -118,7 +119,7 @@ class Estimate:
     @property
     def sent(self) -> float:
         """Bytes that a device must send at least in a step."""
-        return sum((kind.sent(self.num_devices) for kind in self.exchanged), 0.0)
+        return sum((kind.sent for kind in self.exchanged), 0.0)
 
     def roofline(self) -> dict[str, float]:
         """Returns the seconds of a step by "operations", "links" and "memory".
@@ -157,7 +158,7 @@ def capacity(target: str, device: hardware.Device | None, here: Any) -> Capacity
       here: one of the devices, which tells how much it has if it is there.
     """
     if target == "this" and here.platform == "cpu":
-        memory = hardware.host_memory() // jax.local_device_count()
+        memory = hardware.memory(here)
         return Capacity(memory, memory, (
             "this machine's memory, whoever uses it, over "
             f"{jax.local_device_count()} devices"
@@ -189,13 +190,28 @@ def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
 
 
 def _num_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree on one of the devices that it lies on."""
     return sum(
-        math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+        math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
     )
 
 
-def lower_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Any, Any]:
-    """Returns the lowered step, and the shapes of its state and batch.
+class Lowered(NamedTuple):
+    """A step as it goes to the compiler, and the shapes of what it takes.
+
+    Attributes:
+      layout: how the state lies, in a line.
+    """
+
+    step: jax.stages.Lowered
+    state: Any
+    batch: Any
+    layout: str
+
+
+def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
+    """Returns the step that training runs on such devices, lowered for them.
 
     Raises:
       ValueError: if the configuration contradicts itself, or does not divide over the
@@ -203,24 +219,25 @@ def lower_step(config: ConfigDict, mesh: Mesh) -> tuple[jax.stages.Lowered, Any,
     """
     data, accum_steps = config.data, config.optim.accum_steps
     objective = train.make_objective(config)
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    mesh, line = layout.make_mesh(
+        config, jax.eval_shape(objective.init, key)["params"], devices
+    )
     parallel.check_batch_size(data.batch_size, mesh, accum_steps=accum_steps)
     # Only the lengths of schedules depend on the data set, and no shape on those.
     schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
-    key = jax.random.key(config.seed, impl="threefry2x32")
     init, step = train.compile_steps(
         objective, optim.make_optimizer(config, schedule), mesh, schedule=schedule,
         key=key, accum_steps=accum_steps,
     )
     state = jax.eval_shape(init, key)
     batch = pipeline.blank_batch(data, batch_size=data.batch_size)
-    lowered = step.lower(
-        parallel.with_sharding(state, parallel.replicated(mesh)),
-        parallel.with_sharding(batch, parallel.batch_sharding(mesh)),
-    )
-    return lowered, state, batch
+    state = parallel.with_sharding(state, layout.shardings(mesh, state))
+    batch = parallel.with_sharding(batch, parallel.batch_sharding(mesh))
+    return Lowered(step.lower(state, batch), state, batch, line)
 
 
-def _memory(compiled: Any, state: Any, batch: Any, num_devices: int) -> Memory:
+def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
     found = compiled.memory_analysis()
     temporaries = found.temp_size_in_bytes
     total = (
@@ -229,7 +246,7 @@ def _memory(compiled: Any, state: Any, batch: Any, num_devices: int) -> Memory:
     )
     weights = _num_bytes(state.variables)
     moments = _num_bytes((state.opt_state, state.step))
-    images = _num_bytes(batch) // num_devices
+    images = _num_bytes(batch)
     return Memory(
         weights, moments, images, temporaries,
         other=total - weights - moments - images - temporaries,
@@ -247,14 +264,14 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
         does not divide over the target's devices.
       MissingCompiler: if the compiler for the target is not installed.
     """
-    mesh = hardware.target_mesh(target)
-    here = mesh.devices.flat[0]
+    devices = hardware.target_devices(target)
+    here, num_devices = devices[0], len(devices)
     device = hardware.find(here.device_kind)
     begin = time.perf_counter()
-    lowered, state, batch = lower_step(config, mesh)
+    lowered = lower_step(config, devices)
     refusal, compiled = "", None
     try:
-        compiled = lowered.compile(
+        compiled = lowered.step.compile(
             compiler_options=hardware.compiler_options(target) or None
         )
     except jax.errors.JaxRuntimeError as error:
@@ -263,11 +280,12 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
             raise
         refusal = str(error)
     found = Estimate(
-        target=target, device_kind=here.device_kind, num_devices=mesh.size,
+        target=target, device_kind=here.device_kind, num_devices=num_devices,
+        layout=lowered.layout,
         device=device, capacity=capacity(target, device, here),
         batch_size=config.data.batch_size, accum_steps=config.optim.accum_steps,
         seconds=time.perf_counter() - begin, refusal=refusal,
-        flops=cost.count(config).train_flops * config.data.batch_size / mesh.size,
+        flops=cost.count(config).train_flops * config.data.batch_size / num_devices,
     )
     if compiled is None:
         return found
@@ -275,11 +293,11 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
     return dataclasses.replace(
         found,
-        memory=_memory(compiled, state, batch, mesh.size),
+        memory=_memory(compiled, lowered.state, lowered.batch),
         # The compiler counts a loop's body once, and micro-batches are a loop.
         accessed=accessed if config.optim.accum_steps == 1 else None,
         attention=", ".join(n for n, call in _FUSED.items() if call in text) or "XLA",
-        exchanged=tuple(collectives.read(text)),
+        exchanged=tuple(collectives.read(text, num_devices)),
     )
 
 

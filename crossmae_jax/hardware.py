@@ -20,7 +20,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,8 +161,8 @@ def _let_compilers_load() -> None:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
-def target_mesh(target: str) -> "Mesh":
-    """Returns the mesh of a target's devices, with the axis that training has.
+def target_devices(target: str) -> list["jax.Device"]:
+    """Returns the devices of a target, which need not be there.
 
     Raises:
       ValueError: if there is no such target.
@@ -170,14 +170,10 @@ def target_mesh(target: str) -> "Mesh":
     """
     check_target(target)
     import jax
-    import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh
-
-    from crossmae_jax import parallel
 
     if target == "this":
-        return parallel.make_mesh()
+        return jax.devices()
     _let_compilers_load()
     try:
         if target == "h200":
@@ -193,8 +189,7 @@ def target_mesh(target: str) -> "Mesh":
         if not str(error).startswith("INVALID_ARGUMENT"):  # the status is in the text
             raise
         raise ValueError(f"The compiler refuses target={target!r}: {error}") from error
-    devices = np.array(topology.devices)
-    return Mesh(devices, (parallel.DATA_AXIS,), axis_types=(AxisType.Auto,))
+    return list(topology.devices)
 
 
 def compiler_options(target: str) -> dict[str, Any]:
@@ -203,6 +198,23 @@ def compiler_options(target: str) -> dict[str, Any]:
     Without a GPU there is no autotuning, for which XLA's own matrix kernels ask.
     """
     return {"xla_gpu_enable_triton_gemm": False} if target == "h200" else {}
+
+
+def memory(device: "jax.Device") -> int | None:
+    """Returns the bytes of memory of a device, None if they are not known.
+
+    The CPU's are shared out among the devices that JAX makes of it.
+    """
+    import jax
+
+    if device.platform == "cpu":
+        return host_memory() // jax.local_device_count()
+    if known := find(device.device_kind):
+        return known.memory * 10**9
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device to compile for
+        return None
 
 
 def host_memory() -> int:

@@ -1,8 +1,8 @@
 """One mesh over all devices, and how arrays lie on it; the only file that makes meshes.
 
-A batch is cut along its first axis over the "data" axis of the mesh; parameters and
-optimiser state are whole on every device. With that the compiled step is one global
-program: a mean over the batch is a mean over all devices, on all hosts.
+A batch is cut along its first axis over all devices; `layout` says how parameters and
+optimiser state lie. With that the compiled step is one global program: a mean over the
+batch is a mean over all devices, on all hosts.
 
 Axes are of type Auto: the compiler chooses the shardings inside the step. Differences
 between versions of JAX belong here. One that matters: `jax.make_mesh` makes Explicit
@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+DATA_AXIS = "data"  # over copies of the state
+FSDP_AXIS = "fsdp"  # within one copy of it (crossmae_jax/layout.py)
 
 
 def start() -> str:
@@ -31,18 +32,27 @@ def start() -> str:
     return line
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of all devices, with the devices of a host side by side.
+def make_mesh(
+    devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1
+) -> Mesh:
+    """Returns the mesh of all devices, with those of a slice and a host side by side.
 
     The data pipeline hands each host a contiguous slice of the batch; in this order the
     slices make up the batch in the order of its sample numbers.
 
     Args:
       devices: those of the mesh, if not all.
+      fsdp: how many devices, side by side, share one copy of the state.
     """
     devices = jax.devices() if devices is None else devices
-    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
-    return Mesh(np.array(devices), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    # Slices of TPUs are numbered, and so are groups of GPUs with fast links.
+    devices = sorted(
+        devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
+    )
+    return Mesh(
+        np.array(devices).reshape(-1, fsdp), (DATA_AXIS, FSDP_AXIS),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
 
 
 def within(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,17 +81,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch: its first axis cut over the devices."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+    return NamedSharding(mesh, PartitionSpec((DATA_AXIS, FSDP_AXIS)))
 
 
-def with_sharding(tree: Any, sharding: NamedSharding) -> Any:
+def with_sharding(tree: Any, sharding: Any) -> Any:
     """Returns the shapes and dtypes of a tree as abstract arrays that lie so.
+
+    Args:
+      sharding: one for all, or a tree of them like `tree`.
 
     Example:
       with_sharding(jax.eval_shape(init, key), replicated(mesh))
     """
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies),
+        tree, sharding,
     )
 
 

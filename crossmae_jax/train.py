@@ -27,6 +27,7 @@ from crossmae_jax import (
     environment,
     evaluation,
     interruption,
+    layout,
     metrics,
     optim,
     parallel,
@@ -128,16 +129,20 @@ def compile_steps(
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
-    The state lies whole on every device. A step takes the memory of the state that it
-    is given, which cannot be used any more.
+    The state lies on the mesh as `layout` says. A step takes the memory of the state
+    that it is given, which cannot be used any more.
     """
-    everywhere = parallel.replicated(mesh)
-    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=everywhere)
+    def draw(key):
+        return init_state(objective, tx, key)
+
+    lies = layout.shardings(mesh, jax.eval_shape(draw, key))
+    init = jax.jit(draw, out_shardings=lies)
     step = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
     step = jax.jit(
-        parallel.within(mesh, step), donate_argnums=0, out_shardings=everywhere
+        parallel.within(mesh, step), donate_argnums=0,
+        out_shardings=(lies, parallel.replicated(mesh)),
     )
     return init, step
 
@@ -208,7 +213,12 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     with setting_up():
         opened = {"train": sources.make_source(config.data, "train")}
         config = with_classes(config, opened["train"].num_classes)
-        objective, mesh = make_objective(config), parallel.make_mesh()
+        objective = make_objective(config)
+        # The kind of key is named: JAX's default may be set to another elsewhere.
+        root = jax.random.key(config.seed, impl="threefry2x32")
+        init_key, mask_key, panel_key = jax.random.split(root, 3)
+        abstract = jax.eval_shape(objective.init, init_key)
+        mesh, layout_line = layout.make_mesh(config, abstract["params"])
         parallel.check_batch_size(
             config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
         )
@@ -221,9 +231,6 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         total, steps_per_epoch = _duration(config, len(opened["train"]))
         schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
         tx = optim.make_optimizer(config, schedule)
-        # The kind of key is named: JAX's default may be set to another elsewhere.
-        root = jax.random.key(config.seed, impl="threefry2x32")
-        init_key, mask_key, panel_key = jax.random.split(root, 3)
         evaluations = evaluation.Evaluations(
             config, objective, opened, mesh=mesh, directory=directory,
             panel_key=panel_key,
@@ -242,7 +249,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             weights = None
             if config.init_from and not checkpoints.steps():
                 weights = starting.plan(
-                    config.init_from, jax.eval_shape(objective.init, init_key), config
+                    config.init_from, abstract, config
                 )
             dataset = {
                 "num_images": len(opened["train"]),
@@ -253,9 +260,10 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             )
             kept = best.Best(directory / "best", config, dataset)
             stack.callback(kept.close)
-        restored = checkpoints.restore_latest(parallel.with_sharding(
-            jax.eval_shape(init, init_key), parallel.replicated(mesh)
-        ))
+        wanted = jax.eval_shape(init, init_key)
+        restored = checkpoints.restore_latest(
+            parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
+        )
         if restored is None:
             print(f"FRESH START in {directory}", flush=True)
             start, state = 0, init(init_key)
@@ -267,6 +275,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             start, state = restored
             print(f"RESUMED at step {start} of {total} from {directory}", flush=True)
         parallel.start()
+        print(layout_line, flush=True)
         environment.write_environment(directory)
         print(
             f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "

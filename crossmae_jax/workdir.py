@@ -27,7 +27,7 @@ from ml_collections.config_dict import placeholder
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
-    "data.eval_crop_ratio", "data.max_bad_share", "model.remat",
+    "data.eval_crop_ratio", "data.max_bad_share", "model.remat", "mesh",
 )
 
 # Settings that are younger than some runs, with what those runs did.
@@ -105,6 +105,7 @@ def _as_written(values: Any, path: str = "") -> Any:
 
 def _completed(config: dict[str, Any]) -> dict[str, Any]:
     """Adds the settings that did not exist yet when a run was started."""
+    config.setdefault("mesh", {"fsdp": 0})
     if config.get("objective", "pretrain") != "pretrain":
         return config
     decoder = config.get("model", {}).get("decoder")

@@ -83,7 +83,7 @@ def _compile(job, target, mesh):
 
     if "step" in job:
         config = step.load_config(job["step"], overrides=job["overrides"])
-        lowered, _, _ = estimate.lower_step(config, mesh)
+        lowered = estimate.lower_step(config, list(mesh.devices.flat)).step
         return lowered.compile(compiler_options=hardware.compiler_options(target))
     case = next(c for c in attention_cases.CASES if c.name == job["case"])
     with pytest.MonkeyPatch.context() as patch:
@@ -99,10 +99,10 @@ def main(argv: list[str]) -> None:
     """Compiles the jobs named on the command line for the target before them."""
     import jax
 
-    from crossmae_jax import collectives, hardware
+    from crossmae_jax import collectives, hardware, parallel
 
     target, *jobs = argv
-    mesh = hardware.target_mesh(target)
+    mesh = parallel.make_mesh(hardware.target_devices(target))
     for job in map(json.loads, jobs):
         found = {"kernels": {}, "collectives": {}, "error": ""}
         try:
@@ -112,7 +112,7 @@ def main(argv: list[str]) -> None:
         else:
             found["kernels"] = _kernels(text)
             found["collectives"] = {
-                each.kind: each.count for each in collectives.read(text)
+                each.kind: each.count for each in collectives.read(text, mesh.size)
             }
         print(json.dumps(found), flush=True)
 

@@ -12,7 +12,8 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
-    ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "augment",
+    ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
+     "augment",
      "visualize", "digests", "environment", "workdir", "hardware", "collectives",
      "interruption", "report"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),

@@ -14,11 +14,11 @@ def test_start_says_where_this_process_stands(capsys):
     assert capsys.readouterr().out == "host 0/1, 8 local of 8 devices (cpu)\n"
 
 
-def test_mesh_has_one_automatic_axis_over_all_devices():
-    mesh = parallel.make_mesh()
-    assert mesh.axis_names == ("data",)
-    assert mesh.axis_types == (AxisType.Auto,)
-    assert list(mesh.devices) == jax.devices()
+def test_mesh_has_two_automatic_axes_over_all_devices():
+    mesh = parallel.make_mesh(fsdp=4)
+    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert mesh.devices.tolist() == [jax.devices()[:4], jax.devices()[4:]]
 
 
 def test_batch_lies_in_order_with_an_equal_share_on_each_device():
@@ -30,7 +30,7 @@ def test_batch_lies_in_order_with_an_equal_share_on_each_device():
         assert array.dtype == host[name].dtype
         assert array.sharding == parallel.batch_sharding(mesh)
         for number, shard in enumerate(array.addressable_shards):
-            assert shard.device == mesh.devices[number]
+            assert shard.device == mesh.devices.flat[number]
             np.testing.assert_array_equal(
                 shard.data, host[name][2 * number:2 * number + 2]
             )

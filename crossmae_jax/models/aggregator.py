@@ -132,7 +132,7 @@ class Aggregator(nn.Module):
         else:
             self.mixer = ConvNeXt(self.kernel_size, self.mlp_ratio, self.dtype)
         if self.visible == "encoder":
-            self.visible_embed = layers.dense(self.dim, self.dtype)
+            self.visible_embed = layers.Dense(self.dim, self.dtype)
 
     def __call__(
         self,

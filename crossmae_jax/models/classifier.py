@@ -109,9 +109,8 @@ class Classifier(nn.Module):
         # A layer that is not called has no parameters.
         self.fc_norm = layers.LayerNorm(self.dtype)
         self.batch_norm = BatchNorm()
-        self.head = nn.Dense(
-            self.num_classes, dtype=self.dtype,
-            kernel_init=nn.initializers.normal(self.head_std),
+        self.head = layers.Dense(
+            self.num_classes, self.dtype, nn.initializers.normal(self.head_std)
         )
 
     def __call__(

@@ -50,7 +50,7 @@ class CrossDecoder(nn.Module):
             for _ in range(self.depth)
         ]
         self.decoder_norm = layers.LayerNorm(self.dtype)
-        self.decoder_pred = layers.dense(self.out_dim, self.dtype)
+        self.decoder_pred = layers.Dense(self.out_dim, self.dtype)
 
     def __call__(
         self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds

@@ -34,7 +34,7 @@ class MAEDecoder(nn.Module):
             lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
         )
         self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
-        self.decoder_embed = layers.dense(self.dim, self.dtype)
+        self.decoder_embed = layers.Dense(self.dim, self.dtype)
         self.decoder_blocks = [
             layers.Block(
                 self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype
@@ -42,7 +42,7 @@ class MAEDecoder(nn.Module):
             for _ in range(self.depth)
         ]
         self.decoder_norm = layers.LayerNorm(self.dtype)
-        self.decoder_pred = layers.dense(self.out_dim, self.dtype)
+        self.decoder_pred = layers.Dense(self.out_dim, self.dtype)
 
     def __call__(
         self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds

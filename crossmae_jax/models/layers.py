@@ -12,7 +12,7 @@ With bfloat16 everything else is bfloat16, the residual stream and the gradients
 matrix products included (PyTorch's autocast keeps the residual stream in float32).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import einops
 import jax
@@ -21,6 +21,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from crossmae_jax import layout
 from crossmae_jax.ops import attention as attention_ops
 from crossmae_jax.ops import gelu as gelu_ops
 from crossmae_jax.ops import layer_norm as layer_norm_ops
@@ -45,11 +46,21 @@ class Decoded(NamedTuple):
     visible: Float[Array, "b v d"] | None
 
 
-def dense(features: int, dtype: DTypeLike, **kwargs: Any) -> nn.Dense:
-    """Makes a linear layer with the initialisation of MAE: Xavier-uniform, bias 0."""
-    return nn.Dense(
-        features, dtype=dtype, kernel_init=nn.initializers.xavier_uniform(), **kwargs
-    )
+class Dense(nn.Module):
+    """Linear layer, drawn as in MAE: weights Xavier-uniform, bias 0."""
+
+    features: int
+    dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*rows i"]) -> Float[Array, "*rows o"]:
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        bias = self.param("bias", self.bias_init, shape[1:]).astype(self.dtype)
+        out = x.astype(self.dtype) @ layout.gathered(kernel, self.dtype)
+        return out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
 
 
 class LayerNorm(nn.Module):
@@ -82,7 +93,8 @@ class PatchEmbed(nn.Module):
         def bias_init(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-        return dense(self.dim, self.dtype, bias_init=bias_init, name="proj")(patches)
+        project = Dense(self.dim, self.dtype, bias_init=bias_init, name="proj")
+        return project(patches)
 
 
 class SplitDense(nn.Module):
@@ -101,8 +113,9 @@ class SplitDense(nn.Module):
         shape = (x.shape[-1], self.parts * self.features)
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, kernel, bias))
-        kernels = jnp.split(kernel, self.parts, axis=1)
+        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
+        whole = layout.gathered(kernel, self.dtype)
+        kernels = jnp.split(whole, self.parts, axis=1)
         biases = jnp.split(bias[None, None], self.parts, axis=2)
         return [x @ w + b for w, b in zip(kernels, biases, strict=True)]
 
@@ -122,9 +135,9 @@ class Attention(nn.Module):
     def setup(self):
         # qkv is used, or q and kv: a layer that is not called has no parameters.
         self.qkv = SplitDense(self.dim, 3, self.dtype)
-        self.q = dense(self.dim, self.dtype)
+        self.q = Dense(self.dim, self.dtype)
         self.kv = SplitDense(self.dim, 2, self.dtype)
-        self.proj = dense(self.dim, self.dtype)
+        self.proj = Dense(self.dim, self.dtype)
 
     def project(
         self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
@@ -157,8 +170,8 @@ class Mlp(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self):
-        self.fc1 = dense(int(self.dim * self.mlp_ratio), self.dtype)
-        self.fc2 = dense(self.dim, self.dtype)
+        self.fc1 = Dense(int(self.dim * self.mlp_ratio), self.dtype)
+        self.fc2 = Dense(self.dim, self.dtype)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.contract(self.fc1(x))
