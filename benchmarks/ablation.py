@@ -77,7 +77,9 @@ def run(
     config, done = step.load_config(path, overrides=overrides), directory / "found.json"
     if not done.exists():
         workdir.write_whole(done, json.dumps(train.run(config, directory)))
-    elif workdir.read_config(directory).to_json() != config.to_json():
+    elif json.loads(workdir.read_config(directory).to_json()) != json.loads(
+        config.to_json()
+    ):
         raise ValueError(
             f"{directory} holds a run with other settings (config.json); give another "
             "--workdir."

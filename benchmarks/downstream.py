@@ -3,10 +3,9 @@
     python -m benchmarks.downstream --workdir=runs/downstream
 
 Each method pre-trains on all digits without labels; then, with 100, 10 and 1 percent of
-the labels, everything is fine-tuned, and frozen features are classified by logistic
-regression and by their nearest neighbours. With all labels the last blocks are
-fine-tuned, too, for every number of blocks. The share of labels is another part of the
-training images for each seed.
+the labels, everything or the last blocks are fine-tuned, for several numbers of blocks,
+and frozen features are classified by logistic regression and by their nearest
+neighbours. The share of labels is another part of the training images for each seed.
 
 Fine-tuning is measured at its LAST epoch: nothing is chosen on the test images, though
 the papers report the best epoch.
@@ -131,13 +130,18 @@ def one(
         found[f"linear {percent}"] = of_frozen["linear/top1"]
         found[f"k-NN, mean {percent}"] = of_frozen[f"knn/mean/k{NEIGHBOURS}/top1"]
         found[f"k-NN, class token {percent}"] = of_frozen[f"knn/cls/k{NEIGHBOURS}/top1"]
-    for blocks in BLOCKS:
-        found[f"blocks {blocks:g}"] = finetune(
-            weights, percent=100, blocks=blocks, seed=seed,
-            directory=place / f"blocks_{blocks:g}", changes=changes,
-        )
-    found[f"blocks {DEPTH:g}"] = found["fine-tuning 100"]
+    for percent in SHARES:
+        for blocks in BLOCKS:
+            found[_of_blocks(blocks, percent)] = finetune(
+                weights, percent=percent, blocks=blocks, seed=seed,
+                directory=place / f"blocks_{blocks:g}_{percent}", changes=changes,
+            )
+        found[_of_blocks(DEPTH, percent)] = found[f"fine-tuning {percent}"]
     return found
+
+
+def _of_blocks(blocks: float, percent: int) -> str:
+    return f"{blocks:g} tuned block{'s' * (blocks != 1)} {percent}"
 
 
 def table(found: dict[str, list[dict[str, float]]]) -> str:
@@ -149,15 +153,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
             values = [100 * run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
-        lines.append(step.row([_title(key), *cells]))
+        what, percent = key.rsplit(" ", 1)
+        lines.append(step.row([f"{what}, {percent} % of labels", *cells]))
     return "\n".join(lines)
-
-
-def _title(key: str) -> str:
-    what, number = key.rsplit(" ", 1)
-    if what == "blocks":
-        return f"{number} tuned block" + "s" * (number != "1")
-    return f"{what}, {number} % of labels"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         "--override", action="append", default=[], metavar="KEY=VALUE",
         help="setting to change everywhere",
     )
-    parser.add_argument("--write", action="store_true", help="the picture into docs/")
+    parser.add_argument("--write", action="store_true", help="the pictures into docs/")
     args = parser.parse_args(argv)
     found = {
         method: [
@@ -180,17 +178,23 @@ def main(argv: list[str] | None = None) -> None:
         ]
         for method in args.methods
     }
-    curves = {
-        method: {
-            blocks: statistics.mean(run[f"blocks {blocks:g}"] for run in runs)
-            for blocks in (*BLOCKS, DEPTH)
-        }
-        for method, runs in found.items()
-    }
-    folder = PICTURES if args.write else args.workdir
-    picture = visualize.accuracy_by_blocks(curves, folder / "accuracy_by_blocks.png")
     print(step.conditions(args.override, f"downstream of digits, seeds {args.seeds}"))
-    print(f"{table(found)}\n\n{picture}")
+    print(f"{table(found)}\n")
+    folder = PICTURES if args.write else args.workdir
+    for percent in SHARES:
+        curves = {
+            method: {
+                blocks: statistics.mean(
+                    run[_of_blocks(blocks, percent)] for run in runs
+                )
+                for blocks in (*BLOCKS, DEPTH)
+            }
+            for method, runs in found.items()
+        }
+        print(visualize.accuracy_by_blocks(
+            curves, folder / f"accuracy_by_blocks_{percent}.png",
+            title=f"Partial fine-tuning with {percent} % of the labels",
+        ))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from crossmae_jax import digests
+from crossmae_jax import digests, parallel
 
 VARIABLES = "variables"
 OPTIMIZER = "optimizer"
@@ -69,7 +69,7 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._saving: int | None = None
         for path in _uncommitted(self.directory):
-            _note(f"{path} was never completed (the run was stopped while writing it); "
+            parallel.say(f"{path} was never completed (the run was stopped while writing it); "
                   "removing it.")
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -177,7 +177,7 @@ class Checkpoints:
                     number += 1
                     target = path.with_name(f"{step}.damaged{number}")
                 path.rename(target)
-                _note(f"Put {path} aside as {target.name}; delete it when you like.")
+                parallel.say(f"Put {path} aside as {target.name}; delete it when you like.")
         ocp.multihost.sync_global_processes("crossmae_jax:damaged_steps_put_aside")
         self._manager.reload()
 
@@ -249,7 +249,7 @@ def _newest_intact(
                 chosen = step
                 break
             damaged[step] = reason
-            _note(f"Skipping checkpoint {step} in {directory}: {reason}.")
+            parallel.say(f"Skipping checkpoint {step} in {directory}: {reason}.")
         else:
             chosen = _ALL_DAMAGED if damaged else _NONE
     if jax.process_count() > 1:
@@ -391,8 +391,3 @@ def _contents(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     found = f"found {digests.shorten(names, 5)} instead" if names else "it is empty"
     return f"{found}. Give the directory `checkpoints` of a run"
-
-
-def _note(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, flush=True)

@@ -94,6 +94,11 @@ def write_environment(workdir: str | Path) -> None:
     (workdir / "environment.json").write_text(text)
 
 
+def num_gpus(root: Path = Path("/")) -> int:
+    """Returns how many NVIDIA GPUs a machine's files show; `root` as below."""
+    return len(list((root / "dev").glob("nvidia[0-9]*")))
+
+
 def find_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
     """Returns the kind of accelerator that a machine's files show, and what showed it.
 
@@ -101,7 +106,7 @@ def find_accelerator(root: Path = Path("/")) -> tuple[str, str] | None:
       root: the root of the file system; another one in tests.
     """
     driver = root / "proc/driver/nvidia/version"
-    nodes = sorted((root / "dev").glob("nvidia[0-9]*"))
+    nodes = num_gpus(root)
     if driver.exists() or nodes:
         text = driver.read_text() if driver.exists() else ""
         version = re.search(r"Kernel Module.*? (\d+\.[\d.]+)", text)

@@ -5,7 +5,6 @@ no evaluator. Two baselines put the final numbers in proportion: the same networ
 random initialisation, and the raw pixels, evaluated in the same way on the same split.
 """
 
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -106,7 +105,7 @@ class Evaluations:
         *,
         writer: metrics.MetricWriter,
         progress: metrics.Progress,
-        stop: threading.Event,
+        stop: interruption.Stop,
     ) -> dict[str, float]:
         """Runs evaluators on one state, writes and returns their metrics.
 
@@ -138,7 +137,7 @@ class Evaluations:
         return found
 
     def baselines(
-        self, initial_variables: Any, *, stop: threading.Event
+        self, initial_variables: Any, *, stop: interruption.Stop
     ) -> dict[str, float]:
         """Evaluates random initialisation and raw pixels like the trained features."""
         data = self._config.data
@@ -187,7 +186,7 @@ def of_sources(
     mesh: jax.sharding.Mesh,
     workdir: Path,
     evals: Mapping[str, Mapping[str, Any]],
-    stop: threading.Event | None = None,
+    stop: interruption.Stop | None = None,
     **pictures: Any,
 ) -> evaluators.Evaluation:
     """Returns the evaluation of a model on splits, "train" and "eval".

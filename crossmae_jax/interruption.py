@@ -1,33 +1,70 @@
-"""Stopping a run on request, such that the same command goes on from there."""
+"""Stopping a run on request, such that the same command goes on from there.
+
+Of several processes one may be asked alone, as where a machine is taken away. All must
+stop after the same step, since each step needs them all. JAX's runtime catches SIGTERM
+and agrees on a moment; the moments are counted by how often `Stop.is_set` was called,
+which is the same in all processes as they all do the same.
+"""
 
 import contextlib
+import itertools
+import os
 import signal
 import threading
 from collections.abc import Iterator
 
+import jax
+from jax.experimental import multihost_utils
+
 REQUEUE = 75  # exit status when stopped: saved, run the same command again
+
+_calls = itertools.count()  # of `Stop.is_set`, over all runs of this process
 
 
 class Interrupted(Exception):
     """The run was asked to stop in the middle of something."""
 
 
+class Stop:
+    """Whether the run was asked to stop; the same answer in all of its processes."""
+
+    def __init__(self):
+        self._here = threading.Event()
+        self._agreed = False
+
+    def request(self) -> None:
+        """Asks this process alone to stop; of several, the runtime asks all."""
+        self._here.set()
+
+    def is_set(self) -> bool:
+        """Says whether to stop now. Of several processes all must call it as often."""
+        if jax.process_count() == 1:
+            return self._here.is_set()
+        if not self._agreed:
+            self._agreed = multihost_utils.reached_preemption_sync_point(next(_calls))
+        return self._agreed
+
+
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """Turns the first SIGTERM or Ctrl-C into an event; a second acts as usual."""
-    requested = threading.Event()
+def stop_requests() -> Iterator[Stop]:
+    """Turns the first SIGTERM or Ctrl-C into a request; a second acts as usual."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # handlers can be set in the main thread only (notebooks)
+        return
+    several = jax.process_count() > 1
 
     def handle(number, _frame):
-        requested.set()
         signal.signal(number, previous[number])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler tells the others
+        else:
+            stop.request()
 
-    if threading.current_thread() is not threading.main_thread():
-        yield requested  # handlers can be set in the main thread only (notebooks)
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield requested
+        yield stop
     finally:
         for number in numbers:
             signal.signal(number, previous[number])

@@ -30,6 +30,11 @@ _WORKDIR = flags.DEFINE_string(
     "Directory of this run: checkpoints, metrics, pictures. Given again, the run goes "
     "on where it stopped.",
 )
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100,
+    "Of several processes: after so many seconds without a sign of life from one the "
+    "others stop.",
+)
 
 
 def stop(message: str) -> NoReturn:
@@ -210,9 +215,11 @@ def main(argv: list[str]) -> None:
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
-    from crossmae_jax import train
+    from crossmae_jax import cluster, train
 
-    with known_errors():
+    with cluster.leaving(_HEARTBEAT.value), known_errors():
+        with train.setting_up():
+            cluster.join(heartbeat_seconds=_HEARTBEAT.value)
         train.run(_CONFIG.value, _WORKDIR.value)
 
 

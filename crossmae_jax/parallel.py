@@ -32,6 +32,12 @@ def start() -> str:
     return line
 
 
+def say(text: str) -> None:
+    """Prints lines for a run, from its first process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
 def make_mesh(
     devices: Sequence[jax.Device] | None = None, *, fsdp: int = 1
 ) -> Mesh:

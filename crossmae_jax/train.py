@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import (
     best,
     checkpoint,
+    cluster,
     environment,
     evaluation,
     interruption,
@@ -210,7 +211,9 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     """
     directory = Path(directory)
     environment.check_accelerator()
+    parallel.start()
     with setting_up():
+        cluster.check_same(config.to_json(sort_keys=True))
         opened = {"train": sources.make_source(config.data, "train")}
         config = with_classes(config, opened["train"].num_classes)
         objective = make_objective(config)
@@ -265,22 +268,20 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
         )
         if restored is None:
-            print(f"FRESH START in {directory}", flush=True)
+            parallel.say(f"FRESH START in {directory}")
             start, state = 0, init(init_key)
             if weights is not None:
-                if jax.process_index() == 0:
-                    print("\n".join(weights.report), flush=True)
+                parallel.say("\n".join(weights.report))
                 state = state.replace(variables=weights.apply(state.variables))
         else:
             start, state = restored
-            print(f"RESUMED at step {start} of {total} from {directory}", flush=True)
-        parallel.start()
-        print(layout_line, flush=True)
+            parallel.say(f"RESUMED at step {start} of {total} from {directory}")
         environment.write_environment(directory)
-        print(
+        parallel.say(
+            f"{layout_line}\n"
             f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "
             f"of {config.data.batch_size} images, peak learning rate "
-            f"{optim.peak_lr(config):.3g}", flush=True,
+            f"{optim.peak_lr(config):.3g}"
         )
 
         blank = pipeline.blank_batch(config.data, batch_size=config.data.batch_size)

@@ -243,14 +243,17 @@ def loss_curve(
 
 
 def accuracy_by_blocks(
-    curves: Mapping[str, Mapping[float, float]], path: str | pathlib.Path
+    curves: Mapping[str, Mapping[float, float]],
+    path: str | pathlib.Path,
+    *,
+    title: str = "Partial fine-tuning",
 ) -> pathlib.Path:
     """Draws the accuracy of partial fine-tuning over the number of tuned blocks.
 
     Args:
       curves: by the name of the encoder, the accuracy, 0..1, by the number of blocks.
     """
-    drawing, axes = _axes("Partial fine-tuning")
+    drawing, axes = _axes(title)
     ticks = sorted({count for curve in curves.values() for count in curve})
     places = {count: place for place, count in enumerate(ticks)}  # 0 and 0.5 apart
     markers = "osD^vP*X"

@@ -60,17 +60,18 @@ def test_every_method_is_pre_trained_fine_tuned_and_evaluated(
             assert rows[f"linear, {percent} % of labels"][place] == round(
                 100 * of_frozen["metrics"]["linear/top1"], 1
             )
-        config = json.loads((runs / "blocks_0/config.json").read_text())
-        assert config["tune_blocks"] == 0
+            config = json.loads((runs / f"blocks_0_{percent}/config.json").read_text())
+            assert config["tune_blocks"] == 0
     assert set(rows) == {
         *(f"{what}, {percent} % of labels" for percent in (100, 10) for what in (
-            "fine-tuning", "linear", "k-NN, mean", "k-NN, class token"
+            "fine-tuning", "linear", "k-NN, mean", "k-NN, class token",
+            "0 tuned blocks", "4 tuned blocks",
         )),
-        "0 tuned blocks", "4 tuned blocks",
     }
-    with Image.open(tmp_path / "accuracy_by_blocks.png") as picture:
-        assert picture.size == (900, 500)
+    for percent in (100, 10):
+        with Image.open(tmp_path / f"accuracy_by_blocks_{percent}.png") as picture:
+            assert picture.size == (900, 500)
 
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
     downstream.main(arguments)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("accuracy_by_blocks.png")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("accuracy_by_blocks_10.png")
