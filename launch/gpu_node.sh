@@ -82,83 +82,84 @@ remote_command() {
             "${PROGRAM[@]}" "${TRAINING[@]}")"
 }
 
-# Starts process $1, in the background; its status goes to a file of its number.
-start() {
-    local node=${nodes[$1]} status=0
-    if [[ $node ]]; then
-        on "$node" "$(remote_command "$1")" || status=$?
-        $DRY_RUN || echo "$status" > "$statuses/$1"
-    elif $DRY_RUN; then
-        run "${PROGRAM[@]}" "${TRAINING[@]}"
-    else
-        "${PROGRAM[@]}" "${TRAINING[@]}" &
-        echo $! > "$statuses/pid"
-        # A signal interrupts `wait`; the status is that of the last one.
-        trap : TERM INT
-        while true; do
-            status=0
-            wait $! || status=$?
-            kill -0 $! 2> /dev/null || break
-        done
-        echo "$status" > "$statuses/0"
-    fi
-}
+told_to_end=0 # how often
 
-# Tells the training to save and end. One host is enough where all are well.
-told_to_end=false
-end_training() {
-    local node
-    for node in "${nodes[@]}"; do
-        if [[ $node ]]; then
-            ssh -o BatchMode=yes "$node" "kill \$(cat $pid_file)" || true
-        elif [[ -e $statuses/pid ]]; then
-            kill "$(< "$statuses/pid")" 2> /dev/null || true
-        fi
+# Runs the training on this machine and returns its status.
+pid=
+train_here() {
+    local status told
+    "${PROGRAM[@]}" "${TRAINING[@]}" &
+    pid=$!
+    if ((told_to_end)); then end_training; fi
+    while true; do
+        told=$told_to_end status=0
+        wait "$pid" || status=$?
+        # A signal to this script interrupts `wait`.
+        if ((status <= 128 || told == told_to_end)); then break; fi
     done
+    pid=
+    return "$status"
 }
 
-# Runs the training once on all hosts and returns its status.
-train() {
-    local index status ended
+# Runs one process on each host and returns 0, or what the first that failed returned.
+train_there() {
+    local index status ended=false
     rm -f "$statuses"/*
     for index in "${!nodes[@]}"; do
-        start "$index" &
+        {
+            status=0
+            on "${nodes[index]}" "$(remote_command "$index")" || status=$?
+            echo "$status" > "$statuses/$index"
+        } &
     done
-    ended=false
-    while true; do
+    while [[ $(jobs -pr) ]]; do
         wait -n || true
-        status=0
-        for index in "${!nodes[@]}"; do
-            [[ -s $statuses/$index ]] || continue
-            case $(< "$statuses/$index") in
-                0) ;;
-                "$SAVED") ((status)) || status=$SAVED ;;
-                *)
-                    status=$(< "$statuses/$index")
-                    say "${nodes[index]:-this machine} ended with status $status"
-                    if ! $ended; then end_training; fi
-                    ended=true
-                    ;;
-            esac
-        done
-        if [[ ! $(jobs -pr) ]]; then return "$status"; fi
+        status=$(cat "$statuses"/* 2> /dev/null | grep -vxE "0|$SAVED" | head -n 1) ||
+            true
+        if [[ $status ]] && ! $ended; then
+            say "a host ended with status $status; telling the others to end"
+            ended=true
+            end_training
+        fi
     done
+    [[ $status ]] || status=$(sort -n "$statuses"/* | tail -n 1)
+    return "$status"
+}
+
+# Tells the training to save and end.
+end_training() {
+    local node
+    if [[ ${nodes[0]} ]]; then
+        for node in "${nodes[@]}"; do
+            ssh -o BatchMode=yes "$node" "kill \$(cat $pid_file)" || true
+        done
+    elif [[ $pid ]]; then
+        kill "$pid" 2> /dev/null || true
+    fi
 }
 
 parse "$@"
 check_gpus
 if $DRY_RUN; then
-    for index in "${!nodes[@]}"; do start "$index"; done
+    for index in "${!nodes[@]}"; do
+        if [[ ${nodes[index]} ]]; then
+            on "${nodes[index]}" "$(remote_command "$index")"
+        else
+            run "${PROGRAM[@]}" "${TRAINING[@]}"
+        fi
+    done
     exit
 fi
+train=train_here
+if [[ ${nodes[0]} ]]; then train=train_there; fi
 statuses=$(mktemp -d)
 trap 'rm -rf "$statuses"' EXIT
-trap 'told_to_end=true; end_training' TERM INT HUP
+trap 'told_to_end=$((told_to_end + 1)); end_training' TERM INT HUP
 status=$SAVED
 while ((status == SAVED)); do
     status=0
-    train || status=$?
-    if $told_to_end; then break; fi
+    "$train" || status=$?
+    if ((told_to_end)); then break; fi
     ((status != SAVED)) || say "the training was told to save; running it again"
 done
 exit "$status"
