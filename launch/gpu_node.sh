@@ -6,9 +6,10 @@
 #     bash launch/gpu_node.sh --nodes=HOST1,HOST2 [OPTIONS] --config=FILE ...
 #
 #   --gpus=N            stop unless the machine, or each, has N GPUs
-#   --nodes=HOST,...    one process on each, through ssh without a password; the first is
-#                       the one that the others connect to. Each has this checkout in the
-#                       same directory, with its environment in .venv
+#   --nodes=HOST,...    one process on each, through ssh without a password; the others
+#                       connect to the first
+#   --directory=DIR     the checkout on each of them, with its environment in .venv (the
+#                       directory in which this script is started)
 #   --port=PORT         of the first host, free on it (8476)
 #   --dry-run           print the commands and run none
 #
@@ -19,7 +20,7 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=training_command.sh
 source "$(dirname "${BASH_SOURCE[0]}")/training_command.sh"
 
-gpus='' port=8476 nodes=()
+gpus='' port=8476 directory=$PWD nodes=()
 
 parse() {
     local flag
@@ -27,6 +28,7 @@ parse() {
         case $flag in
             --gpus=?*) gpus=${flag#*=} ;;
             --nodes=?*) IFS=, read -ra nodes <<< "${flag#*=}" ;;
+            --directory=?*) directory=${flag#*=} ;;
             --port=?*) port=${flag#*=} ;;
             --dry-run) DRY_RUN=true ;;
             --help | -h) print_help && exit ;;
@@ -76,7 +78,7 @@ check_gpus() {
 pid_file="/tmp/crossmae_jax-$port.pid" # on the other hosts
 remote_command() {
     printf 'cd %s && . .venv/bin/activate && echo $$ > %s && exec env %s' \
-        "$(quoted "$PWD")" "$pid_file" "$(quoted \
+        "$(quoted "$directory")" "$pid_file" "$(quoted \
             "JAX_COORDINATOR_ADDRESS=${nodes[0]#*@}:$port" \
             "JAX_NUM_PROCESSES=${#nodes[@]}" "JAX_PROCESS_ID=$1" \
             "${PROGRAM[@]}" "${TRAINING[@]}")"
@@ -126,6 +128,10 @@ train_there() {
     return "$status"
 }
 
+train() {
+    if [[ ${nodes[0]} ]]; then train_there; else train_here; fi
+}
+
 # Tells the training to save and end.
 end_training() {
     local node
@@ -150,15 +156,13 @@ if $DRY_RUN; then
     done
     exit
 fi
-train=train_here
-if [[ ${nodes[0]} ]]; then train=train_there; fi
 statuses=$(mktemp -d)
 trap 'rm -rf "$statuses"' EXIT
 trap 'told_to_end=$((told_to_end + 1)); end_training' TERM INT HUP
 status=$SAVED
 while ((status == SAVED)); do
     status=0
-    "$train" || status=$?
+    train || status=$?
     if ((told_to_end)); then break; fi
     ((status != SAVED)) || say "the training was told to save; running it again"
 done

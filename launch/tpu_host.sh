@@ -38,7 +38,7 @@ start() {
         if [[ $(< "$state.number") == "$number" ]]; then return; fi
         # The host that is followed has ended; the others are about to.
         flock --timeout "${CROSSMAE_LAUNCH_WAIT:-600}" 9 || {
-            echo "$(hostname): the training before this one did not end; look at $log" >&2
+            echo "$(hostname): the last training did not end; look at $log" >&2
             return 1
         }
     fi

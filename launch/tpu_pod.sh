@@ -15,9 +15,9 @@
 #   --keep                   leave the TPU, and its price, when this script ends
 #   --dry-run                print the commands and run none
 #
-# Sent is the commit that is checked out. Host 0's log is shown; each host has its own in
-# ~/crossmae_jax.log. Ends when the training has ended, whatever is lost on the way. The
-# TPU is deleted at the end, after an error and on Ctrl-C.
+# Sent is the commit that is checked out. Host 0's log is shown; each host has its own
+# in ~/crossmae_jax.log. Ends when the training has ended, whatever is lost on the way.
+# The TPU is deleted at the end, after an error and on Ctrl-C.
 # Several hosts need your key in an agent: ssh-add ~/.ssh/google_compute_engine
 set -euo pipefail
 
@@ -55,7 +55,8 @@ parse() {
     [[ $type ]] || stop "--accelerator-type is missing: which TPU, such as" \
         "--accelerator-type=v6e-32; see gcloud compute tpus accelerator-types list."
     [[ $version ]] || stop "--runtime-version is missing: the hosts' system, such as" \
-        "--runtime-version=v2-alpha-tpuv6e; see gcloud compute tpus tpu-vm versions list."
+        "--runtime-version=v2-alpha-tpuv6e; gcloud compute tpus tpu-vm versions list" \
+        "shows them."
     check_training_flags
     check_shared_workdir
     where=("--zone=$zone" "${project[@]}")
@@ -68,7 +69,7 @@ parse() {
 child=
 interruptible() {
     if $DRY_RUN; then
-        quoted "$@"
+        show "$@"
         return
     fi
     local status=0
@@ -85,7 +86,7 @@ listed() {
     shift 2
     local command=("$@" list "${where[@]}" "--filter=name~/$name\$" "--format=$format")
     if $DRY_RUN; then
-        quoted "${command[@]}" >&3
+        show "${command[@]}" >&3
         echo "$expected"
         return
     fi
@@ -153,8 +154,8 @@ wait_until_active() {
         case $state in
             ACTIVE) return ;;
             FAILED)
-                "${queue[@]}" describe "$name" "${where[@]}" '--format=yaml(state)' >&2 ||
-                    true
+                "${queue[@]}" describe "$name" "${where[@]}" '--format=yaml(state)' \
+                    >&2 || true
                 stop "the request for $name FAILED, as said above; ask for another" \
                     "--accelerator-type or --zone, or try again later."
                 ;;

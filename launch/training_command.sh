@@ -31,9 +31,23 @@ quoted() {
     printf '%s\n' "${words[*]}"
 }
 
-# Runs a command, or in a dry run prints it.
+# Prints a command, in lines of 88 columns where its words allow that.
+show() {
+    local word line=''
+    for word; do
+        word=$(quoted "$word")
+        if [[ $line ]] && ((${#line} + ${#word} > 85)); then
+            printf '%s \\\n' "$line"
+            line='   '
+        fi
+        line+=${line:+ }$word
+    done
+    printf '%s\n' "$line"
+}
+
+# Runs a command, or in a dry run shows it.
 run() {
-    if $DRY_RUN; then quoted "$@"; else "$@"; fi
+    if $DRY_RUN; then show "$@"; else "$@"; fi
 }
 
 # Takes a flag that is not the launcher's own: one of the training's, or a mistake.

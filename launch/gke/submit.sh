@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on one TPU slice of a GKE cluster: fills in jobset.yaml and hands it to kubectl.
+# Trains on one TPU slice of a GKE cluster: fills in jobset.yaml, gives it to kubectl.
 #
 #     bash launch/gke/submit.sh --name=NAME --image=IMAGE --claim=CLAIM \
 #         --accelerator=KIND --topology=AxB [OPTIONS] --config=FILE --workdir=DIR \
@@ -14,8 +14,8 @@
 #   --chips-per-host=N     4, unless the machine type says another number
 #   --dry-run              print the manifest and submit nothing
 #
-# The cluster starts the training again after it saved and after it lost a node, as often
-# as it takes; after other failures three times.
+# The cluster starts the training again after it saved and after it lost a node, as
+# often as it takes; after other failures three times.
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -38,7 +38,7 @@ for flag; do
     esac
 done
 
-# Stops unless the value of an option ($1, $2) looks as it must ($3), as an example ($4).
+# Stops unless the value of an option ($1, $2) looks as it must ($3, such as $4).
 check() {
     [[ $2 ]] || stop "--$1 is missing; give one, such as --$1=$4."
     [[ $2 =~ ^$3$ ]] || stop "--$1=$2 cannot be right; give one such as --$1=$4."
@@ -80,7 +80,7 @@ fill FLAGS "$flags]"
 
 if $DRY_RUN; then
     printf '%s\n' "$manifest"
-    quoted kubectl create --filename=-
+    show kubectl create --filename=-
     exit
 fi
 kubectl create --filename=- <<< "$manifest" ||
