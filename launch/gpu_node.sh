@@ -115,7 +115,7 @@ train_there() {
         } &
     done
     while [[ $(jobs -pr) ]]; do
-        wait -n || true
+        sleep "${CROSSMAE_LAUNCH_POLL:-1}"
         status=$(cat "$statuses"/* 2> /dev/null | grep -vxE "0|$SAVED" | head -n 1) ||
             true
         if [[ $status ]] && ! $ended; then

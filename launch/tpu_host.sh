@@ -26,7 +26,8 @@ train() {
     local status=0
     # A shutdown signals this shell too, which must live to note the status.
     trap : TERM
-    .venv/bin/python -m crossmae_jax.main "$@" || status=$?
+    # Without the lock: loader workers may outlive the training for a moment.
+    .venv/bin/python -m crossmae_jax.main "$@" 9>&- || status=$?
     echo "$status" > "$state.status"
 }
 
@@ -51,14 +52,9 @@ start() {
 }
 
 follow() {
-    local offset tail
-    offset=$(< "$state.offset")
-    exec 9>> "$lock"
-    tail -c "+$((offset + 1))" -f "$log" 9>&- &
-    tail=$!
-    flock 9
-    sleep 1 # for the last lines
-    kill "$tail"
+    # Ends when it gets the lock, and tail with it.
+    flock "$lock" true &
+    tail -c "+$(($(< "$state.offset") + 1))" -s 0.2 "--pid=$!" -f "$log"
     return "$(< "$state.status")"
 }
 

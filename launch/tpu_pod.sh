@@ -28,7 +28,7 @@ source "$launch/training_command.sh"
 POLL=${CROSSMAE_LAUNCH_POLL:-30} # seconds between two looks at the TPU
 LOOKS=5                          # failures of gcloud or ssh in a row that are borne
 name='' zone='' type='' version='' setup=''
-project=() spot=() keep=false
+project='' spot=false keep=false
 
 parse() {
     local flag
@@ -38,9 +38,9 @@ parse() {
             --zone=?*) zone=${flag#*=} ;;
             --accelerator-type=?*) type=${flag#*=} ;;
             --runtime-version=?*) version=${flag#*=} ;;
-            --project=?*) project=("$flag") ;;
+            --project=?*) project=$flag ;;
             --setup=?*) setup=${flag#*=} ;;
-            --spot) spot=(--spot) ;;
+            --spot) spot=true ;;
             --keep) keep=true ;;
             --dry-run) DRY_RUN=true ;;
             --help | -h) print_help && exit ;;
@@ -59,9 +59,13 @@ parse() {
         "shows them."
     check_training_flags
     check_shared_workdir
-    where=("--zone=$zone" "${project[@]}")
+    where=("--zone=$zone")
+    if [[ $project ]]; then where+=("$project"); fi
     queue=(gcloud compute tpus queued-resources)
     vm=(gcloud compute tpus tpu-vm)
+    creation=("${queue[@]}" create "$name" "--node-id=$name" "${where[@]}"
+        "--accelerator-type=$type" "--runtime-version=$version")
+    if $spot; then creation+=(--spot); fi
     delete=("${queue[@]}" delete "$name" "${where[@]}" --force --quiet)
 }
 
@@ -135,8 +139,7 @@ create() {
             "another --name, or delete it: $(quoted "${delete[@]}")"
     fi
     ours=true
-    if ! run "${queue[@]}" create "$name" "--node-id=$name" "${where[@]}" \
-        "--accelerator-type=$type" "--runtime-version=$version" "${spot[@]}"; then
+    if ! run "${creation[@]}"; then
         state=$(queue_state '') || exit
         [[ $state ]] || ours=false
         stop "$name could not be created; gcloud's message is above. Most often it is" \

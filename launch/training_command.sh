@@ -64,7 +64,8 @@ take_training_flag() {
 # Stops unless the training's two required flags were given and can work everywhere.
 check_training_flags() {
     local flag config='' workdir=''
-    for flag in "${TRAINING[@]}"; do
+    # bash 4.3 and older take an empty array for an unset one.
+    for flag in ${TRAINING[@]+"${TRAINING[@]}"}; do
         case $flag in
             --config=*) config=${flag#*=} ;;
             --workdir=*) workdir=${flag#*=} ;;
