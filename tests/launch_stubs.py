@@ -91,7 +91,8 @@ class Stubs:
     def hanging(self, count: int = 1) -> list[int]:
         """Waits until so many stubs hang, and returns their process numbers."""
         path = self.directory / "pids"
-        self._wait_until(lambda: path.exists() and path.read_text().count("\n") >= count)
+        path.touch()
+        self._wait_until(lambda: path.read_text().count("\n") >= count)
         return [int(line) for line in path.read_text().split()]
 
     def wait_for(self, pattern: str, count: int = 1) -> None:

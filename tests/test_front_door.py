@@ -231,7 +231,7 @@ def declared():
 DISTRIBUTIONS = {
     "PIL": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn", "faiss": "faiss-cpu", "skimage": "scikit-image",
-    "imagecorruptions": "imagecorruptions-imaug",
+    "imagecorruptions": "imagecorruptions-imaug", "yaml": "pyyaml",
 }
 
 

@@ -1,4 +1,4 @@
-"""The launchers for SLURM, GPU machines and GKE, against programs that answer as told."""
+"""Launchers for SLURM, GPU machines and GKE, against programs that answer as told."""
 
 import os
 import shlex
