@@ -105,7 +105,10 @@ queue_state() { listed "$1" 'value(state.state)' "${queue[@]}"; }
 node_state() { listed "$1" 'value(state)' "${vm[@]}"; }
 
 delete_tpu() {
+    local state
     if ! run "${delete[@]}"; then
+        state=$(queue_state '') || state=unknown
+        if [[ ! $state ]]; then return 0; fi # it was gone already
         say "$name could not be deleted, and costs money until it is. Run:"
         quoted "${delete[@]}" >&2
         return 1

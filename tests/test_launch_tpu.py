@@ -114,6 +114,16 @@ def test_a_spot_tpu_that_was_lost_is_created_again(cloud, state, node, status):
     assert first == f"1 {' '.join(TRAINING)}" and second == f"2 {' '.join(TRAINING)}"
 
 
+def test_one_that_is_gone_need_not_be_deleted(cloud):
+    states(cloud, "", "ACTIVE", "", "", "", "ACTIVE")
+    trainings(cloud, 255, 0)
+    cloud.answer("gcloud", f"{QUEUE} delete*", (1, "not found"), (0, ""))
+    ended = launch(cloud, "--spot")
+    assert ended.status == 0, ended.err
+    assert "could not be deleted" not in ended.err
+    assert len(cloud.calls(CREATED)) == 2
+
+
 def test_one_that_is_suspended_before_it_was_ready_is_created_again(cloud):
     states(cloud, "", "PROVISIONING", "SUSPENDED", "", "ACTIVE")
     assert launch(cloud, "--spot").status == 0
