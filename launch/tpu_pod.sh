@@ -115,15 +115,20 @@ delete_tpu() {
     fi
 }
 
+# Ends a process and those that it started: gcloud starts ssh.
+end_tree() {
+    local each
+    for each in $(pgrep -P "$1"); do end_tree "$each"; done
+    kill "$1" 2> /dev/null || true
+}
+
 ours=false # true from when this script may have created the TPU
 finish() {
     local status=$?
     $DRY_RUN || rm -f "$bundle"
     trap '' INT TERM HUP # also in gcloud: a second Ctrl-C must not stop the deletion
     trap - EXIT
-    if [[ $child ]]; then
-        kill "$child" 2> /dev/null || true
-    fi
+    if [[ $child ]]; then end_tree "$child"; fi
     if $ours && $keep; then
         say "$name is kept, and costs money until it is deleted with"
         quoted "${delete[@]}" >&2

@@ -16,7 +16,8 @@ LAUNCH = ROOT / "launch"
 TRAINING = ["--config=configs/vitb_cross.py", "--workdir=/mnt/shared/run"]
 
 # One line of bash for each answer: pattern, status, what is printed. "hang" as a status
-# stays until it is told to end, and ends with 75 as a training would.
+# stays until it is told to end, and ends with 75 as a training would; "orphan" ends well
+# and leaves a process behind, such as a loader worker.
 STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
 printf '%s\n' "$name ${*//$'\n'/ }" >> "$STUBS/calls"
@@ -29,6 +30,7 @@ for answers in "$STUBS/$name".*; do
     IFS=$'\t' read -r status printed < <(sed -n 2p "$answers")
     [[ $(wc -l < "$answers") == 2 ]] || sed -i 2d "$answers"
     [[ ! $printed ]] || printf '%b\n' "$printed"
+    [[ $status != orphan ]] || { sleep 20 & exit; }
     [[ $status == hang ]] || exit "$status"
     trap 'kill $!; exit 75' TERM
     sleep 60 &

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -201,12 +202,13 @@ def test_a_deletion_that_fails_says_what_to_run_by_hand(cloud, status):
 @pytest.mark.parametrize("number, status", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143),
 ])
-def test_ctrl_c_deletes(cloud, number, status):
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
+def test_ctrl_c_deletes(cloud, number, status, send):
     states(cloud, "", "ACTIVE")
     trainings(cloud, "hang")
     process = cloud.start("tpu_pod.sh", *OPTIONS, *TRAINING)
     cloud.hanging()
-    os.killpg(process.pid, number)
+    send(process.pid, number)
     ended = launch_stubs.ended(process)
     assert ended.status == status
     assert cloud.calls()[-1] == DELETED and len(cloud.calls(DELETED)) == 1
@@ -279,6 +281,14 @@ def test_a_host_trains_in_the_background_and_is_followed_to_its_status(host):
         ended = host.run(host.script, "follow")
         assert ended.status == status and ended.out == f"step {number}\n"
     assert host.calls() == [f"python -m crossmae_jax.main {' '.join(TRAINING)}"] * 2
+
+
+def test_a_worker_that_outlives_the_training_does_not_hold_it_up(host):
+    host.answer("python", "*main*", ("orphan", "step 1"))
+    host.run(host.script, "start", "1", *TRAINING)
+    started = time.monotonic()
+    assert host.run(host.script, "follow").status == 0
+    assert time.monotonic() - started < 10
 
 
 def test_a_training_is_not_started_twice_and_the_next_waits_for_it(host):
