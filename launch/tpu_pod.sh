@@ -191,12 +191,14 @@ on_all_hosts() {
     interruptible "${vm[@]}" ssh "$name" "${where[@]}" --worker=all "--command=$1"
 }
 
+clone='git -c advice.detachedHead=false clone --quiet crossmae_jax.bundle crossmae_jax'
 install() {
+    $DRY_RUN || git -C "$launch/.." diff --quiet HEAD ||
+        say "changes that are not committed are not sent to the hosts"
     run git -C "$launch/.." bundle create --quiet "$bundle" HEAD ||
         stop "git could not pack the commit that is checked out; see above."
     interruptible "${vm[@]}" scp "$bundle" "$name:crossmae_jax.bundle" "${where[@]}" \
         --worker=all || return
-    local clone='git clone --quiet crossmae_jax.bundle crossmae_jax'
     on_all_hosts "rm -rf crossmae_jax && $clone" || return
     on_all_hosts 'bash crossmae_jax/launch/tpu_host.sh install' || return
     [[ ! $setup ]] || on_all_hosts "$setup"

@@ -46,12 +46,14 @@ def test_creates_waits_installs_trains_and_deletes(cloud):
     states(cloud, "", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
     ended = launch(cloud, "--spot", "--project=p", "--setup=mount it", "--noconfig.x")
     assert ended.status == 0, ended.err
-    steps = [call for call in cloud.calls() if " list " not in call]
+    steps = [
+        call for call in cloud.calls() if " list " not in call and " diff " not in call
+    ]
     wanted = [
         ("queued-resources create mae --node-id=mae", "--spot"),
         ("bundle create", "HEAD"),
         ("tpu-vm scp", "--worker=all"),
-        ("tpu-vm ssh", "git clone --quiet crossmae_jax.bundle crossmae_jax"),
+        ("tpu-vm ssh", "clone --quiet crossmae_jax.bundle crossmae_jax"),
         ("tpu-vm ssh", "tpu_host.sh install"),
         ("tpu-vm ssh", "--command=mount it"),
         ("--worker=all", f"start 1 --noconfig.x {' '.join(TRAINING)}"),
@@ -64,6 +66,21 @@ def test_creates_waits_installs_trains_and_deletes(cloud):
         assert "--zone=us-east5-b --project=p" in step or "bundle" in step
     assert "mae is WAITING_FOR_RESOURCES" in ended.err
     assert not list(cloud.directory.glob("*.bundle"))
+
+
+def test_changes_that_are_not_sent_are_named(cloud):
+    states(cloud, "", "ACTIVE")
+    cloud.answer("git", "*diff*", (1, ""))
+    ended = launch(cloud)
+    assert ended.status == 0 and "not committed are not sent" in ended.err
+
+
+def test_a_commit_that_cannot_be_packed_ends_it(cloud):
+    states(cloud, "", "ACTIVE")
+    cloud.answer("git", "*bundle*", (128, ""))
+    ended = launch(cloud)
+    assert ended.status == 2 and "could not pack the commit" in ended.err
+    assert len(cloud.calls(DELETED)) == 1
 
 
 def test_a_failed_creation_ends_it_and_deletes_nothing(cloud):
