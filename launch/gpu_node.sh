@@ -103,9 +103,14 @@ train_here() {
     return "$status"
 }
 
+# Prints the status of a host that ended with an error, if one did.
+error_status() {
+    cat "$statuses"/* 2> /dev/null | grep -vxE "0|$SAVED" | head -n 1 || true
+}
+
 # Runs one process on each host and returns 0, or what the first that failed returned.
 train_there() {
-    local index status ended=false
+    local index error='' status
     rm -f "$statuses"/*
     for index in "${!nodes[@]}"; do
         {
@@ -116,16 +121,15 @@ train_there() {
     done
     while [[ $(jobs -pr) ]]; do
         sleep "${CROSSMAE_LAUNCH_POLL:-1}"
-        status=$(cat "$statuses"/* 2> /dev/null | grep -vxE "0|$SAVED" | head -n 1) ||
-            true
-        if [[ $status ]] && ! $ended; then
-            say "a host ended with status $status; telling the others to end"
-            ended=true
+        if [[ $error ]]; then continue; fi
+        error=$(error_status)
+        if [[ $error ]]; then
+            say "a host ended with status $error; telling the others to end"
             end_training
         fi
     done
-    [[ $status ]] || status=$(sort -n "$statuses"/* | tail -n 1)
-    return "$status"
+    error=${error:-$(error_status)}
+    return "${error:-$(sort -n "$statuses"/* | tail -n 1)}"
 }
 
 train() {

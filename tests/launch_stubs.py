@@ -16,8 +16,8 @@ LAUNCH = ROOT / "launch"
 TRAINING = ["--config=configs/vitb_cross.py", "--workdir=/mnt/shared/run"]
 
 # One line of bash for each answer: pattern, status, what is printed. "hang" as a status
-# stays until it is told to end, and ends with 75 as a training would; "orphan" ends well
-# and leaves a process behind, such as a loader worker.
+# stays until it is told to end, and ends with 75 as a training would; "orphan" ends
+# well and leaves a process behind, such as a loader worker.
 STUB = r"""#!/usr/bin/env bash
 name=${0##*/}
 printf '%s\n' "$name ${*//$'\n'/ }" >> "$STUBS/calls"
