@@ -69,8 +69,10 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._saving: int | None = None
         for path in _uncommitted(self.directory):
-            parallel.say(f"{path} was never completed (the run was stopped while writing it); "
-                  "removing it.")
+            parallel.say(
+                f"{path} was never completed (the run was stopped while writing it); "
+                "removing it."
+            )
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -177,7 +179,9 @@ class Checkpoints:
                     number += 1
                     target = path.with_name(f"{step}.damaged{number}")
                 path.rename(target)
-                parallel.say(f"Put {path} aside as {target.name}; delete it when you like.")
+                parallel.say(
+                    f"Put {path} aside as {target.name}; delete it when you like."
+                )
         ocp.multihost.sync_global_processes("crossmae_jax:damaged_steps_put_aside")
         self._manager.reload()
 

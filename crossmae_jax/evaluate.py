@@ -23,6 +23,7 @@ from crossmae_jax import (
     digests,
     evaluation,
     evaluators,
+    objectives,
     parallel,
     report,
     robustness_sets,
@@ -84,7 +85,7 @@ def open_checkpoint(
     with train.setting_up():
         if not config.data.get("num_classes", 1):
             opened = sources.make_source(config.data, "train")
-            config = train.with_classes(config, opened.num_classes)
+            config = objectives.with_classes(config, opened.num_classes)
         objective = train.make_objective(config)
     key = jax.random.key(0, impl="threefry2x32")
     abstract = parallel.with_sharding(

@@ -159,6 +159,25 @@ class Evaluations:
                 }
         return found
 
+    def report(self, found: dict[str, float]) -> None:
+        """Prints the closing table of a run, and where everything lies."""
+        if text := table(found):
+            print(f"\n{text}\n")
+        if "train/loss_trivial" in found:  # not of a finished run, started again
+            print(
+                f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
+                f"{found['train/loss_trivial']:.4f}"
+            )
+        if "best/step" in found:
+            print(best(found))
+        written = self._directory / metrics.METRICS
+        curve = visualize.loss_curve(written, self._directory / "curve.png")
+        print(f"metrics      {written}")
+        print(f"curve        {curve}")
+        for path in self.files[-1:]:
+            print(f"pictures     {path}")
+        print(f"checkpoints  {self._directory / 'checkpoints'}", flush=True)
+
     def _evaluation(
         self, evals, predict, stop, **pictures: Any
     ) -> evaluators.Evaluation:

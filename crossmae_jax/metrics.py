@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
@@ -193,6 +194,28 @@ class SpeedMeter:
             "step_seconds": seconds / steps,
             "data_wait": min(max(waited / seconds, 0.0), 1.0),
         }
+
+
+SHOWN = ("images_per_second", "data_wait")  # by `Progress`
+
+
+def slowest(speed: dict[str, float]) -> dict[str, float]:
+    """Returns the speed with the longest wait for data of any host, and which it is.
+
+    All hosts make the same steps, so the one that waits longest holds up all. To be
+    called in all processes at once.
+
+    Args:
+      speed: what `SpeedMeter.read` returned here.
+    """
+    if jax.process_count() == 1 or not speed:
+        return speed
+    mine = np.float32(speed["data_wait"])
+    waits = multihost_utils.process_allgather(mine)
+    return speed | {
+        "data_wait": float(waits.max()), "data_wait_median": float(np.median(waits)),
+        "slowest_host": float(waits.argmax()),
+    }
 
 
 class Progress:

@@ -27,17 +27,17 @@ from crossmae_jax import (
     cluster,
     environment,
     evaluation,
+    goodput,
     interruption,
     layout,
     metrics,
+    objectives,
     optim,
     parallel,
-    visualize,
     workdir,
 )
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.ops import attention, attention_check
 
 
@@ -167,33 +167,12 @@ def setting_up() -> Iterator[None]:
         raise SetupError(str(error)) from error
 
 
-def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:
-    """Returns the config with the number of classes that the training data has.
-
-    Raises:
-      ValueError: if the config names another number.
-    """
-    if "num_classes" not in config.data:
-        return config
-    wanted = config.data.num_classes
-    if wanted is not None and wanted != num_classes:
-        raise ValueError(
-            f"The training data has {num_classes} classes, but the head is for "
-            f"data.num_classes={wanted}; give the directory right above the class "
-            "folders, or set data.num_classes to the data's."
-        )
-    config = config.copy_and_resolve_references()
-    config.data.num_classes = wanted or num_classes
-    return config
-
-
 def make_objective(config: ConfigDict) -> Any:
     """Returns what `config.objective` names; ValueError if there is no such thing."""
-    if config.objective not in OBJECTIVES:
-        raise ValueError(
-            f"Unknown objective {config.objective!r}. Known: {', '.join(OBJECTIVES)}."
-        )
-    return OBJECTIVES[config.objective](config)
+    if config.objective not in objectives.OBJECTIVES:
+        known = ", ".join(objectives.OBJECTIVES)
+        raise ValueError(f"Unknown objective {config.objective!r}. Known: {known}.")
+    return objectives.OBJECTIVES[config.objective](config)
 
 
 def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
@@ -209,13 +188,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
       KernelError: if a kernel does not compute what it should on these devices.
       FloatingPointError: if the loss is no longer finite.
     """
-    directory = Path(directory)
+    directory, begun = Path(directory), time.time()
     environment.check_accelerator()
     parallel.start()
     with setting_up():
         cluster.check_same(config.to_json(sort_keys=True))
         opened = {"train": sources.make_source(config.data, "train")}
-        config = with_classes(config, opened["train"].num_classes)
+        config = objectives.with_classes(config, opened["train"].num_classes)
         objective = make_objective(config)
         # The kind of key is named: JAX's default may be set to another elsewhere.
         root = jax.random.key(config.seed, impl="threefry2x32")
@@ -314,10 +293,12 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         latest: dict[str, float] = {}
         shown: dict[str, float] = {}
         saved = finite_at = start
+        wall_time = goodput.WallTime(directory, begun=begun, resuming=bool(restored))
         try:
             if restored and start < total:  # an evaluation may have been interrupted
                 due = evaluations.due(start, steps_per_epoch)
                 latest |= evaluate(due, state.variables, start)
+            wall_time.until_now("start")
             begin = time.perf_counter()
             for step, batch in enumerate(batches, start=start + 1):
                 state, logged = train_step(state, parallel.place_batch(mesh, batch))
@@ -326,6 +307,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     seconds = time.perf_counter() - begin
                     progress.note(f"first step, compiling included: {seconds:.1f} s")
                     meter.restart(step, batches.wait_seconds)
+                    wall_time.until_now("compile", waited=batches.wait_seconds)
                 stopping = step == total or stop.is_set()
                 if stopping or step % save_every == 0 or (
                     step % config.log_every_steps == 0
@@ -333,31 +315,41 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                     values = {f"train/{key}": float(v) for key, v in logged.items()}
                     _check_finite(values, step, finite_at)
                     finite_at = step
-                    speed = meter.read(step, batches.wait_seconds)
+                    speed = metrics.slowest(meter.read(step, batches.wait_seconds))
                     values |= {f"train/{key}": v for key, v in speed.items()}
+                    wall_time.until_now("steps", waited=batches.wait_seconds)
+                    wall_time.write()
+                    values["train/goodput"] = wall_time.shares()["steps"]
                     values["train/epoch"] = step / steps_per_epoch
                     values["train/bad_images"] = batches.num_bad
                     writer.write(step, values)
                     latest |= values
-                    speed.pop("step_seconds", None)
-                    shown = {"loss": values["train/loss"], **speed}
+                    shown = {"loss": values["train/loss"]} | {
+                        name: speed[name] for name in metrics.SHOWN if name in speed
+                    }
                 progress.update(step, **shown)
+                due = evaluations.due(step, steps_per_epoch) if step < total else []
+                if due:
+                    jax.block_until_ready(logged)  # the steps are no part of it
+                waited = batches.wait_seconds
                 with meter.pause():
                     if stopping or step % save_every == 0:
-                        checkpoints.save(step, state, wait=stopping)
+                        with wall_time.spent("save", waited=waited):
+                            checkpoints.save(step, state, wait=stopping)
                         saved = step
                     if stop.is_set():
                         raise interruption.Interrupted
-                    if step < total:
-                        due = evaluations.due(step, steps_per_epoch)
-                        latest |= evaluate(due, state.variables, step)
-                        kept.offer(step, latest, state)
+                    if due:
+                        with wall_time.spent("evaluate", waited=waited):
+                            latest |= evaluate(due, state.variables, step)
+                            kept.offer(step, latest, state)
             latest |= evaluate(list(config.evals), state.variables, total)
             kept.offer(total, latest, state)
             latest |= kept.metrics()
             if config.baselines:
                 initial = init(init_key).variables
                 latest |= evaluations.baselines(initial, stop=stop)
+            wall_time.until_now("evaluate")
         except interruption.Interrupted:
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
@@ -367,8 +359,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 "again to go on"
             )
             raise SystemExit(interruption.REQUEUE) from None
+        finally:
+            wall_time.write()
+    parallel.say(str(wall_time))
     if jax.process_index() == 0:
-        _report(directory, latest, evaluations)
+        evaluations.report(latest)
     return latest
 
 
@@ -387,24 +382,3 @@ def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
             "config.data.batch_size."
         )
     return total, num_images / config.data.batch_size
-
-
-def _report(
-    directory: Path, found: dict[str, float], evaluations: evaluation.Evaluations
-) -> None:
-    """Prints the closing table, and where everything lies."""
-    if text := evaluation.table(found):
-        print(f"\n{text}\n")
-    if "train/loss_trivial" in found:  # not of a finished run that was started again
-        print(
-            f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
-            f"{found['train/loss_trivial']:.4f}"
-        )
-    if "best/step" in found:
-        print(evaluation.best(found))
-    curve = visualize.loss_curve(directory / metrics.METRICS, directory / "curve.png")
-    print(f"metrics      {directory / metrics.METRICS}")
-    print(f"curve        {curve}")
-    for path in evaluations.files[-1:]:
-        print(f"pictures     {path}")
-    print(f"checkpoints  {directory / 'checkpoints'}", flush=True)

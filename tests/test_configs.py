@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import cost, optim, train
+from crossmae_jax import cost, objectives, optim
 from crossmae_jax.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +61,7 @@ KEYS = {
         "max_bad_share": float,
     },
     "checkpoint": {"every_epochs": float, "keep": int, "best": str},
+    "mesh": {"fsdp": int},
 }
 CLASSIFY_KEYS = {key: KEYS[key] for key in KEYS if key not in ("masking", "target")} | {
     "model": {
@@ -134,7 +135,7 @@ def test_a_config_describes_a_model_and_a_schedule(path):
     config = load(path)
     if path in CLASSIFY:
         objective = OBJECTIVES["classify"](
-            train.with_classes(config, config.data.num_classes or 10)
+            objectives.with_classes(config, config.data.num_classes or 10)
         )
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         bias = shapes["params"]["head"]["bias"]

@@ -74,4 +74,5 @@ def test_every_method_is_pre_trained_fine_tuned_and_evaluated(
 
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained again"))
     downstream.main(arguments)
-    assert capsys.readouterr().out.splitlines()[-1].endswith("accuracy_by_blocks_10.png")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith("accuracy_by_blocks_10.png")

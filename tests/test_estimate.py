@@ -231,7 +231,7 @@ def test_a_gpu_has_what_jax_takes_and_a_tpu_what_its_maker_says():
 
 
 def test_the_bound_is_the_larger_of_operations_and_links():
-    exchanged = (collectives.Collective("all-reduce", 1, 32 * 10**9),)
+    exchanged = (collectives.Collective("all-reduce", 1, 32 * 10**9, 32e9),)
     known = make(50, accessed=900e9, exchanged=exchanged)
     # 12 TFLOP at 2 a second; 2 (2 - 1) / 2 * 32 GB at 4; 900 GB at 100.
     assert known.roofline() == pytest.approx(

@@ -127,7 +127,7 @@ def test_a_finished_run_started_again_trains_no_further(finished, capsys):
     workdir, config, found = finished
     before = _final_state(config, workdir, 15)
     again = train.run(config, workdir)
-    assert capsys.readouterr().out.startswith("RESUMED at step 15 of 15")
+    assert "\nRESUMED at step 15 of 15" in capsys.readouterr().out
     assert again["eval/linear/top1"] == found["eval/linear/top1"]
     _assert_same_bits(before, _final_state(config, workdir, 15))
 
@@ -164,7 +164,7 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     read = read_config(tmp_path / "old")
     assert Pretrain(read).counts == Pretrain(config).counts
     train.run(config, tmp_path / "old")
-    assert capsys.readouterr().out.startswith("RESUMED at step 15 of 15")
+    assert "\nRESUMED at step 15 of 15" in capsys.readouterr().out
     # What an aggregator would find at visible places depends on the decoder.
     stored["model"]["decoder"] = "mae"
     path.write_text(json.dumps(stored))

@@ -8,7 +8,29 @@
     reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
 """
 
+from ml_collections import ConfigDict
+
 from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.objectives.pretrain import Pretrain
 
 OBJECTIVES = {"classify": Classify, "pretrain": Pretrain}
+
+
+def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:
+    """Returns the config with the number of classes that the training data has.
+
+    Raises:
+      ValueError: if the config names another number.
+    """
+    if "num_classes" not in config.data:
+        return config
+    wanted = config.data.num_classes
+    if wanted is not None and wanted != num_classes:
+        raise ValueError(
+            f"The training data has {num_classes} classes, but the head is for "
+            f"data.num_classes={wanted}; give the directory right above the class "
+            "folders, or set data.num_classes to the data's."
+        )
+    config = config.copy_and_resolve_references()
+    config.data.num_classes = wanted or num_classes
+    return config
