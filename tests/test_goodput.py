@@ -1,0 +1,87 @@
+"""Where wall time goes, by a clock that is told what time it is."""
+
+import json
+
+import pytest
+
+from crossmae_jax import goodput
+
+
+class Clock:
+    def __init__(self, now):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def launch(directory, clock, **changes):
+    options = dict(begun=clock.now, resuming=False, clock=clock) | changes
+    return goodput.WallTime(directory, **options)
+
+
+def seconds(directory):
+    return json.loads((directory / "time.json").read_text())["seconds"]
+
+
+def test_every_second_belongs_to_one_kind(tmp_path):
+    clock = Clock(1000.0)
+    wall_time = launch(tmp_path, clock)
+    clock.now += 7
+    wall_time.until_now("start")
+    clock.now += 20
+    wall_time.until_now("compile", waited=1.0)
+    clock.now += 50
+    with wall_time.spent("save", waited=11.0):
+        clock.now += 3
+    clock.now += 9
+    with wall_time.spent("evaluate", waited=11.0):
+        clock.now += 4
+    clock.now += 8
+    wall_time.until_now("steps", waited=13.0)
+    wall_time.write()
+    assert seconds(tmp_path) == {
+        "steps": 40 + 9 + 6, "data": 1 + 10 + 2, "compile": 19, "evaluate": 4,
+        "save": 3, "start": 7, "restart": 0,
+    }
+    assert sum(seconds(tmp_path).values()) == clock.now - 1000
+    assert wall_time.shares()["steps"] == pytest.approx(55 / 101)
+    assert str(wall_time) == (
+        "goodput 54% of 101 s: steps 54%, data 13%, compile 19%, evaluate 4%, save 3%,"
+        " start 7%"
+    )
+
+
+def test_what_was_lost_between_two_launches_is_the_restart(tmp_path):
+    clock = Clock(0.0)
+    first = launch(tmp_path, clock)
+    clock.now = 10.0
+    first.until_now("steps")
+    first.write()
+    clock.now = 25.0  # steps that nobody noted, then nothing
+    again = launch(tmp_path, clock, resuming=True)
+    clock.now = 30.0
+    again.until_now("start")
+    again.write()
+    found = seconds(tmp_path)
+    assert (found["steps"], found["restart"], found["start"]) == (10, 15, 5)
+
+
+def test_a_fresh_start_counts_from_nothing(tmp_path):
+    clock = Clock(0.0)
+    first = launch(tmp_path, clock)
+    clock.now = 10.0
+    first.until_now("steps")
+    first.write()
+    again = launch(tmp_path, clock)
+    again.write()
+    assert sum(seconds(tmp_path).values()) == 0
+
+
+def test_more_waiting_than_time_is_no_negative_training(tmp_path):
+    clock = Clock(0.0)
+    wall_time = launch(tmp_path, clock)
+    clock.now = 2
+    wall_time.until_now("steps", waited=5.0)
+    wall_time.write()
+    assert (seconds(tmp_path)["steps"], seconds(tmp_path)["data"]) == (0, 2)

@@ -1,0 +1,124 @@
+"""Two and four real processes against one: the same run, whoever makes it."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+
+from crossmae_jax import checkpoint
+from crossmae_jax.interruption import REQUEUE
+from tests import processes
+
+STEPS = 40
+HEARTBEAT = 5
+
+
+def arguments(digits_dir, workdir, **changes):
+    """Returns the flags of a short run; four devices, whoever has them."""
+    settings = {
+        "data.data_dir": digits_dir, "data.batch_size": 64, "data.workers": 0,
+        "epochs": (STEPS + 0.5) * 64 / 1442, "optim.warmup_epochs": 0.2,
+        "baselines": False, "log_every_steps": 1, "checkpoint.keep": 50,
+        "checkpoint.every_epochs": 2 * 64 / 1442,
+        "model.size": "W32-D2-H2/4", "model.decoder_dim": 16,
+        "model.decoder_depth": 1, "model.decoder_heads": 2,
+    } | changes
+    return [
+        "--config=configs/digits_cross.py", f"--workdir={workdir}",
+        f"--heartbeat_seconds={HEARTBEAT}",
+        *(f"--config.{name}={value}" for name, value in settings.items()),
+    ]
+
+
+def losses(workdir):
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {x["step"]: x["train/loss"] for x in lines if "train/loss" in x}
+
+
+def evaluated(workdir):
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in last.items() if name.startswith("eval/")}
+
+
+@pytest.fixture(scope="module")
+def alone(digits_dir, tmp_path_factory):
+    """The workdir of the run of one process, which nothing interrupts."""
+    base = tmp_path_factory.mktemp("alone")
+    with processes.started(
+        [arguments(digits_dir, base / "run")], base / "logs"
+    ) as group:
+        assert group.wait() == [0], group.all_said()
+        assert group.said(0).startswith("host 0/1, 4 local of 4 devices (cpu)\n")
+    return base / "run"
+
+
+def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
+    alone, digits_dir, tmp_path
+):
+    """One process, then four with the state cut, then two, of which one is killed."""
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    whole = arguments(digits_dir, run)
+    with processes.started([whole], tmp_path / "one") as group:
+        group.wait_for(metrics, '"step": 6,')
+        group.processes[0].send_signal(signal.SIGTERM)
+        assert group.wait() == [REQUEUE], group.all_said()
+
+    cut = arguments(digits_dir, run, **{"mesh.fsdp": 2})
+    with processes.started([cut] * 4, tmp_path / "four") as group:
+        group.wait_for(metrics, '"step": 16,')
+        group.processes[3].send_signal(signal.SIGTERM)  # one is asked, all stop
+        assert group.wait() == [REQUEUE] * 4, group.all_said()
+        assert "host 2/4, 1 local of 4 devices (cpu)\n" in group.said(2)
+        assert "RESUMED at step" in group.said(0)
+        assert "mesh: 2 data x 2 fsdp; weights and moments cut over 2" in group.said(0)
+        assert group.all_said().count("RESUMED at step") == 1  # process 0 speaks
+
+    with processes.started([whole] * 2, tmp_path / "two") as group:
+        group.wait_for(metrics, '"step": 26,')
+        group.processes[1].kill()
+        assert group.wait(10 * HEARTBEAT)[0] != 0
+        # The runtime's own words, and the process's number.
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in group.said(0)
+
+    with processes.started([whole] * 2, tmp_path / "again") as group:
+        assert group.wait() == [0, 0], group.all_said()
+        assert "RESUMED at step" in group.said(0)
+        assert "goodput" in group.said(0) and "restart" in group.said(0)
+
+    expected, found = losses(alone), losses(run)
+    assert list(found) == list(expected) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(
+        list(found.values()), list(expected.values()), rtol=2e-5
+    )
+    assert evaluated(run) == pytest.approx(evaluated(alone), abs=0.01)
+    mine, theirs = (
+        checkpoint.restore_variables(place / "checkpoints")["params"]
+        for place in (run, alone)
+    )
+    for name in ("qkv", "proj"):
+        a, b = (x["encoder"]["blocks_1"]["attn"][name]["kernel"] for x in (mine, theirs))
+        assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
+
+
+def test_processes_with_different_settings_do_not_train(digits_dir, tmp_path):
+    given = [
+        arguments(digits_dir, tmp_path / "run", **{"optim.weight_decay": decay})
+        for decay in (0.05, 0.06)
+    ]
+    with processes.started(given, tmp_path / "logs") as group:
+        assert group.wait() == [1, 1]
+        for i in range(2):
+            assert (
+                "error: The configuration of host(s) 1 is not that of host 0"
+            ) in group.said(i)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(digits_dir, tmp_path):
+    good = arguments(digits_dir, tmp_path / "run")
+    with processes.started([good, [*good, "--heartbeat_seconds=0"]], tmp_path / "logs"
+                           ) as group:
+        statuses = group.wait(120)
+        assert statuses[1] == 1 and statuses[0] != 0
+        assert "error: heartbeat_seconds=0; expected at least 1" in group.said(1)
