@@ -1,8 +1,9 @@
 """Devices: what their makers say of them, and meshes of some that need not be there.
 
-A target is written "h200" (one GPU), "v5e:4x4" (TPUs in the layout that Google sells
-them in), or "this" (the devices of this process). Meshes of the first two are for
-compiling only: the makers' compilers run without the devices.
+A target is written "h200:8" (so many GPUs of a node; "h200" is one), "v5e:4x4" (a slice
+of TPUs, in the layout that Google sells them in), or "this" (the devices of this
+process); "2xh200:8" are two such nodes, "2xv5e:4x4" two such slices. All but "this" are
+for compiling only: the makers' compilers run without the devices.
 
 The figures are those of the makers' documents: NVIDIA's data sheets of A100, H100 and
 H200 (dense operations; the sheets' own are with sparsity, twice as many), and the pages
@@ -15,6 +16,7 @@ JAX is imported inside the functions: what `without_devices` sets is read by the
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import TYPE_CHECKING, Any
@@ -82,6 +84,10 @@ device_description_str: "H200"
 """
 
 
+# How many, of what, in which layout.
+_TARGET = re.compile(r"(?:(\d+)x)?(h200|[a-z]\d[a-z]+)(?::(\d+(?:x\d+)*))?")
+
+
 class MissingCompiler(RuntimeError):
     """The compiler for a target is not installed."""
 
@@ -103,26 +109,25 @@ def check_target(target: str) -> None:
     """
     if target == "this":
         return
-    if target == "h200":
+    count, kind, sides = _parse(target)
+    if count < 1 or 0 in sides:
+        raise ValueError(f"target={target!r} has no devices.")
+    if kind == "h200":
+        if len(sides) != 1:
+            raise ValueError(
+                f"target={target!r} has {len(sides)} sides; GPUs of a node are a "
+                "number, h200:8, and several nodes 2xh200:8."
+            )
         plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
         if not any(map(_installed, plugins)):
             raise MissingCompiler(
-                "target='h200' needs NVIDIA's compiler, which comes with JAX for GPUs: "
-                'pip install "jax[cuda13]". No GPU is needed.'
+                f"target={target!r} needs NVIDIA's compiler, which comes with JAX for "
+                'GPUs: pip install "jax[cuda13]". No GPU is needed.'
             )
         return
-    kind, _, layout = target.partition(":")
-    if kind not in _TPUS or not re.fullmatch(r"\d+(x\d+)*", layout):
-        raise ValueError(
-            f"Unknown target {target!r}. Known: this, h200, and TPUs such as "
-            f"{', '.join(example for _, _, example in _TPUS.values())}."
-        )
-    sides = [int(side) for side in layout.split("x")]
     axes, most, example = _TPUS[kind]
-    chips = 1
-    for side in sides:
-        chips *= side
-    if len(sides) != axes or not 0 < chips <= most:
+    chips = math.prod(sides)
+    if len(sides) != axes or chips > most:
         raise ValueError(
             f"target={target!r} has {len(sides)} sides and {chips} chips; a {kind} "
             f"has {axes} sides and at most {most} chips, such as {example}."
@@ -132,6 +137,26 @@ def check_target(target: str) -> None:
             f"target={target!r} needs Google's compiler: pip install libtpu. No TPU is "
             "needed."
         )
+
+
+def _parse(target: str) -> tuple[int, str, list[int]]:
+    """Returns how many of what, and its sides; ValueError if there is no such thing."""
+    found = _TARGET.fullmatch(target)
+    kind, layout = (found[2], found[3]) if found else ("", None)
+    if kind == "h200":
+        layout = layout or "1"
+    if kind not in ("h200", *_TPUS) or layout is None:
+        raise ValueError(
+            f"Unknown target {target!r}. Known: this, h200, h200:8, and TPUs such as "
+            f"{', '.join(example for _, _, example in _TPUS.values())}; of several "
+            "nodes or slices 2xh200:8, 2xv5e:4x4."
+        )
+    return int(found[1] or 1), kind, [int(side) for side in layout.split("x")]
+
+
+def is_gpu(target: str) -> bool:
+    """Says whether a target is GPUs that need not be there."""
+    return target != "this" and _parse(target)[1] == "h200"
 
 
 def _installed(module: str) -> bool:
@@ -175,15 +200,18 @@ def target_devices(target: str) -> list["jax.Device"]:
     if target == "this":
         return jax.devices()
     _let_compilers_load()
+    count, kind, sides = _parse(target)
     try:
-        if target == "h200":
+        if kind == "h200":  # slices, hosts, devices
             topology = topologies.get_topology_desc(
-                platform="cuda", topology_name="any", topology="1x1x1",
-                target_config=_H200,
+                platform="cuda", topology_name="any",
+                topology=f"{count}x1x{sides[0]}", target_config=_H200,
             )
         else:
+            several = {"num_slices": count} if count > 1 else {}
             topology = topologies.get_topology_desc(
-                platform="tpu", topology_name=target
+                platform="tpu", topology_name=f"{kind}:{'x'.join(map(str, sides))}",
+                **several,
             )
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("INVALID_ARGUMENT"):  # the status is in the text
@@ -197,7 +225,7 @@ def compiler_options(target: str) -> dict[str, Any]:
 
     Without a GPU there is no autotuning, for which XLA's own matrix kernels ask.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if target == "h200" else {}
+    return {"xla_gpu_enable_triton_gemm": False} if is_gpu(target) else {}
 
 
 def memory(device: "jax.Device") -> int | None:

@@ -41,10 +41,12 @@ NARROW = [
 def compile_for(target: str, jobs: list[dict]) -> list[dict]:
     """Returns what became of each job.
 
-    That is `kernels`, how often each one is called; `collectives`; and `error`, what
-    the compiler refused it with, "" if it did not.
+    That is `kernels`, how often each one is called; `collectives`, how often; `error`,
+    what the compiler refused it with, "" if it did not. Of a step also `exchanged`, the
+    bytes of the collectives, and `sent`; `slices`, that of each device in the order of
+    the mesh; `temporaries` and `total`, bytes of memory of a device.
     """
-    beside = Path(sys.prefix) / ("gpu" if target == "h200" else "tpu")
+    beside = Path(sys.prefix) / ("gpu" if "h200" in target else "tpu")
     path = [str(ROOT), str(beside), *os.environ.get("PYTHONPATH", "").split(":")]
     libraries = [str(folder) for folder in beside.glob("nvidia/*/lib")]
     ran = subprocess.run(
@@ -106,14 +108,26 @@ def main(argv: list[str]) -> None:
     for job in map(json.loads, jobs):
         found = {"kernels": {}, "collectives": {}, "error": ""}
         try:
-            text = _compile(job, target, mesh).as_text()
+            compiled = _compile(job, target, mesh)
+            text = compiled.as_text()
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             found["error"] = f"{type(error).__name__}: {error}"
         else:
             found["kernels"] = _kernels(text)
-            found["collectives"] = {
-                each.kind: each.count for each in collectives.read(text, mesh.size)
-            }
+            exchanged = collectives.read(text, mesh.size)
+            found["collectives"] = {each.kind: each.count for each in exchanged}
+            if "step" in job:
+                memory = compiled.memory_analysis()
+                found["exchanged"] = {each.kind: each.num_bytes for each in exchanged}
+                found["sent"] = {each.kind: each.sent for each in exchanged}
+                found["slices"] = [
+                    getattr(device, "slice_index", 0) for device in mesh.devices.flat
+                ]
+                found["temporaries"] = memory.temp_size_in_bytes
+                found["total"] = (
+                    memory.argument_size_in_bytes + memory.output_size_in_bytes
+                    - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+                )
         print(json.dumps(found), flush=True)
 
 

@@ -1,0 +1,191 @@
+"""How the state lies on the devices: rules, the automatic choice, the same training."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from benchmarks import step as benchmark_step
+from crossmae_jax import collectives, cost, estimate, hardware, layout, parallel, train
+from crossmae_jax.objectives import OBJECTIVES
+from tests import compiling
+
+SMALL = [
+    "model.size='W64-D2-H2/16'", "model.decoder_dim=32", "model.decoder_depth=2",
+    "model.decoder_heads=2", "data.batch_size=16", "model.dtype='float32'",
+]
+# Wide and on few images, so that weights are most of what a block needs.
+WIDE = [
+    "model.decoder_dim=128", "model.decoder_depth=1", "model.decoder_heads=2",
+    "model.fusion=last",
+]
+
+
+def load(*overrides, path="configs/vitb_cross.py"):
+    return benchmark_step.load_config(path, overrides=[*SMALL, *overrides])
+
+
+def lowered(*overrides, devices=None, **kwargs):
+    devices = jax.devices() if devices is None else devices
+    return estimate.lower_step(load(*overrides, **kwargs), devices)
+
+
+def specs(*overrides, **kwargs):
+    """Returns how every tensor of a state lies, by its name."""
+    state = lowered(*overrides, **kwargs).state
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (leaf, leaf.sharding)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+@pytest.mark.parametrize("path", ["configs/vitb_cross.py", "configs/vitb_mae_prmim.py"])
+def test_kernels_and_their_moments_are_cut_and_nothing_else(path):
+    cut = 0
+    for name, (leaf, sharding) in specs("mesh.fsdp=4", path=path).items():
+        matrix = name.endswith("/kernel") and leaf.ndim == 2 and "fusion" not in name
+        expected = PartitionSpec("fsdp") if matrix else PartitionSpec()
+        assert sharding.spec == expected, name
+        cut += matrix
+    # Weights and two moments of: a block 4, a cross-block 5, patches and prediction;
+    # MAE's blocks have 4, and the embedding of the decoder.
+    assert cut == 3 * (2 * 4 + 2 * (5 if "cross" in path else 4) + 2 + ("mae" in path))
+
+
+def test_inputs_that_do_not_divide_leave_the_outputs_to_be_cut():
+    found = specs("mesh.fsdp=8", "model.size='W64-D2-H2/14'")
+    kernel = found["variables/params/encoder/patch_embed/proj/kernel"]
+    assert kernel[0].shape == (588, 64)
+    assert kernel[1].spec == PartitionSpec(None, "fsdp")
+
+
+def test_one_copy_for_each_device_is_whole_everywhere():
+    found = specs("mesh.fsdp=1").values()
+    assert all(sharding.spec == PartitionSpec() for _, sharding in found)
+
+
+@pytest.mark.parametrize("overrides", [
+    ["mesh.fsdp=1"], ["mesh.fsdp=8"], ["mesh.fsdp=2", "model.remat='none'"],
+    ["mesh.fsdp=4", "optim.accum_steps=2", "optim.clip_norm=1.0"],
+    ["mesh.fsdp=8", "model.size='W64-D2-H2/14'", "model.remat='full'"],
+], ids=str)
+def test_training_is_the_same_however_the_state_lies(overrides):
+    def losses(*overrides):
+        config = load(*overrides)
+        objective = OBJECTIVES[config.objective](config)
+        key = jax.random.key(0, impl="threefry2x32")
+        shapes = jax.eval_shape(objective.init, key)
+        mesh, _ = layout.make_mesh(config, shapes["params"])
+        schedule = lambda step: jax.numpy.float32(1e-3)  # noqa: E731
+        init, step = train.compile_steps(
+            objective, train.optim.make_optimizer(config, schedule), mesh,
+            schedule=schedule, key=key, accum_steps=config.optim.accum_steps,
+        )
+        state, found = init(key), []
+        noise = np.random.default_rng(0)
+        for _ in range(3):
+            state, logged = step(state, parallel.place_batch(mesh, {
+                "image": noise.integers(0, 256, (16, 224, 224, 3), np.uint8),
+                "label": np.zeros(16, np.int32), "sample": np.arange(16, dtype="u4"),
+            }))
+            found.append((float(logged["loss"]), float(logged["grad_norm"])))
+        lies = jax.tree.map(lambda x: x.sharding, state)
+        assert lies == layout.shardings(mesh, state)  # where the next step wants it
+        return found
+
+    whole = [each for each in overrides if "mesh" not in each]
+    np.testing.assert_allclose(
+        losses(*overrides), losses("mesh.fsdp=1", *whole), rtol=2e-5
+    )
+
+
+@pytest.mark.parametrize(("memory", "fsdp", "text"), [
+    (40.0, 1, "8 data x 1 fsdp; weights and moments whole on every device"),
+    (3.99, 2, "4 data x 2 fsdp; weights and moments cut over 2 devices, auto"),
+    (0.55, 8, "1 data x 8 fsdp; weights and moments cut over 8 devices, auto"),
+    (0.1, 8, "25%, but there are no more devices"),
+    (None, 1, "memory of 'cpu' is not known"),
+])
+def test_the_state_takes_at_most_a_quarter_of_a_device_if_it_can(
+    memory, fsdp, text, monkeypatch
+):
+    config = load()
+    params = {"kernel": jax.ShapeDtypeStruct((25, 10**7 // 4), np.float32)}
+    # 62.5 million parameters, 16 bytes each: a billion bytes.
+    monkeypatch.setattr(
+        hardware, "memory", lambda device: memory and int(memory * 10**9)
+    )
+    mesh, line = layout.make_mesh(config, params)
+    assert mesh.shape == {"data": 8 // fsdp, "fsdp": fsdp}
+    assert text in line
+
+
+@pytest.mark.parametrize("fsdp", [3, 16, -1])
+def test_a_number_that_does_not_divide_the_devices_is_refused(fsdp):
+    with pytest.raises(ValueError, match="8 devices; give one of 1, 2, 4, 8, or 0"):
+        layout.make_mesh(load(f"mesh.fsdp={fsdp}"), {})
+
+
+def test_a_copy_of_the_state_stays_within_a_slice():
+    (found,) = compiling.compile_for("2xv5e:2x2", [{
+        "step": "configs/vitb_cross.py", "overrides": [
+            *compiling.NARROW, "mesh.fsdp=4",
+        ],
+    }])
+    assert found["error"] == ""
+    assert found["slices"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    # Weights are gathered by the four chips of a slice, each from three others.
+    assert found["sent"]["all-gather"] == 3 / 4 * found["exchanged"]["all-gather"]
+
+
+def test_whole_weights_cost_exactly_one_sum_of_the_gradients():
+    step = lowered("mesh.fsdp=1")
+    (only,) = collectives.read(step.step.compile().as_text(), 8)
+    counted = cost.count(load())
+    trained = counted.params - counted.table_params
+    assert (only.kind, only.count) == ("all-reduce", 1)
+    assert 0 <= only.num_bytes - 4 * trained < 64  # the loss, and what is logged
+
+
+def _kernel_bytes(width, depth):
+    """Bytes of bfloat16 kernels of an encoder's blocks."""
+    return 12 * width**2 * depth * 2
+
+
+def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
+    shallow, deep = compiling.compile_for("v5e:2x4", [
+        {"step": "configs/vitb_cross.py", "overrides": [
+            f"model.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
+            "mesh.fsdp=8",
+        ]} for depth in (2, 6)
+    ])
+    assert shallow["error"] == deep["error"] == ""
+    more = _kernel_bytes(512, 4)
+    # Four more blocks keep activations of one image, and no weights.
+    assert deep["temporaries"] - shallow["temporaries"] < 0.5 * more
+    # For the forward pass and for the gradient; gradients go back in parts.
+    gathered = deep["exchanged"]["all-gather"] - shallow["exchanged"]["all-gather"]
+    assert gathered <= 2 * more
+    scattered = {
+        name: found["exchanged"]["reduce-scatter"]
+        for name, found in (("deep", deep), ("shallow", shallow))
+    }
+    assert scattered["deep"] - scattered["shallow"] == more // 8
+    assert deep["exchanged"]["all-reduce"] < 0.02 * more  # biases and norms
+    assert set(deep["exchanged"]) == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+@pytest.mark.parametrize("fsdp", [1, 16])
+def test_a_chip_needs_the_same_memory_among_16_and_256(fsdp):
+    few, many = (
+        compiling.compile_for(target, [{
+            "step": "configs/vitb_cross.py", "overrides": [
+                *compiling.NARROW, f"data.batch_size={2 * chips}", f"mesh.fsdp={fsdp}",
+            ],
+        }])[0]
+        for target, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
+    )
+    assert few["error"] == many["error"] == ""
+    assert many["total"] == pytest.approx(few["total"], rel=0.02)
+    if fsdp == 1:  # else the few have one copy of the state, and sum over no others
+        assert many["exchanged"] == pytest.approx(few["exchanged"], rel=0.02)
