@@ -34,18 +34,22 @@ _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _GRACE = 10  # seconds in which a verdict arrives after the heartbeats' end
 
 
+class ClusterError(ValueError):
+    """The processes of a run cannot find each other, or were not started alike."""
+
+
 def join(*, heartbeat_seconds: int = 100) -> None:
     """Connects this process with the others of its run, if it has others.
 
     To be called before JAX is used for anything else.
 
     Raises:
-      ValueError: if the environment contradicts itself, or `heartbeat_seconds` is no
+      ClusterError: if the environment contradicts itself, or `heartbeat_seconds` is no
         time.
       AcceleratorError: if the processes of a node leave some of its GPUs idle.
     """
     if heartbeat_seconds < 1:
-        raise ValueError(f"heartbeat_seconds={heartbeat_seconds}; expected at least 1.")
+        raise ClusterError(f"heartbeat_seconds={heartbeat_seconds}; expected at least 1.")
     gpus = _visible_gpus(os.environ, environment.num_gpus())
     arguments = find(os.environ, gpus=gpus, accelerator=environment.find_accelerator())
     if arguments is None or jax.distributed.is_initialized():
@@ -68,7 +72,7 @@ def find(
       accelerator: what `environment.find_accelerator` found.
 
     Raises:
-      ValueError: if the variables contradict each other.
+      ClusterError: if the variables contradict each other.
     """
     given = [name for name in _BY_HAND if variables.get(name)]
     if given:
@@ -89,7 +93,7 @@ def find(
 def _by_hand(variables, given):
     missing = [name for name in _BY_HAND if name not in given]
     if missing:
-        raise ValueError(
+        raise ClusterError(
             f"{', '.join(given)} set, but not {', '.join(missing)}; several processes "
             "started by hand need all three, the same address and number and another "
             "id from 0 on in each."
@@ -98,12 +102,12 @@ def _by_hand(variables, given):
     if not all(number.isdecimal() for number in numbers) or not (
         int(numbers[1]) < int(numbers[0])
     ):
-        raise ValueError(
+        raise ClusterError(
             f"JAX_NUM_PROCESSES={numbers[0]} and JAX_PROCESS_ID={numbers[1]}; expected "
             "whole numbers, ids from 0 to one less than the number."
         )
     if not re.fullmatch(r"\S+:\d+", address):
-        raise ValueError(
+        raise ClusterError(
             f"JAX_COORDINATOR_ADDRESS={address} must be the host of process 0 and a "
             "free port there, such as 10.0.0.1:9876."
         )
@@ -126,7 +130,7 @@ def _slurm_gpus(variables: Mapping[str, str], gpus: int) -> list[int] | None:
     if tasks == 1 or gpus == 1:  # all for one, or SLURM shows each task its own
         return list(range(gpus))
     if gpus % tasks:
-        raise ValueError(
+        raise ClusterError(
             f"{tasks} SLURM tasks on a node see {gpus} GPUs, which cannot be shared "
             f"out equally; use --ntasks-per-node=1 or --ntasks-per-node={gpus}."
         )
@@ -184,7 +188,7 @@ def check_gpus(used: int, present: int) -> None:
 
 
 def check_same(text: str) -> None:
-    """Raises ValueError unless all processes were started with the same settings.
+    """Raises ClusterError unless all processes were started with the same settings.
 
     Args:
       text: the settings.
@@ -194,7 +198,7 @@ def check_same(text: str) -> None:
     found = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
     others = np.flatnonzero(found != found[0]).tolist()
     if others:
-        raise ValueError(
+        raise ClusterError(
             f"The configuration of host(s) {', '.join(map(str, others))} is not that "
             "of host 0; start the same command, of the same code, on all."
         )

@@ -16,9 +16,9 @@ which the line names as `replica_groups`, each must send at least
 Lines in the body of a loop count as often as the loop runs. Compilers for CPUs and GPUs
 note that; those for TPUs do not, but a loop that JAX wrote counts from 0 and compares
 with a constant. An exchange that runs beside other work is written as a start and a
-done, and is counted by the latter; or once in each computation that it runs beside,
-under one `channel_id`. What a TPU's compiler calls `all-reduce-scatter` is a
-reduce-scatter.
+done, and is counted by the latter; or a TPU's compiler fuses it with that work, once in
+each such fusion, under one `channel_id`. (Elsewhere different exchanges may share one.)
+What it calls `all-reduce-scatter` is a reduce-scatter.
 """
 
 import dataclasses
@@ -98,14 +98,16 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     says of the groups.
     """
     computations, entry, lines, channels, groups = {}, "", [], set(), {}
+    fused = False
     for line in text.splitlines():
         if found := _COMPUTATION.match(line):
             lines = computations.setdefault(found[2], [])
             entry = found[2] if found[1] else entry
+            fused = "fusion" in found[2] or "fused" in found[2]
         elif found := _INSTRUCTION.match(line):
             name, right = found.groups()
             operation = _OPCODE.search(right)
-            if operation and operation[1] in _SENT:
+            if fused and operation and operation[1] in _SENT:
                 channel = _CHANNEL.search(right)
                 if channel and channel[1] in channels:
                     continue

@@ -195,16 +195,16 @@ def known_errors() -> Iterator[None]:
 
     Other errors are bugs, and keep their traceback.
     """
-    from crossmae_jax import checkpoint, environment, train
+    from crossmae_jax import checkpoint, cluster, environment, train
     from crossmae_jax.data import bad_images, transforms
     from crossmae_jax.ops import attention_check
 
     try:
         yield
     except (
-        train.SetupError, environment.AcceleratorError, checkpoint.RestoreError,
-        bad_images.TooManyBadImages, transforms.ChannelMismatch,
-        attention_check.KernelError,
+        train.SetupError, cluster.ClusterError, environment.AcceleratorError,
+        checkpoint.RestoreError, bad_images.TooManyBadImages,
+        transforms.ChannelMismatch, attention_check.KernelError,
     ) as error:
         sys.exit(f"error: {error}")
 
@@ -218,8 +218,7 @@ def main(argv: list[str]) -> None:
     from crossmae_jax import cluster, train
 
     with cluster.leaving(_HEARTBEAT.value), known_errors():
-        with train.setting_up():
-            cluster.join(heartbeat_seconds=_HEARTBEAT.value)
+        cluster.join(heartbeat_seconds=_HEARTBEAT.value)
         train.run(_CONFIG.value, _WORKDIR.value)
 
 

@@ -16,7 +16,8 @@ HLO = """HloModule jit_step, is_scheduled=true
 }
 
 %turn (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %all-reduce.2 = f32[8]{0} all-reduce(%x), replica_groups=[1,4]<=[4], to_apply=%add
+  %all-reduce.2 = f32[8]{0} all-reduce(%x), channel_id=1, \
+replica_groups=[1,4]<=[4], to_apply=%add
   ROOT %t = (s32[], f32[8]{0}) tuple(%i, %all-reduce.2)
 }
 
@@ -29,32 +30,33 @@ HLO = """HloModule jit_step, is_scheduled=true
   ROOT %all-gather.1 = bf16[8,3]{1,0} all-gather(%p), dimensions={0}
 }
 
-%beside.1 (p: bf16[2,3]) -> bf16[8,3] {
+%async_collective_fusion.1 (p: bf16[2,3]) -> bf16[8,3] {
   ROOT %all-gather.3 = bf16[8,3]{1,0} all-gather(%p), channel_id=9, \
 replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}, dimensions={0}
 }
 
-%beside.2 (p: bf16[2,3]) -> bf16[8,3] {
+%async_collective_fusion.2 (p: bf16[2,3]) -> bf16[8,3] {
   ROOT %all-gather.4 = bf16[8,3]{1,0} all-gather(%p), channel_id=9, \
 replica_groups=mesh['a'=2,'b'=4] {'a','b':(2)2}, dimensions={0}
 }
 
 %all-reduce-scatter.7 (x: f32[4], y: f32[6]) -> (f32[2], f32[3]) {
-  %all-reduce.9 = (f32[4]{0}, f32[6]{0}) all-reduce(%x, %y), \
+  %all-reduce.9 = (f32[4]{0}, f32[6]{0}) all-reduce(%x, %y), channel_id=1, \
 replica_groups=[2,2]<=[4], to_apply=%add
   ROOT %cut = (f32[2]{0}, f32[3]{0}) tuple(%a, %b)
 }
 
 ENTRY %main (x: f32[16]) -> f32[16] {
   %all-reduce.1 = (f32[16,2]{1,0:T(8,128)S(1)}, pred[]{:T(512)}, /*index=2*/s4[3]{0}) \
-all-reduce(%x, %y, %z), to_apply=%add, metadata={op_name="jit(step) all-gather(x)"}
+all-reduce(%x, %y, %z), channel_id=1, to_apply=%add, \
+metadata={op_name="jit(step) all-gather(x)"}
   %w = (s32[], f32[8]{0}) while(%t), condition=%less, body=%turn TRIPS
   %all-gather-start.2 = (bf16[2]{0}, bf16[8]{0}) all-gather-start(%q), dimensions={0}
   %all-gather-done.2 = bf16[8]{0} all-gather-done(%all-gather-start.2)
   %start = ((bf16[2,3]), bf16[8,3]) async-start(%p), calls=%inner
   %done = bf16[8,3]{1,0} async-done(%start), calls=%inner
-  %fusion.1 = bf16[8,3]{1,0} fusion(%p), calls=%beside.1
-  %fusion.2 = bf16[8,3]{1,0} fusion(%p), calls=%beside.2
+  %fusion.1 = bf16[8,3]{1,0} fusion(%p), calls=%async_collective_fusion.1
+  %fusion.2 = bf16[8,3]{1,0} fusion(%p), calls=%async_collective_fusion.2
   %fusion.3 = (f32[2]{0}, f32[3]{0}) fusion(%x, %y), calls=%all-reduce-scatter.7
   %reduce-scatter.1 = f32[4]{0} reduce-scatter(%x), dimensions={0}, to_apply=%add
   ROOT %collective-permute.1 = f32[16]{0} collective-permute(%x)

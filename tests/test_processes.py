@@ -97,7 +97,9 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
         for place in (run, alone)
     )
     for name in ("qkv", "proj"):
-        a, b = (x["encoder"]["blocks_1"]["attn"][name]["kernel"] for x in (mine, theirs))
+        a, b = (
+            x["encoder"]["blocks_1"]["attn"][name]["kernel"] for x in (mine, theirs)
+        )
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
 
 
