@@ -49,7 +49,9 @@ def join(*, heartbeat_seconds: int = 100) -> None:
       AcceleratorError: if the processes of a node leave some of its GPUs idle.
     """
     if heartbeat_seconds < 1:
-        raise ClusterError(f"heartbeat_seconds={heartbeat_seconds}; expected at least 1.")
+        raise ClusterError(
+            f"heartbeat_seconds={heartbeat_seconds}; expected at least 1."
+        )
     gpus = _visible_gpus(os.environ, environment.num_gpus())
     arguments = find(os.environ, gpus=gpus, accelerator=environment.find_accelerator())
     if arguments is None or jax.distributed.is_initialized():

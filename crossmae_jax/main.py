@@ -209,16 +209,28 @@ def known_errors() -> Iterator[None]:
         sys.exit(f"error: {error}")
 
 
+@contextlib.contextmanager
+def session(heartbeat_seconds: int = 100) -> Iterator[None]:
+    """Connects this process with the others of its command, if it has others.
+
+    Errors end the program as in `known_errors`. To be entered before JAX is used.
+    """
+    from crossmae_jax import cluster
+
+    with cluster.leaving(heartbeat_seconds), known_errors():
+        cluster.join(heartbeat_seconds=heartbeat_seconds)
+        yield
+
+
 def main(argv: list[str]) -> None:
     """Trains as the flags say."""
     del argv  # nothing but the program's name: see parse_flags
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.
-    from crossmae_jax import cluster, train
+    from crossmae_jax import train
 
-    with cluster.leaving(_HEARTBEAT.value), known_errors():
-        cluster.join(heartbeat_seconds=_HEARTBEAT.value)
+    with session(_HEARTBEAT.value):
         train.run(_CONFIG.value, _WORKDIR.value)
 
 

@@ -1,4 +1,8 @@
-"""Real processes that train together on this machine, each with its own devices."""
+"""Real processes that train together on this machine, each with its own devices.
+
+As a program, `python -m tests.processes SECONDS`, one that meets others and fails in
+the second of them, while the first expects an answer.
+"""
 
 import contextlib
 import os
@@ -40,7 +44,7 @@ class Group:
             }
             with open(logs / f"{i}.log", "w") as log:
                 self.processes.append(subprocess.Popen(
-                    [sys.executable, "-m", "crossmae_jax.main", *given], cwd=ROOT,
+                    [sys.executable, "-m", *given], cwd=ROOT,
                     env=os.environ | variables, stdout=log, stderr=subprocess.STDOUT,
                 ))
 
@@ -66,7 +70,7 @@ class Group:
 
 @contextlib.contextmanager
 def started(arguments: list[list[str]], logs: Path) -> Iterator[Group]:
-    """Starts a process for each list of arguments; none outlives the block."""
+    """Starts `python -m` for each list of arguments; none outlives the block."""
     group = Group(arguments, logs)
     try:
         yield group
@@ -75,3 +79,21 @@ def started(arguments: list[list[str]], logs: Path) -> Iterator[Group]:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def main(heartbeat_seconds: int) -> None:
+    """Fails in process 1; asks the others in process 0, as long as they answer."""
+    from jax.experimental import multihost_utils
+
+    from crossmae_jax import cluster
+
+    with cluster.leaving(heartbeat_seconds):
+        cluster.join(heartbeat_seconds=heartbeat_seconds)
+        for turn in range(100):
+            multihost_utils.sync_global_devices(f"turn {turn}")
+            if turn == 2 and os.environ["JAX_PROCESS_ID"] == "1":
+                raise KeyError("only in process 1")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

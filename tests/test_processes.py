@@ -25,6 +25,7 @@ def arguments(digits_dir, workdir, **changes):
         "model.decoder_depth": 1, "model.decoder_heads": 2,
     } | changes
     return [
+        "crossmae_jax.main",
         "--config=configs/digits_cross.py", f"--workdir={workdir}",
         f"--heartbeat_seconds={HEARTBEAT}",
         *(f"--config.{name}={value}" for name, value in settings.items()),
@@ -103,6 +104,20 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
         assert np.linalg.norm(a - b) < 1e-3 * np.linalg.norm(b)
 
 
+def test_several_processes_evaluate_every_image_once(alone, digits_dir, tmp_path):
+    given = [
+        "crossmae_jax", "evaluate", f"--checkpoint={alone}", "--suite=knn",
+        f"--workdir={tmp_path}", f"--config.data.data_dir={digits_dir}",
+    ]
+    with processes.started([given] * 2, tmp_path / "logs") as group:
+        assert group.wait() == [0, 0], group.all_said()
+        assert "355/355" in group.said(0) and "355/355" not in group.said(1)
+    found = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    assert found["knn/mean/k20/top1"] == pytest.approx(
+        evaluated(alone)["eval/knn/mean/k20/top1"], abs=0.006  # two images
+    )
+
+
 def test_processes_with_different_settings_do_not_train(digits_dir, tmp_path):
     given = [
         arguments(digits_dir, tmp_path / "run", **{"optim.weight_decay": decay})
@@ -117,10 +132,11 @@ def test_processes_with_different_settings_do_not_train(digits_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_fails_alone_does_not_wait_for_the_others(digits_dir, tmp_path):
-    good = arguments(digits_dir, tmp_path / "run")
-    with processes.started([good, [*good, "--heartbeat_seconds=0"]], tmp_path / "logs"
-                           ) as group:
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(tmp_path):
+    given = ["tests.processes", str(HEARTBEAT)]
+    with processes.started([given] * 2, tmp_path / "logs") as group:
         statuses = group.wait(120)
-        assert statuses[1] == 1 and statuses[0] != 0
-        assert "error: heartbeat_seconds=0; expected at least 1" in group.said(1)
+        assert statuses[1] == 1 and statuses[0] not in (0, 1), group.all_said()
+        assert "KeyError: 'only in process 1'" in group.said(1)
+        assert "waiting up to" in group.said(0)
+        assert "unhealthy (stopped sending heartbeats):\n1\n" in group.said(0)

@@ -116,7 +116,7 @@ def main(argv: list[str]) -> int:
     path = Path(values.checkpoint)
     if values.workdir is None and not workdir.is_run(path):
         train_main.stop("--workdir is missing: where the report goes.")
-    with train_main.known_errors():
+    with train_main.session():
         environment.check_accelerator()
         made = evaluate.open_checkpoint(path, values.config, step=values.step)
         directory = Path(

@@ -51,11 +51,11 @@ def main(argv: list[str]) -> int:
     # Loader workers import this file anew, and must not import JAX.
     import jax
 
-    from crossmae_jax import sweep
+    from crossmae_jax import parallel, sweep
 
-    print(title, flush=True)
     directories = [Path(name) for name in (values.workdir, *values.against)]
-    with train_main.known_errors():
+    with train_main.session():
+        parallel.say(title)
         sweep.names(directories)  # before the training, not after it
         for other in directories[1:]:
             sweep.read(other)
