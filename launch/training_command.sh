@@ -53,7 +53,8 @@ run() {
 # Takes a flag that is not the launcher's own: one of the training's, or a mistake.
 take_training_flag() {
     case $1 in
-        --config=?* | --workdir=?* | --config.?*=* | --noconfig.?*) TRAINING+=("$1") ;;
+        --config=?* | --workdir=?* | --config.?*=* | --noconfig.?* | \
+            --heartbeat_seconds=?*) TRAINING+=("$1") ;;
         *)
             stop "$1 is neither an option of this script nor a flag of the training" \
                 "(--config=FILE, --workdir=DIR, --config.KEY=VALUE); see --help."

@@ -13,7 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-TRAINING = ["--config=configs/vitb_cross.py", "--workdir=/mnt/shared/run"]
+TRAINING = [
+    "--config=configs/vitb_cross.py", "--workdir=/mnt/shared/run",
+    "--heartbeat_seconds=60",
+]
 
 # One line of bash for each answer: pattern, status, what is printed. "hang" as a status
 # stays until it is told to end, and ends with 75 as a training would; "orphan" ends
