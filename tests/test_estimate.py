@@ -272,16 +272,19 @@ def test_a_refusal_is_reported_in_the_compilers_words():
     assert "no: the compiler refuses: RESOURCE_EXHAUSTED: too much" in printed
     assert "| weights |" not in printed
     assert "No number of micro-batches" in printed
+    assert "--config.mesh.fsdp=0" in printed
 
 
 WRONG = {
-    "Unknown target 'h201'. Known: this, h200, and TPUs such as v5e:4x4, v5p:2x2x1,":
+    "Unknown target 'h201'. Known: this, h200, h200:8, and TPUs such as v5e:4x4,":
         (2, ["--target=h201"]),
     "Unknown target 'v5e'. Known": (2, ["--target=v5e"]),
     "target='v5e:2x2x1' has 3 sides and 4 chips; a v5e has 2 sides and at most 256":
         (2, ["--target=v5e:2x2x1"]),
     "target='v6e:16x32' has 2 sides and 512 chips": (2, ["--target=v6e:16x32"]),
-    "target='v5e:0x4' has 2 sides and 0 chips": (2, ["--target=v5e:0x4"]),
+    "target='v5e:0x4' has no devices.": (2, ["--target=v5e:0x4"]),
+    "target='h200:2x8' has 2 sides; GPUs of a node": (2, ["--target=h200:2x8"]),
+    "target='0xh200' has no devices.": (2, ["--target=0xh200"]),
     "--target is missing: this, h200, or": (2, []),
     "--batches=16,many must be whole numbers": (2, ["--batches=16,many"]),
     "Unknown setting --config.data.batch. Did you mean batch_size?":

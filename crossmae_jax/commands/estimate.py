@@ -128,7 +128,8 @@ def _suggested(found: "Estimate", suggestions: "list[Suggestion]") -> str:
     if not suggestions:
         return (
             "No number of micro-batches and no smaller batch makes it fit: weights, "
-            "moments and\ngradients take nearly all of it, or the batch cannot be cut."
+            "moments and\ngradients take nearly all of it, or the batch cannot be cut. "
+            "More devices share\nthem with --config.mesh.fsdp=0."
         )
     lines = ["It may fit with one of"]
     for settings, tried in suggestions:
