@@ -1,4 +1,4 @@
-"""Launchers: linted, shown in their README as they are, manifests valid."""
+"""Launchers: linted, shown in docs/launching.md as they are, manifests valid."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from tests import launch_stubs
 from tests.launch_stubs import LAUNCH, ROOT, TRAINING
 
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
+PAGE = ROOT / "docs" / "launching.md"
 PROGRAMS = (
     "gcloud", "git", "kubectl", "nvidia-smi", "python", "scontrol", "srun", "ssh",
 )
@@ -39,24 +40,18 @@ def test_scripts_stop_at_errors(path):
 def test_no_line_is_longer_than_88():
     paths = [path for path in LAUNCH.rglob("*") if path.is_file()]
     paths += (ROOT / "tests" / "schemas").iterdir()
-    shown = re.compile(r"^    ")  # what a dry run prints, in the README
     long = [
         f"{path.name}:{number}"
         for path in paths
         for number, line in enumerate(path.read_text().splitlines(), start=1)
-        if len(line) > 88 and not (path.name == "README.md" and shown.match(line))
+        if len(line) > 88
     ]
     assert not long
 
 
-# The README.
-
-
 def examples():
-    """Returns the commands that the README shows, with what it says they print."""
-    blocks = re.findall(
-        r"(?:^    .*\n)+", (LAUNCH / "README.md").read_text(), re.MULTILINE
-    )
+    """Returns the commands that the page shows, with what it says they print."""
+    blocks = re.findall(r"(?:^    .*\n)+", PAGE.read_text(), re.MULTILINE)
     for block in blocks:
         block = "".join(line[4:] for line in block.splitlines(keepends=True))
         found = re.match(r"\$ ((?:.*\\\n)*.*\n)", block)
@@ -65,7 +60,7 @@ def examples():
 
 
 @pytest.mark.parametrize("example", list(examples()), ids=lambda each: each[0][:25])
-def test_the_readme_shows_what_dry_runs_print(example, tmp_path):
+def test_the_page_shows_what_dry_runs_print(example, tmp_path):
     command, printed = example
     stubs = launch_stubs.Stubs(tmp_path / "stubs", *PROGRAMS)
     ran = subprocess.run(
@@ -77,15 +72,15 @@ def test_the_readme_shows_what_dry_runs_print(example, tmp_path):
     assert not stubs.calls()
 
 
-def test_the_readme_shows_every_launcher():
+def test_the_page_shows_every_launcher():
     shown = " ".join(command for command, _ in examples())
-    readme = (LAUNCH / "README.md").read_text()
+    page = PAGE.read_text()
     not_started_by_hand = {"training_command.sh", "tpu_host.sh"}
     for path in SCRIPTS:
         if path.name not in not_started_by_hand:
             assert path.name in shown
-            assert f"{path.relative_to(LAUNCH)}`" in readme
-    assert "`skypilot.yaml`" in readme
+            assert f"{path.relative_to(LAUNCH)}`" in page
+    assert "`skypilot.yaml`" in page
 
 
 @pytest.mark.parametrize("script", [
