@@ -10,18 +10,22 @@ order:
 
 A process that dies takes the others with it: they hear no sign of life for
 `heartbeat_seconds`, name it and stop, and the same commands go on from the newest
-checkpoint.
+checkpoint. Process 0 is whom they ask: if it is the one that died, the others say that
+they lost the coordination service.
 """
 
 import contextlib
+import importlib.util
 import os
 import re
+import signal
 import socket
 import sys
 import time
 import traceback
 import zlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,36 +35,79 @@ from jax.experimental import multihost_utils
 from crossmae_jax import environment
 
 _BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_SLURM = (
+    "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID",
+    "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_TASKS_PER_NODE",
+)
 _GRACE = 10  # seconds in which a verdict arrives after the heartbeats' end
+# How the runtime's errors begin where another process may be the reason. They are not
+# always JaxRuntimeErrors.
+_LOST = re.compile(
+    r"(error: )?(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED)"
+)
 
 
 class ClusterError(ValueError):
     """The processes of a run cannot find each other, or were not started alike."""
 
 
-def join(*, heartbeat_seconds: int = 100) -> None:
-    """Connects this process with the others of its run, if it has others.
+def join(*, heartbeat_seconds: int = 100, agree_to_stop: bool = True) -> None:
+    """Connects this process with the others of its command, if it has others.
 
     To be called before JAX is used for anything else.
 
+    Args:
+      agree_to_stop: whether SIGTERM is left to JAX's runtime, see `interruption`; else
+        it ends a process as usual.
+
     Raises:
-      ClusterError: if the environment contradicts itself, or `heartbeat_seconds` is no
-        time.
+      ClusterError: if the environment contradicts itself, or the processes differ in
+        their numbers of devices.
       AcceleratorError: if the processes of a node leave some of its GPUs idle.
     """
     if heartbeat_seconds < 1:
         raise ClusterError(
             f"heartbeat_seconds={heartbeat_seconds}; expected at least 1."
         )
-    gpus = _visible_gpus(os.environ, environment.num_gpus())
-    arguments = find(os.environ, gpus=gpus, accelerator=environment.find_accelerator())
-    if arguments is None or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
         return
-    jax.distributed.initialize(
-        heartbeat_timeout_seconds=heartbeat_seconds, **arguments
+    present = environment.num_gpus()
+    accelerator = environment.find_accelerator()
+    arguments = find(
+        os.environ, gpus=visible_gpus(os.environ, present), accelerator=accelerator
     )
-    if jax.default_backend() == "gpu":
-        check_gpus(*_used_and_present(os.environ))
+    if arguments is not None:
+        jax.config.update("jax_enable_preemption_service", agree_to_stop)
+        if "num_processes" in arguments:
+            print(
+                f"waiting for {arguments['num_processes']} processes, of which this is "
+                f"{arguments['process_id']}, at "
+                f"{arguments.get('coordinator_address', 'the first node of the step')}",
+                file=sys.stderr, flush=True,
+            )
+        _initialize(heartbeat_seconds, arguments)
+        if jax.distributed.is_initialized() and jax.process_count() == 1:
+            # There is nobody to agree with: Python's own handlers shall hear it.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if present or jax.distributed.is_initialized():
+        check_devices(*_devices_of_all())
+
+
+def _initialize(heartbeat_seconds: int, arguments: dict[str, Any]) -> None:
+    if not arguments and importlib.util.find_spec("libtpu") is None:
+        return  # environment.check_accelerator says so, and what to do
+    try:
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=heartbeat_seconds, **arguments
+        )
+    except ValueError as error:
+        if arguments:
+            raise ClusterError(f"JAX cannot connect the processes: {error}") from error
+        print(
+            "This machine has a TPU and does not say of which hosts it is one, so this "
+            f"process goes on alone. If there are others, set {', '.join(_BY_HAND)}.",
+            file=sys.stderr, flush=True,
+        )
 
 
 def find(
@@ -81,13 +128,18 @@ def find(
         return _by_hand(variables, given)
     tasks = int(variables.get("SLURM_STEP_NUM_TASKS") or 1)
     if tasks > 1:
+        if missing := [name for name in _SLURM if not variables.get(name)]:
+            raise ClusterError(
+                f"This is one of {tasks} SLURM tasks, but {', '.join(missing)} not set;"
+                " hand all SLURM_* variables on to the program, or start it by srun."
+            )
         return {
             "num_processes": tasks, "process_id": int(variables["SLURM_PROCID"]),
             "local_device_ids": _slurm_gpus(variables, gpus),
             "cluster_detection_method": "slurm",
         }
-    platforms = variables.get("JAX_PLATFORMS", "")
-    if accelerator and accelerator[0] == "TPU" and platforms in ("", "tpu"):
+    platform = variables.get("JAX_PLATFORMS", "").split(",")[0]
+    if accelerator and accelerator[0] == "TPU" and platform in ("", "tpu"):
         return {}
     return None
 
@@ -149,44 +201,72 @@ def _tasks_on_this_node(variables: Mapping[str, str]) -> int:
     return counts[int(variables["SLURM_NODEID"])]
 
 
-def _visible_gpus(variables: Mapping[str, str], present: int) -> int:
+def visible_gpus(variables: Mapping[str, str], present: int) -> int:
+    """Returns how many of the GPUs present a process may see.
+
+    CUDA_VISIBLE_DEVICES lists them up to the first that is none, such as -1; of parts
+    of GPUs (MIG) a process gets one.
+    """
     if (listed := variables.get("CUDA_VISIBLE_DEVICES")) is None:
         return present
-    return len(list(filter(None, listed.split(","))))
+    count = 0
+    for name in map(str.strip, listed.split(",")):
+        if name.startswith("MIG-"):
+            return 1
+        if not re.fullmatch(r"\d+|GPU-[\w-]+", name):
+            break
+        count += 1
+    return count
 
 
-def _used_and_present(variables: Mapping[str, str]) -> tuple[int, int]:
-    """Returns how many GPUs JAX uses of how many it should.
+def _devices_of_all() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns of each process a number of its node, its devices, and its GPUs.
 
-    They are those of the node, or of the job on it; if somebody chose among them, those
-    that this process may see.
+    The GPUs are those that the processes of its node should use together. Every process
+    calls it, whatever it has.
     """
-    if allotted := variables.get("SLURM_GPUS_ON_NODE"):
-        return _used_on_this_node(), int(allotted)
-    present = environment.num_gpus()
-    if "CUDA_VISIBLE_DEVICES" in variables:
-        return jax.local_device_count(), _visible_gpus(variables, present)
-    return _used_on_this_node(), present
-
-
-def _used_on_this_node() -> int:
-    """Returns how many devices the processes of this node have, all together."""
+    variables, gpus = os.environ, 0
+    if jax.default_backend() == "gpu":
+        gpus = visible_gpus(variables, environment.num_gpus())
+        gpus = int(variables.get("SLURM_GPUS_ON_NODE") or gpus)
     node = zlib.crc32(socket.gethostname().encode())
-    mine = np.array([node, jax.local_device_count()], np.uint32)
-    nodes, counts = multihost_utils.process_allgather(mine).reshape(-1, 2).T
-    return int(counts[nodes == node].sum())
+    mine = np.array([node, jax.local_device_count(), gpus], np.uint32)
+    if jax.process_count() == 1:
+        return tuple(mine[:, None])
+    return tuple(multihost_utils.process_allgather(mine).reshape(-1, 3).T)
 
 
-def check_gpus(used: int, present: int) -> None:
-    """Raises AcceleratorError if the processes of a node leave GPUs idle."""
-    if used >= present:
-        return
-    raise environment.AcceleratorError(
-        f"node {socket.gethostname()}: {present} GPUs present, JAX uses {used}. Start "
-        f"one process for all of them (srun --ntasks-per-node=1) or one for each "
-        f"(srun --ntasks-per-node={present}). To leave some out on purpose, ask SLURM "
-        "for fewer (--gpus-per-node), or set CUDA_VISIBLE_DEVICES."
-    )
+def check_devices(nodes: np.ndarray, counts: np.ndarray, gpus: np.ndarray) -> None:
+    """Checks that no GPU is left out and all processes have equally many devices.
+
+    Args:
+      nodes: of each process a number of its node; likewise its devices, and the GPUs
+        that the processes of its node should use together.
+
+    Raises:
+      AcceleratorError: if the processes of a node leave GPUs idle.
+      ClusterError: if some processes have more devices than others.
+    """
+    for node in np.unique(nodes):
+        here = nodes == node
+        used, present = int(counts[here].sum()), int(gpus[here].max())
+        if used < present:
+            hosts = ", ".join(map(str, np.flatnonzero(here)))
+            raise environment.AcceleratorError(
+                f"The node of process(es) {hosts} has {present} GPUs, of which JAX "
+                f"uses {used}. Start one process for all of them (srun "
+                f"--ntasks-per-node=1) or one for each (srun --ntasks-per-node="
+                f"{present}). To leave some out on purpose, ask SLURM for fewer "
+                "(--gpus-per-node), or set CUDA_VISIBLE_DEVICES, the same number "
+                "everywhere."
+            )
+    others = np.flatnonzero(counts != counts[0])
+    if len(others):
+        raise ClusterError(
+            f"Process {others[0]} has {counts[others[0]]} devices, process 0 has "
+            f"{counts[0]}; a batch is cut equally, so leave out the same number on "
+            "every host, or repair the one that has fewer."
+        )
 
 
 def check_same(text: str) -> None:
@@ -197,12 +277,31 @@ def check_same(text: str) -> None:
     """
     if jax.process_count() == 1:
         return
+    if not jax.distributed.is_initialized():
+        raise ClusterError(
+            f"This is one of {jax.process_count()} processes that JAX's runtime does "
+            "not connect; call crossmae_jax.cluster.join() before JAX is used."
+        )
     found = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
     others = np.flatnonzero(found != found[0]).tolist()
     if others:
         raise ClusterError(
             f"The configuration of host(s) {', '.join(map(str, others))} is not that "
             "of host 0; start the same command, of the same code, on all."
+        )
+
+
+def check_shared(path: Path) -> None:
+    """Raises ClusterError unless all processes see what process 0 has written."""
+    if jax.process_count() == 1:
+        return
+    multihost_utils.sync_global_devices(f"crossmae_jax: {path.name} is written")
+    found = multihost_utils.process_allgather(np.uint32(path.exists()))
+    blind = np.flatnonzero(found == 0).tolist()
+    if blind:
+        raise ClusterError(
+            f"Host(s) {', '.join(map(str, blind))} do not see {path}, which host 0 has "
+            "written; give a --workdir on a disk that all hosts share."
         )
 
 
@@ -219,16 +318,14 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
         yield
     except BaseException as error:
         agreed = isinstance(error, SystemExit) and isinstance(error.code, int)
-        if agreed or jax.process_count() == 1:
+        alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+        if agreed or alone:
             raise
         if isinstance(error, SystemExit):
             print(error.code, file=sys.stderr)
         else:
             traceback.print_exc()
-        text = str(error)
-        if isinstance(error, jax.errors.JaxRuntimeError) and not text.startswith(
-            "RESOURCE_EXHAUSTED"
-        ):
+        if _LOST.match(str(error)):
             wait = heartbeat_seconds + _GRACE
             print(
                 f"host {jax.process_index()}: waiting up to {wait} s to learn whether "

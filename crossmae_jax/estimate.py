@@ -220,17 +220,15 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
     data, accum_steps = config.data, config.optim.accum_steps
     objective = train.make_objective(config)
     key = jax.random.key(config.seed, impl="threefry2x32")
-    mesh, line = layout.make_mesh(
-        config, jax.eval_shape(objective.init, key)["params"], devices
-    )
-    parallel.check_batch_size(data.batch_size, mesh, accum_steps=accum_steps)
     # Only the lengths of schedules depend on the data set, and no shape on those.
     schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
-    init, step = train.compile_steps(
-        objective, optim.make_optimizer(config, schedule), mesh, schedule=schedule,
-        key=key, accum_steps=accum_steps,
+    tx = optim.make_optimizer(config, schedule)
+    state = train.abstract_state(objective, tx, key)
+    mesh, line = layout.make_mesh(config, state, devices)
+    parallel.check_batch_size(data.batch_size, mesh, accum_steps=accum_steps)
+    _, step = train.compile_steps(
+        objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps
     )
-    state = jax.eval_shape(init, key)
     batch = pipeline.blank_batch(data, batch_size=data.batch_size)
     state = parallel.with_sharding(state, layout.shardings(mesh, state))
     batch = parallel.with_sharding(batch, parallel.batch_sharding(mesh))

@@ -6,10 +6,11 @@
     evaluate   evaluations
     save       what a checkpoint holds the steps up; writing goes on beside them
     start      from the first line of a launch to its first step: restoring, tracing
-    restart    from the last note of a launch that ended early to the next launch: steps
-               that are made again, and the time in which nothing ran
+    restart    what a launch that ended early cost: its steps since the last checkpoint,
+               which are made again, and the time until the next launch
 
-`time.json` in the workdir keeps the sums, in seconds.
+`time.json` in the workdir keeps the sums, in seconds, as process 0 sees them: where it
+waits for another host, that is in its steps.
 """
 
 import contextlib
@@ -37,6 +38,7 @@ class WallTime:
       ...                                       # steps
       with wall_time.spent("save", waited=2.1): # what was before went to steps and data
           checkpoints.save(step, state)
+      wall_time.saved()
       wall_time.until_now("steps", waited=2.4)
       wall_time.write()
 
@@ -60,7 +62,11 @@ class WallTime:
         if resuming and self._path.exists():
             noted = json.loads(self._path.read_text())
             self._seconds |= noted["seconds"]
-            self._seconds["restart"] += max(self._since - noted["until"], 0.0)
+            if not noted["finished"]:
+                lost = self._seconds["steps"] - noted["saved_steps"]
+                self._seconds["steps"] -= lost
+                self._seconds["restart"] += lost + max(begun - noted["until"], 0.0)
+        self._saved = self._seconds["steps"]
 
     def until_now(self, kind: str, *, waited: float = 0.0) -> None:
         """Books the time since the last call.
@@ -90,10 +96,17 @@ class WallTime:
         total = sum(self._seconds.values())
         return {kind: s / total if total else 0.0 for kind, s in self._seconds.items()}
 
-    def write(self) -> None:
+    def saved(self) -> None:
+        """Says that a checkpoint holds all steps that were booked so far."""
+        self._saved = self._seconds["steps"]
+
+    def write(self, *, finished: bool = False) -> None:
         """Notes the sums in the workdir, from process 0."""
         if jax.process_index() == 0:
-            noted = {"seconds": self._seconds, "until": self._since}
+            noted = {
+                "seconds": self._seconds, "saved_steps": self._saved,
+                "until": self._since, "finished": finished,
+            }
             workdir.write_whole(self._path, json.dumps(noted, indent=2) + "\n")
 
     def __str__(self) -> str:

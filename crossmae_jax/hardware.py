@@ -231,7 +231,8 @@ def compiler_options(target: str) -> dict[str, Any]:
 def memory(device: "jax.Device") -> int | None:
     """Returns the bytes of memory of a device, None if they are not known.
 
-    The CPU's are shared out among the devices that JAX makes of it.
+    The CPU's are shared out among the devices that JAX makes of it. A device that is
+    not in the table above must be one of this process.
     """
     import jax
 
@@ -239,10 +240,7 @@ def memory(device: "jax.Device") -> int | None:
         return host_memory() // jax.local_device_count()
     if known := find(device.device_kind):
         return known.memory * 10**9
-    try:
-        return (device.memory_stats() or {}).get("bytes_limit")
-    except jax.errors.JaxRuntimeError:  # a device to compile for
-        return None
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def host_memory() -> int:

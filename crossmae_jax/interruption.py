@@ -47,7 +47,11 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Turns the first SIGTERM or Ctrl-C into a request; a second acts as usual."""
+    """Turns the first SIGTERM or Ctrl-C into a request; a second acts as usual.
+
+    Of several processes all SIGTERMs are requests: JAX's runtime hears them from the
+    moment at which they met, also while nobody asks.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # handlers can be set in the main thread only (notebooks)

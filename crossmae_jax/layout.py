@@ -12,8 +12,8 @@ at a time, in the type that it computes in, for the forward pass and again for t
 gradient where that is inside of what is computed again (config.model.remat); the
 gradient goes back to where the weights lie. Nothing else in a model knows of the mesh.
 
-Devices of a group lie side by side: in the same slice of TPUs or the same host, as far
-as the group fits in; the sums over the groups are what crosses to others.
+Devices of a group lie side by side: in the same host or slice of TPUs, where the group
+fits in; the sums over the groups are what crosses to others.
 """
 
 import re
@@ -22,7 +22,8 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -32,8 +33,7 @@ from crossmae_jax import hardware, parallel
 
 # What is cut, of parameters and of the moments that go by the same names.
 _CUT = re.compile(r"(?<!fusion)/kernel$")
-_STATE_BYTES = 16  # a parameter's weight, two moments and gradient, in float32
-_STATE_SHARE = 0.25  # of a device's memory; the rest is for activations
+_STATE_SHARE = 0.25  # of a device's memory, gradients included; the rest: activations
 
 
 def _spec(name: str, shape: Sequence[int], fsdp: int) -> PartitionSpec:
@@ -95,22 +95,26 @@ _gathered.defvjp(
 
 def make_mesh(
     config: ConfigDict,
-    abstract_params: Any,
+    abstract_state: Any,
     devices: Sequence[jax.Device] | None = None,
 ) -> tuple[Mesh, str]:
     """Returns the mesh that `config.mesh` asks for, and a line on it for the log.
 
     With `mesh.fsdp=0` the state is cut over as few devices as leave three quarters of
-    each one's memory to activations; over one, wherever that is enough.
+    each one's memory to activations; over one, wherever that is enough. Only such
+    numbers are taken as keep a copy within a host, or a slice, or fill whole ones.
 
     Args:
-      abstract_params: shapes of the parameters.
-      devices: those of the mesh, if not all.
+      abstract_state: shapes of `variables` and of what an optimiser keeps.
+      devices: those of the mesh, if not all; they need not be there.
 
     Raises:
       ValueError: if `mesh.fsdp` does not divide the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices, memory = jax.devices(), _least_memory()
+    else:
+        memory = hardware.memory(devices[0])
     fsdp, num_devices = config.mesh.fsdp, len(devices)
     if fsdp < 0 or (fsdp and num_devices % fsdp):
         divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
@@ -118,10 +122,13 @@ def make_mesh(
             f"mesh.fsdp={fsdp} does not divide {num_devices} devices; give one of "
             f"{', '.join(map(str, divisors))}, or 0 for an automatic choice."
         )
-    reason = "as config.mesh.fsdp says"
+    compact, reason = _compact(devices), "as config.mesh.fsdp says"
     if not fsdp:
-        num_params = sum(x.size for x in jax.tree.leaves(abstract_params))
-        fsdp, reason = _automatic(num_params, devices)
+        needed = _num_bytes(abstract_state)
+        needed += _num_bytes(abstract_state.variables["params"])  # gradients
+        fsdp, reason = _automatic(needed, memory, compact)
+    elif fsdp not in compact:
+        reason += "; copies lie across hosts, whose links gathering takes time of"
     mesh = parallel.make_mesh(devices, fsdp=fsdp)
     lies = "whole on every device" if fsdp == 1 else f"cut over {fsdp} devices"
     return mesh, (
@@ -130,19 +137,51 @@ def make_mesh(
     )
 
 
-def _automatic(num_params: int, devices: Sequence[jax.Device]) -> tuple[int, str]:
-    """Returns over how many devices to cut the state of so many parameters, and why."""
-    needed = _STATE_BYTES * num_params
-    memory = hardware.memory(devices[0])
+def _num_bytes(tree: Any) -> int:
+    return sum(
+        x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
+    )
+
+
+def _least_memory() -> int | None:
+    """Returns the memory of a device, the least of any host; None if it is not known.
+
+    Only hosts with a device know about it, and all have to come to the same mesh.
+    """
+    here = hardware.memory(jax.local_devices()[0])
+    if jax.process_count() == 1:
+        return here
+    found = multihost_utils.process_allgather(np.float32(here or 0))
+    return int(found.min()) or None
+
+
+def _compact(devices: Sequence[jax.Device]) -> list[int]:
+    """Returns sizes of groups that divide the devices and straddle nothing."""
+    host = sum(d.process_index == devices[0].process_index for d in devices)
+    slices = [getattr(d, "slice_index", 0) for d in devices]
+    in_slice, num = slices.count(slices[0]), len(devices)
+
+    def fits(size, unit):
+        return unit % size == 0 or size % unit == 0
+
+    return [
+        n for n in range(1, num + 1)
+        if num % n == 0 and fits(n, host) and fits(n, in_slice)
+    ]
+
+
+def _automatic(
+    needed: int, memory: int | None, sizes: list[int]
+) -> tuple[int, str]:
+    """Returns over how many devices to cut so many bytes of state, and why."""
     if memory is None:
         return 1, (
-            f"since the memory of {devices[0].device_kind!r} is not known (cut them "
-            "with config.mesh.fsdp)"
+            "since the memory of these devices is not known (cut them with "
+            "config.mesh.fsdp)"
         )
-    num_devices = len(devices)
-    sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     enough = [n for n in sizes if needed / n <= _STATE_SHARE * memory]
-    fsdp = enough[0] if enough else num_devices
+    fsdp = enough[0] if enough else sizes[-1]
     bound = f"at most {_STATE_SHARE:.0%}"
     if not enough:
         bound = f"more than {_STATE_SHARE:.0%}, but there are no more devices"

@@ -210,15 +210,20 @@ def known_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def session(heartbeat_seconds: int = 100) -> Iterator[None]:
+def session(
+    heartbeat_seconds: int = 100, *, agree_to_stop: bool = True
+) -> Iterator[None]:
     """Connects this process with the others of its command, if it has others.
 
     Errors end the program as in `known_errors`. To be entered before JAX is used.
+    Arguments are those of `cluster.join`.
     """
     from crossmae_jax import cluster
 
     with cluster.leaving(heartbeat_seconds), known_errors():
-        cluster.join(heartbeat_seconds=heartbeat_seconds)
+        cluster.join(
+            heartbeat_seconds=heartbeat_seconds, agree_to_stop=agree_to_stop
+        )
         yield
 
 

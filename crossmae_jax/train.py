@@ -62,6 +62,13 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), variables, tx.init(variables["params"]))
 
 
+def abstract_state(
+    objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """Returns the shapes of the state that `init_state` draws."""
+    return jax.eval_shape(lambda key: init_state(objective, tx, key), key)
+
+
 def _split(batch: dict[str, Array], parts: int) -> dict[str, Array]:
     """Cuts a batch into micro-batches, each spread over all devices like the batch."""
 
@@ -133,11 +140,8 @@ def compile_steps(
     The state lies on the mesh as `layout` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
-    def draw(key):
-        return init_state(objective, tx, key)
-
-    lies = layout.shardings(mesh, jax.eval_shape(draw, key))
-    init = jax.jit(draw, out_shardings=lies)
+    lies = layout.shardings(mesh, abstract_state(objective, tx, key))
+    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=lies)
     step = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
@@ -192,18 +196,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     environment.check_accelerator()
     parallel.start()
     with setting_up():
-        cluster.check_same(config.to_json(sort_keys=True))
+        cluster.check_same(config.to_json(sort_keys=True) + str(directory))
         opened = {"train": sources.make_source(config.data, "train")}
         config = objectives.with_classes(config, opened["train"].num_classes)
         objective = make_objective(config)
         # The kind of key is named: JAX's default may be set to another elsewhere.
         root = jax.random.key(config.seed, impl="threefry2x32")
         init_key, mask_key, panel_key = jax.random.split(root, 3)
-        abstract = jax.eval_shape(objective.init, init_key)
-        mesh, layout_line = layout.make_mesh(config, abstract["params"])
-        parallel.check_batch_size(
-            config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
-        )
         if held_out := sources.make_source(config.data, "eval"):
             opened["eval"] = held_out
         if config.log_every_steps < 1:
@@ -213,6 +212,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         total, steps_per_epoch = _duration(config, len(opened["train"]))
         schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
         tx = optim.make_optimizer(config, schedule)
+        wanted = abstract_state(objective, tx, init_key)
+        mesh, layout_line = layout.make_mesh(config, wanted)
+        parallel.check_batch_size(
+            config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
+        )
         evaluations = evaluation.Evaluations(
             config, objective, opened, mesh=mesh, directory=directory,
             panel_key=panel_key,
@@ -230,9 +234,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             stack.callback(checkpoints.close)
             weights = None
             if config.init_from and not checkpoints.steps():
-                weights = starting.plan(
-                    config.init_from, abstract, config
-                )
+                weights = starting.plan(config.init_from, wanted.variables, config)
             dataset = {
                 "num_images": len(opened["train"]),
                 "fingerprint": opened["train"].fingerprint,
@@ -242,7 +244,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             )
             kept = best.Best(directory / "best", config, dataset)
             stack.callback(kept.close)
-        wanted = jax.eval_shape(init, init_key)
+        cluster.check_shared(directory / "config.json")
         restored = checkpoints.restore_latest(
             parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
         )
@@ -295,10 +297,11 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
         saved = finite_at = start
         wall_time = goodput.WallTime(directory, begun=begun, resuming=bool(restored))
         try:
+            wall_time.until_now("start")
             if restored and start < total:  # an evaluation may have been interrupted
                 due = evaluations.due(start, steps_per_epoch)
                 latest |= evaluate(due, state.variables, start)
-            wall_time.until_now("start")
+                wall_time.until_now("evaluate")
             begin = time.perf_counter()
             for step, batch in enumerate(batches, start=start + 1):
                 state, logged = train_step(state, parallel.place_batch(mesh, batch))
@@ -337,11 +340,13 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                         with wall_time.spent("save", waited=waited):
                             checkpoints.save(step, state, wait=stopping)
                         saved = step
+                        wall_time.saved()
                     if stop.is_set():
                         raise interruption.Interrupted
                     if due:
                         with wall_time.spent("evaluate", waited=waited):
                             latest |= evaluate(due, state.variables, step)
+                        with wall_time.spent("save", waited=waited):
                             kept.offer(step, latest, state)
             latest |= evaluate(list(config.evals), state.variables, total)
             kept.offer(total, latest, state)
@@ -350,17 +355,20 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 initial = init(init_key).variables
                 latest |= evaluations.baselines(initial, stop=stop)
             wall_time.until_now("evaluate")
+            wall_time.write(finished=True)
         except interruption.Interrupted:
+            wall_time.until_now("steps", waited=batches.wait_seconds)
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
                 checkpoints.save(now, state, wait=True)
+            wall_time.until_now("save")
+            wall_time.saved()
+            wall_time.write()
             progress.note(
                 f"stopped: step {now} is saved in {directory}; run the same command "
                 "again to go on"
             )
             raise SystemExit(interruption.REQUEUE) from None
-        finally:
-            wall_time.write()
     parallel.say(str(wall_time))
     if jax.process_index() == 0:
         evaluations.report(latest)

@@ -11,6 +11,7 @@ prints a line of JSON for each job, which is
 
     {"case": "decoder 0.25", "dtype": "bfloat16", "images": 2}
     {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
+    {"groups": true}                        what layout says of the target's devices
     {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
 """
 
@@ -64,6 +65,12 @@ def compile_for(target: str, jobs: list[dict]) -> list[dict]:
     return found
 
 
+def compact_groups(target: str) -> list[int]:
+    """Returns how many devices of a target may share a copy of the state."""
+    (found,) = compile_for(target, [{"groups": True}])
+    return found["groups"]
+
+
 def _kernels(text: str) -> dict[str, int]:
     """Returns how often a program calls each kernel of attention."""
     names = re.findall(
@@ -101,11 +108,15 @@ def main(argv: list[str]) -> None:
     """Compiles the jobs named on the command line for the target before them."""
     import jax
 
-    from crossmae_jax import collectives, hardware, parallel
+    from crossmae_jax import collectives, hardware, layout, parallel
 
     target, *jobs = argv
     mesh = parallel.make_mesh(hardware.target_devices(target))
     for job in map(json.loads, jobs):
+        if "groups" in job:
+            sizes = layout._compact(hardware.target_devices(target))
+            print(json.dumps({"groups": sizes}), flush=True)
+            continue
         found = {"kernels": {}, "collectives": {}, "error": ""}
         try:
             compiled = _compile(job, target, mesh)

@@ -1,5 +1,10 @@
 """How processes find each other, by what their environment says."""
 
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
 import pytest
 
 from crossmae_jax import cluster, environment
@@ -9,6 +14,7 @@ HAND = {
     "JAX_PROCESS_ID": "3",
 }
 SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-3]", "SLURM_NTASKS": "6",
     "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "5", "SLURM_LOCALID": "1",
     "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
 }
@@ -67,28 +73,82 @@ def test_slurm_tasks_that_cannot_share_are_told():
 def test_on_a_tpu_jax_is_asked_unless_another_platform_was():
     assert find({}, accelerator=TPU) == {}
     assert find({"JAX_PLATFORMS": "tpu"}, accelerator=TPU) == {}
-    assert find({"JAX_PLATFORMS": "cpu"}, accelerator=TPU) is None
+    assert find({"JAX_PLATFORMS": "tpu,cpu"}, accelerator=TPU) == {}
+    assert find({"JAX_PLATFORMS": "cpu,tpu"}, accelerator=TPU) is None
 
 
-@pytest.mark.parametrize(("variables", "counted"), [
-    ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "0"}, (8, 4)),
-    ({"CUDA_VISIBLE_DEVICES": "0,3"}, (8, 2)),
-    ({}, (8, 16)),
+def test_slurm_variables_that_did_not_arrive_are_named():
+    given = {name: SLURM[name] for name in SLURM if name != "SLURM_PROCID"}
+    with pytest.raises(cluster.ClusterError, match="6 SLURM tasks, but SLURM_PROCID"):
+        find(given)
+
+
+@pytest.mark.parametrize(("listed", "count"), [
+    (None, 8), ("", 0), ("0,1,2", 3), ("GPU-8f1a-22,GPU-9b", 2), ("-1", 0), (" ", 0),
+    ("0,-1,1", 1), ("NoDevFiles", 0), ("MIG-a,MIG-b", 1), ("3", 1),
 ])
-def test_gpus_that_count_are_the_jobs_or_the_chosen_or_the_nodes(
-    variables, counted, monkeypatch
-):
-    monkeypatch.setattr(environment, "num_gpus", lambda: 16)
-    # The eight fake devices of this process stand for GPUs.
-    assert cluster._used_and_present(variables) == counted
+def test_gpus_are_those_that_cuda_would_show(listed, count):
+    variables = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
+    assert cluster.visible_gpus(variables, 8) == count
+
+
+def devices(*rows):
+    """Rows of: number of the node, devices of the process, GPUs of the node."""
+    cluster.check_devices(*np.array(rows, np.uint32).T)
+
+
+def test_gpus_of_a_node_may_be_shared_out_in_any_way():
+    devices([1, 8, 8], [2, 8, 8])  # one process a node
+    devices(*[[1, 1, 8]] * 8)  # one a GPU, and each sees all
+    devices(*[[1, 1, 1]] * 4)  # one a GPU, and each sees its own
+    devices([1, 4, 0], [2, 4, 0])  # no GPUs
 
 
 def test_a_node_with_idle_gpus_is_an_error_with_the_cure():
-    cluster.check_gpus(8, 8)
     with pytest.raises(environment.AcceleratorError) as error:
-        cluster.check_gpus(1, 8)
-    assert "8 GPUs present, JAX uses 1. Start one process" in str(error.value)
+        devices([1, 8, 8], [2, 1, 8], [2, 1, 8])
+    assert "process(es) 1, 2 has 8 GPUs, of which JAX uses 2. Start" in str(error.value)
     assert "--ntasks-per-node=8" in str(error.value)
+
+
+def test_hosts_with_fewer_devices_are_named():
+    with pytest.raises(cluster.ClusterError, match="Process 2 has 7 devices.*0 has 8"):
+        devices([1, 8, 8], [2, 8, 8], [3, 7, 7])
+
+
+def test_idle_gpus_of_a_process_alone_are_an_error(monkeypatch):
+    monkeypatch.setattr(environment, "num_gpus", lambda: 16)
+    monkeypatch.setattr(environment, "find_accelerator", lambda: None)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # The eight fake devices of this process stand for GPUs.
+    with pytest.raises(environment.AcceleratorError, match="16 GPUs, of which JAX use"):
+        cluster.join()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    cluster.join()
+
+
+def test_a_tpu_that_knows_no_hosts_is_alone_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(environment, "find_accelerator", lambda: TPU)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    cluster.join()  # without libtpu: what is installed is checked elsewhere
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        jax.distributed, "initialize", Raising("coordinator_address should be defined.")
+    )
+    cluster.join()
+    assert "goes on alone. If there are others, set JAX_CO" in capsys.readouterr().err
+    monkeypatch.setattr(os, "environ", dict(HAND))
+    with pytest.raises(cluster.ClusterError, match="cannot connect the processes: co"):
+        cluster.join()
+
+
+class Raising:
+    def __init__(self, text):
+        self.text = text
+
+    def __call__(self, **arguments):
+        raise ValueError(self.text)
 
 
 def test_a_heartbeat_of_no_time_is_refused():
@@ -102,3 +162,4 @@ def test_one_process_leaves_as_it_would_without():
             raise error
         assert raised.value is error
     cluster.check_same("alone")
+    cluster.check_shared(Path("nowhere"))

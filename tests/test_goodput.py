@@ -52,19 +52,37 @@ def test_every_second_belongs_to_one_kind(tmp_path):
     )
 
 
-def test_what_was_lost_between_two_launches_is_the_restart(tmp_path):
+def test_what_a_launch_lost_is_the_restart(tmp_path):
     clock = Clock(0.0)
     first = launch(tmp_path, clock)
     clock.now = 10.0
     first.until_now("steps")
+    first.saved()
+    clock.now = 18.0  # steps that no checkpoint holds
+    first.until_now("steps")
     first.write()
-    clock.now = 25.0  # steps that nobody noted, then nothing
+    clock.now = 25.0  # then nothing
     again = launch(tmp_path, clock, resuming=True)
     clock.now = 30.0
     again.until_now("start")
     again.write()
     found = seconds(tmp_path)
-    assert (found["steps"], found["restart"], found["start"]) == (10, 15, 5)
+    assert (found["steps"], found["restart"], found["start"]) == (10, 8 + 7, 5)
+    # And once more, with nothing new to lose.
+    third = launch(tmp_path, clock, resuming=True)
+    third.write()
+    assert seconds(tmp_path) == found
+
+
+def test_a_finished_run_that_is_looked_at_later_has_no_restart(tmp_path):
+    clock = Clock(0.0)
+    first = launch(tmp_path, clock)
+    clock.now = 10.0
+    first.until_now("steps")
+    first.write(finished=True)
+    clock.now = 1e6
+    again = launch(tmp_path, clock, resuming=True)
+    assert again.shares()["steps"] == 1
 
 
 def test_a_fresh_start_counts_from_nothing(tmp_path):

@@ -6,7 +6,16 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from benchmarks import step as benchmark_step
-from crossmae_jax import collectives, cost, estimate, hardware, layout, parallel, train
+from crossmae_jax import (
+    collectives,
+    cost,
+    estimate,
+    hardware,
+    layout,
+    optim,
+    parallel,
+    train,
+)
 from crossmae_jax.objectives import OBJECTIVES
 from tests import compiling
 
@@ -74,12 +83,12 @@ def test_training_is_the_same_however_the_state_lies(overrides):
         config = load(*overrides)
         objective = OBJECTIVES[config.objective](config)
         key = jax.random.key(0, impl="threefry2x32")
-        shapes = jax.eval_shape(objective.init, key)
-        mesh, _ = layout.make_mesh(config, shapes["params"])
         schedule = lambda step: jax.numpy.float32(1e-3)  # noqa: E731
+        tx = optim.make_optimizer(config, schedule)
+        mesh, _ = layout.make_mesh(config, train.abstract_state(objective, tx, key))
         init, step = train.compile_steps(
-            objective, train.optim.make_optimizer(config, schedule), mesh,
-            schedule=schedule, key=key, accum_steps=config.optim.accum_steps,
+            objective, tx, mesh, schedule=schedule, key=key,
+            accum_steps=config.optim.accum_steps,
         )
         state, found = init(key), []
         noise = np.random.default_rng(0)
@@ -104,18 +113,21 @@ def test_training_is_the_same_however_the_state_lies(overrides):
     (3.99, 2, "4 data x 2 fsdp; weights and moments cut over 2 devices, auto"),
     (0.55, 8, "1 data x 8 fsdp; weights and moments cut over 8 devices, auto"),
     (0.1, 8, "25%, but there are no more devices"),
-    (None, 1, "memory of 'cpu' is not known"),
+    (None, 1, "the memory of these devices is not known"),
 ])
 def test_the_state_takes_at_most_a_quarter_of_a_device_if_it_can(
     memory, fsdp, text, monkeypatch
 ):
     config = load()
+    # 62.5 million parameters, two moments and the gradient: a billion bytes.
     params = {"kernel": jax.ShapeDtypeStruct((25, 10**7 // 4), np.float32)}
-    # 62.5 million parameters, 16 bytes each: a billion bytes.
+    state = train.TrainState(
+        jax.ShapeDtypeStruct((), np.int32), {"params": params}, (params, params)
+    )
     monkeypatch.setattr(
         hardware, "memory", lambda device: memory and int(memory * 10**9)
     )
-    mesh, line = layout.make_mesh(config, params)
+    mesh, line = layout.make_mesh(config, state)
     assert mesh.shape == {"data": 8 // fsdp, "fsdp": fsdp}
     assert text in line
 
@@ -123,7 +135,24 @@ def test_the_state_takes_at_most_a_quarter_of_a_device_if_it_can(
 @pytest.mark.parametrize("fsdp", [3, 16, -1])
 def test_a_number_that_does_not_divide_the_devices_is_refused(fsdp):
     with pytest.raises(ValueError, match="8 devices; give one of 1, 2, 4, 8, or 0"):
-        layout.make_mesh(load(f"mesh.fsdp={fsdp}"), {})
+        layout.make_mesh(load(f"mesh.fsdp={fsdp}"), None)
+
+
+@pytest.mark.parametrize(("target", "sizes"), [
+    ("v5e:4x4", [1, 2, 4, 8, 16]),  # four hosts of four
+    ("3xv5e:2x2", [1, 2, 4, 12]),  # not 3, 6: parts of hosts and slices
+    ("2xv5e:4x4", [1, 2, 4, 8, 16, 32]),
+])
+def test_automatic_groups_fill_hosts_and_slices_or_parts_of_them(target, sizes):
+    assert compiling.compact_groups(target) == sizes
+
+
+def test_groups_that_straddle_are_said_to(monkeypatch):
+    monkeypatch.setattr(layout, "_compact", lambda devices: [1, 4, 8])
+    _, line = layout.make_mesh(load("mesh.fsdp=2"), None)
+    assert "copies lie across hosts" in line
+    _, line = layout.make_mesh(load("mesh.fsdp=4"), None)
+    assert "across" not in line
 
 
 def test_a_copy_of_the_state_stays_within_a_slice():

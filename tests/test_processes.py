@@ -51,6 +51,7 @@ def alone(digits_dir, tmp_path_factory):
     ) as group:
         assert group.wait() == [0], group.all_said()
         assert group.said(0).startswith("host 0/1, 4 local of 4 devices (cpu)\n")
+        assert "goodput" in group.said(0)
     return base / "run"
 
 
@@ -112,6 +113,7 @@ def test_several_processes_evaluate_every_image_once(alone, digits_dir, tmp_path
     with processes.started([given] * 2, tmp_path / "logs") as group:
         assert group.wait() == [0, 0], group.all_said()
         assert "355/355" in group.said(0) and "355/355" not in group.said(1)
+        assert "host 1/2, 2 local of 4 devices (cpu)\n" in group.said(1)
     found = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
     assert found["knn/mean/k20/top1"] == pytest.approx(
         evaluated(alone)["eval/knn/mean/k20/top1"], abs=0.006  # two images

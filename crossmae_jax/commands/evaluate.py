@@ -111,13 +111,16 @@ def main(argv: list[str]) -> int:
     # Loader workers import this file anew, and must not import JAX.
     import jax
 
-    from crossmae_jax import environment, evaluate, workdir
+    from crossmae_jax import cluster, environment, evaluate, parallel, workdir
 
     path = Path(values.checkpoint)
     if values.workdir is None and not workdir.is_run(path):
         train_main.stop("--workdir is missing: where the report goes.")
-    with train_main.session():
+    with train_main.session(agree_to_stop=False):
         environment.check_accelerator()
+        if jax.process_count() > 1:
+            parallel.start()
+            cluster.check_same(repr(argv))
         made = evaluate.open_checkpoint(path, values.config, step=values.step)
         directory = Path(
             values.workdir or path / "evaluations" / f"step_{made.step:08d}"
