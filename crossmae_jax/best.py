@@ -10,13 +10,12 @@ can be loaded, exported and started from.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import checkpoint, workdir
+from crossmae_jax import checkpoint, mirror, workdir
 
 
 class Best:
@@ -25,8 +24,9 @@ class Best:
     Keeps nothing where that is "". All processes of a run call every method.
     """
 
-    def __init__(self, directory: Path, config: ConfigDict, dataset: dict[str, Any]):
-        self._metric, self._directory = config.checkpoint.best, directory
+    def __init__(self, home: mirror.Home, config: ConfigDict, dataset: dict[str, Any]):
+        self._metric, self._home = config.checkpoint.best, home
+        self._directory = directory = home.local / "best"
         self._checkpoints = None
         self._value = self._step = None
         if not self._metric:
@@ -38,12 +38,17 @@ class Best:
                 f"metrics; config.evals has {', '.join(config.evals) or 'nothing'}. "
                 "Write eval/EVALUATOR/METRIC, such as eval/accuracy/top1, or ''."
             )
-        self._checkpoints = checkpoint.Checkpoints(directory / "checkpoints", keep=1)
+        self._checkpoints = checkpoint.Checkpoints(
+            home.path / "best" / "checkpoints", keep=1
+        )
         kept = self._checkpoints.steps()
         if kept:
             noted = json.loads((directory / "best.json").read_text())
             self._value, self._step = noted["value"], noted["step"]
-        workdir.claim(directory, config, resuming=bool(kept), dataset=dataset)
+        workdir.claim(
+            directory, config, resuming=bool(kept), dataset=dataset,
+            name=home.path / "best",
+        )
 
     def offer(self, step: int, found: dict[str, float], state: Any) -> None:
         """Saves the state if its value is larger than all before.
@@ -56,6 +61,7 @@ class Best:
             return
         # A run that goes on from before its best step comes to that step again.
         if step not in self._checkpoints.steps():
+            self._home.push()  # first: see its module
             self._checkpoints.save(step, state, wait=True)
         self._value, self._step = value, step
         if jax.process_index() == 0:
@@ -63,6 +69,7 @@ class Best:
             workdir.write_whole(
                 self._directory / "best.json", json.dumps(noted) + "\n"
             )
+        self._home.push()
 
     def metrics(self) -> dict[str, float]:
         """Returns the largest value and its step, for the report.

@@ -7,7 +7,8 @@
 Orbax writes and restores the arrays. It has no digests of its own: a flipped byte comes
 back as wrong weights without a word. So each step gets a list of digests while its
 directory still has its temporary name; the rename that commits it makes the arrays and
-the digests appear together.
+the digests appear together. In a bucket (`gs://`), which cannot rename, the object that
+Orbax commits a step with is written after the digests; a step without it is none.
 
 Going on is never a guess. A damaged step is named, put aside, and the one before it is
 used; if no step is left, that is an error and not a fresh start. State is read into
@@ -16,12 +17,12 @@ a run may move to another number of devices. What the checkpoint and the model d
 on is printed both ways before an array is read: Orbax by itself casts a changed dtype
 in silence.
 
-The directory is on a disk that all processes share; process 0 verifies and renames.
+The directory is on a disk that all processes share, or in a bucket; process 0 verifies
+and renames.
 """
 
 import contextlib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from crossmae_jax import digests, parallel
+from crossmae_jax import digests, parallel, remote, steps
+from crossmae_jax.remote import AnyPath
 
 VARIABLES = "variables"
 OPTIMIZER = "optimizer"
@@ -63,12 +65,12 @@ class Checkpoints:
       checkpoints.close()
     """
 
-    def __init__(self, directory: str | Path, *, keep: int):
+    def __init__(self, directory: str | AnyPath, *, keep: int):
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints; expected at least 1.")
-        self.directory = Path(directory).absolute()
+        self.directory = remote.absolute(directory)
         self._saving: int | None = None
-        for path in _uncommitted(self.directory):
+        for path in steps.unfinished(self.directory):
             parallel.say(
                 f"{path} was never completed (the run was stopped while writing it); "
                 "removing it."
@@ -87,7 +89,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the committed steps, damaged ones included, in ascending order."""
-        return _steps(self.directory)
+        return steps.committed(self.directory)
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> None:
         """Saves the state; unless `wait`, returns while files are still being written.
@@ -168,17 +170,12 @@ class Checkpoints:
         temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
         digests.write(temporary if temporary.exists() else final)
 
-    def _put_aside(self, steps: Iterable[int]) -> None:
+    def _put_aside(self, damaged: Iterable[int]) -> None:
         """Renames damaged steps, so that the run can write these steps again."""
         if jax.process_index() == 0:
-            for step in steps:
+            for step in damaged:
                 path = self.directory / str(step)
-                target = path.with_name(f"{step}.damaged")
-                number = 1
-                while target.exists():
-                    number += 1
-                    target = path.with_name(f"{step}.damaged{number}")
-                path.rename(target)
+                target = steps.put_aside(path)
                 parallel.say(
                     f"Put {path} aside as {target.name}; delete it when you like."
                 )
@@ -186,17 +183,18 @@ class Checkpoints:
         self._manager.reload()
 
 
-def newest_step(directory: str | Path) -> int:
+def newest_step(directory: str | AnyPath) -> int:
     """Returns the newest intact step; raises RestoreError if there is none."""
-    directory = Path(directory).absolute()
+    directory = remote.absolute(directory)
     step, _ = _newest_intact(directory, (VARIABLES,))
     if step is None:
-        raise RestoreError(f"No checkpoint in {directory}; {_contents(directory)}.")
+        found = steps.contents(directory)
+        raise RestoreError(f"No checkpoint in {directory}; {found}.")
     return step
 
 
 def restore_variables(
-    directory: str | Path, abstract_variables: Any = None, step: int | None = None
+    directory: str | AnyPath, abstract_variables: Any = None, step: int | None = None
 ) -> Any:
     """Reads the weights of a checkpoint, without the optimiser, and verifies them.
 
@@ -213,13 +211,13 @@ def restore_variables(
       RestoreError: if there is no checkpoint, or none (or not `step`) is intact.
       MismatchError: if the weights do not fit `abstract_variables`.
     """
-    directory = Path(directory).absolute()
+    directory = remote.absolute(directory)
     if step is None:
         step = newest_step(directory)
     else:
-        if step not in _steps(directory):
+        if step not in (there := steps.committed(directory)):
             raise RestoreError(
-                f"No step {step} in {directory}; it holds steps {_steps(directory)}."
+                f"No step {step} in {directory}; it holds steps {there}."
             )
         reason = digests.damage(directory / str(step), (VARIABLES,))
         if reason:
@@ -241,13 +239,13 @@ def restore_variables(
 
 
 def _newest_intact(
-    directory: Path, items: Iterable[str]
+    directory: AnyPath, items: Iterable[str]
 ) -> tuple[int | None, dict[int, str]]:
     """Returns the newest intact step, and for each newer one what is wrong with it."""
     damaged: dict[int, str] = {}
     chosen = _NONE
     if jax.process_index() == 0:
-        for step in reversed(_steps(directory)):
+        for step in reversed(steps.committed(directory)):
             reason = digests.damage(directory / str(step), tuple(items))
             if reason is None:
                 chosen = step
@@ -259,20 +257,20 @@ def _newest_intact(
     if jax.process_count() > 1:
         chosen = int(ocp.multihost.broadcast_one_to_all(np.int32(chosen)))
     if chosen == _ALL_DAMAGED:
-        steps = _steps(directory)
+        there = steps.committed(directory)
         reasons = "".join(f"\n  step {step}: {why}" for step, why in damaged.items())
         raise RestoreError(
-            f"{directory} has {len(steps)} checkpoint(s), and none can be restored:"
+            f"{directory} has {len(there)} checkpoint(s), and none can be restored:"
             f"{reasons or ' process 0 lists the reasons.'}\n"
             "Refusing to start over in a directory that holds a run. Put back a copy "
             "of a step, or train from the start in a new --workdir. If only the list "
             "of digests is gone and you trust the files: python -c 'from crossmae_jax "
-            f"import digests; digests.write(\"{directory / str(steps[-1])}\")'."
+            f"import digests; digests.write(\"{directory / str(there[-1])}\")'."
         )
     return (None if chosen == _NONE else chosen), damaged
 
 
-def _stored(path: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
+def _stored(path: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     """Returns shape and dtype of every tensor of an item, by its path."""
     with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
         tree = handler.metadata(path).tree
@@ -282,14 +280,14 @@ def _stored(path: Path) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     }
 
 
-def _read(path: Path, leaves: Leaves) -> Leaves:
+def _read(path: AnyPath, leaves: Leaves) -> Leaves:
     with ocp.StandardCheckpointer() as reader:
         tree = reader.restore(path, traverse_util.unflatten_dict(leaves))
     restored = traverse_util.flatten_dict(tree)
     return {names: restored[names] for names in leaves}
 
 
-def _check_match(path: Path, items: dict[str, Leaves]) -> None:
+def _check_match(path: AnyPath, items: dict[str, Leaves]) -> None:
     """Raises MismatchError unless a step holds exactly the tensors asked for."""
     ours, theirs = {}, {}
     for item, leaves in items.items():
@@ -377,21 +375,3 @@ def _split(state: Any) -> dict[str, Leaves]:
             f"got {type(state).__name__}."
         )
     return items
-
-
-def _steps(directory: Path) -> list[int]:
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal())
-
-
-def _uncommitted(directory: Path) -> list[Path]:
-    return sorted(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
-
-
-def _contents(directory: Path) -> str:
-    if not directory.is_dir():
-        return "there is no such directory"
-    names = sorted(path.name for path in directory.iterdir())
-    found = f"found {digests.shorten(names, 5)} instead" if names else "it is empty"
-    return f"{found}. Give the directory `checkpoints` of a run"

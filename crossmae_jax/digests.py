@@ -2,54 +2,61 @@
 
 The list has the form of `sha256sum`, so that it can be checked without us:
 `cd DIRECTORY && sha256sum -c SHA256SUMS`. It covers the files in sub-directories; those
-beside the list itself may change.
+beside the list itself may change. In a bucket all of them are read over the network.
 """
 
 import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from crossmae_jax import remote
+from crossmae_jax.remote import AnyPath
 
 LIST = "SHA256SUMS"
 
 
-def _digests(files: list[Path]) -> list[str]:
+def _digests(files: Sequence[AnyPath]) -> list[str]:
     def digest(file):
-        with open(file, "rb") as opened:
+        with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
 
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         return list(pool.map(digest, files))
 
 
-def of(path: str | Path) -> str:
-    """Returns the SHA-256 of a file, or of the names and digests below a directory."""
-    path = Path(path)
-    if path.is_file():
-        return _digests([path])[0]
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = "".join(
+def _listed(path: AnyPath, files: Sequence[AnyPath]) -> str:
+    return "".join(
         f"{digest}  {file.relative_to(path).as_posix()}\n"
         for file, digest in zip(files, _digests(files), strict=True)
     )
-    return hashlib.sha256(listed.encode()).hexdigest()
 
 
-def write(path: str | Path) -> None:
+def of(path: str | AnyPath) -> str:
+    """Returns the SHA-256 of a file, or of the names and digests below a directory."""
+    path = remote.path(path)
+    if path.is_file():
+        return _digests([path])[0]
+    return hashlib.sha256(_listed(path, remote.files(path)).encode()).hexdigest()
+
+
+def write(path: str | AnyPath) -> None:
     """Lists the digests of all files in the sub-directories of `path`."""
-    path = Path(path)
-    files = sorted(file for file in path.glob("*/**/*") if file.is_file())
+    path = remote.path(path)
+    listed = _listed(path, remote.files(path, nested=True))
+    if not isinstance(path, Path):  # an object appears whole
+        (path / LIST).write_text(listed)
+        return
     temporary = path / f"{LIST}.tmp"
     with open(temporary, "w") as out:
-        for file, digest in zip(files, _digests(files), strict=True):
-            out.write(f"{digest}  {file.relative_to(path).as_posix()}\n")
+        out.write(listed)
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(path / LIST)
 
 
-def damage(path: Path, parts: Collection[str]) -> str | None:
+def damage(path: AnyPath, parts: Collection[str]) -> str | None:
     """Returns what is wrong with the given sub-directories, None if they are intact."""
     expected = {}
     try:

@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, config: ConfigDict, *, step: int | None = None
+    path: str | AnyPath, config: ConfigDict, *, step: int | None = None
 ) -> Checkpoint:
     """Opens weights to evaluate, on all devices.
 
@@ -81,7 +81,7 @@ def open_checkpoint(
       SetupError: if the weights do not fit the config, or lack what is evaluated.
       RestoreError: if the run has no intact checkpoint.
     """
-    path, mesh = Path(path), parallel.make_mesh()
+    path, mesh = remote.path(path), parallel.make_mesh()
     with train.setting_up():
         if not config.data.get("num_classes", 1):
             opened = sources.make_source(config.data, "train")

@@ -159,8 +159,14 @@ class Evaluations:
                 }
         return found
 
-    def report(self, found: dict[str, float]) -> None:
-        """Prints the closing table of a run, and where everything lies."""
+    def report(
+        self, found: dict[str, float], *, name: Callable[[Path], Any] = str
+    ) -> None:
+        """Prints the closing table of a run, and where everything lies.
+
+        Args:
+          name: what to call a file.
+        """
         if text := table(found):
             print(f"\n{text}\n")
         if "train/loss_trivial" in found:  # not of a finished run, started again
@@ -172,11 +178,11 @@ class Evaluations:
             print(best(found))
         written = self._directory / metrics.METRICS
         curve = visualize.loss_curve(written, self._directory / "curve.png")
-        print(f"metrics      {written}")
-        print(f"curve        {curve}")
+        print(f"metrics      {name(written)}")
+        print(f"curve        {name(curve)}")
         for path in self.files[-1:]:
-            print(f"pictures     {path}")
-        print(f"checkpoints  {self._directory / 'checkpoints'}", flush=True)
+            print(f"pictures     {name(path)}")
+        print(f"checkpoints  {name(self._directory / 'checkpoints')}", flush=True)
 
     def _evaluation(
         self, evals, predict, stop, **pictures: Any

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import flax
@@ -31,9 +30,11 @@ from crossmae_jax import (
     interruption,
     layout,
     metrics,
+    mirror,
     objectives,
     optim,
     parallel,
+    remote,
     workdir,
 )
 from crossmae_jax.convert import starting
@@ -179,7 +180,7 @@ def make_objective(config: ConfigDict) -> Any:
     return objectives.OBJECTIVES[config.objective](config)
 
 
-def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
+def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
     Goes on from the newest checkpoint in the directory if there is one. SIGTERM and
@@ -192,9 +193,17 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
       KernelError: if a kernel does not compute what it should on these devices.
       FloatingPointError: if the loss is no longer finite.
     """
-    directory, begun = Path(directory), time.time()
+    begun = time.time()
+    with setting_up():
+        directory = remote.path(directory)
     environment.check_accelerator()
     parallel.start()
+    with mirror.opened(directory) as home:
+        return _run(config, home, begun=begun)
+
+
+def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, float]:
+    directory = home.local
     with setting_up():
         cluster.check_same(config.to_json(sort_keys=True) + str(directory))
         opened = {"train": sources.make_source(config.data, "train")}
@@ -229,7 +238,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         with setting_up():
             checkpoints = checkpoint.Checkpoints(
-                directory / "checkpoints", keep=config.checkpoint.keep
+                home.path / "checkpoints", keep=config.checkpoint.keep
             )
             stack.callback(checkpoints.close)
             weights = None
@@ -240,23 +249,24 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 "fingerprint": opened["train"].fingerprint,
             }
             workdir.claim(
-                directory, config, resuming=bool(checkpoints.steps()), dataset=dataset
+                directory, config, resuming=bool(checkpoints.steps()), dataset=dataset,
+                name=home.path,
             )
-            kept = best.Best(directory / "best", config, dataset)
+            kept = best.Best(home, config, dataset)
             stack.callback(kept.close)
         cluster.check_shared(directory / "config.json")
         restored = checkpoints.restore_latest(
             parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
         )
         if restored is None:
-            parallel.say(f"FRESH START in {directory}")
+            parallel.say(f"FRESH START in {home.path}")
             start, state = 0, init(init_key)
             if weights is not None:
                 parallel.say("\n".join(weights.report))
                 state = state.replace(variables=weights.apply(state.variables))
         else:
             start, state = restored
-            parallel.say(f"RESUMED at step {start} of {total} from {directory}")
+            parallel.say(f"RESUMED at step {start} of {total} from {home.path}")
         environment.write_environment(directory)
         parallel.say(
             f"{layout_line}\n"
@@ -338,6 +348,7 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
                 with meter.pause():
                     if stopping or step % save_every == 0:
                         with wall_time.spent("save", waited=waited):
+                            home.push()  # first: see its module
                             checkpoints.save(step, state, wait=stopping)
                         saved = step
                         wall_time.saved()
@@ -360,18 +371,19 @@ def run(config: ConfigDict, directory: str | Path) -> dict[str, float]:
             wall_time.until_now("steps", waited=batches.wait_seconds)
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
+                home.push()
                 checkpoints.save(now, state, wait=True)
             wall_time.until_now("save")
             wall_time.saved()
             wall_time.write()
             progress.note(
-                f"stopped: step {now} is saved in {directory}; run the same command "
+                f"stopped: step {now} is saved in {home.path}; run the same command "
                 "again to go on"
             )
             raise SystemExit(interruption.REQUEUE) from None
     parallel.say(str(wall_time))
     if jax.process_index() == 0:
-        evaluations.report(latest)
+        evaluations.report(latest, name=home.name)
     return latest
 
 

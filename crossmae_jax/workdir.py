@@ -24,6 +24,9 @@ import jax
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from crossmae_jax import remote
+from crossmae_jax.remote import AnyPath
+
 # Keys that may differ when a run is resumed: where things lie, how often to look.
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
@@ -60,9 +63,9 @@ def write_whole(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | AnyPath) -> bool:
     """Says whether a path is the workdir of a run with checkpoints."""
-    path = Path(path)
+    path = remote.path(path)
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
 
 
@@ -78,13 +81,13 @@ _OPTIONAL = {
 }
 
 
-def read_config(workdir: str | Path) -> ConfigDict:
+def read_config(workdir: str | AnyPath) -> ConfigDict:
     """Returns the configuration of a run, for this version of the library.
 
     Raises:
       FileNotFoundError: if the directory is not that of a run.
     """
-    path = Path(workdir) / "config.json"
+    path = remote.path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give the --workdir that a run was started with."
@@ -141,11 +144,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def claim(
-    workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool
+    workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool,
+    name: AnyPath | None = None,
 ) -> None:
     """Writes what the run is; when resuming, first checks that it is the same run.
 
     Args:
+      name: of the workdir in errors, where these files are copies.
       dataset: number of images and fingerprint of the training data.
       resuming: whether the directory holds checkpoints to go on from.
 
@@ -153,26 +158,27 @@ def claim(
       ValueError: if the directory's checkpoints belong to another configuration or to
         other data; lists every difference.
     """
+    shown = name or workdir
     ours = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
     if resuming:
-        for name, new in ours.items():
-            if not (workdir / name).exists():
+        for file, new in ours.items():
+            if not (workdir / file).exists():
                 raise ValueError(
-                    f"{workdir} holds checkpoints but no {name}, so nobody can tell "
+                    f"{shown} holds checkpoints but no {file}, so nobody can tell "
                     "which run they belong to; give a new --workdir."
                 )
-            old = json.loads((workdir / name).read_text())
-            if name == "config.json":
+            old = json.loads((workdir / file).read_text())
+            if file == "config.json":
                 old = _completed(old)
             changed = _differences(old, new)
             if changed:
                 raise ValueError(
-                    f"{workdir} holds checkpoints of another run; {name} differs:\n  "
+                    f"{shown} holds checkpoints of another run; {file} differs:\n  "
                     + "\n  ".join(changed)
                     + "\nGo on with the old settings and data, or give a new --workdir."
                 )
     if jax.process_index() != 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, new in ours.items():
-        write_whole(workdir / name, json.dumps(new, indent=2) + "\n")
+    for file, new in ours.items():
+        write_whole(workdir / file, json.dumps(new, indent=2) + "\n")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from crossmae_jax import checkpoint, workdir
+from crossmae_jax import checkpoint, remote, workdir
 from crossmae_jax.convert import (
     cards,
     hints,
@@ -29,6 +29,7 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.tensor import Tensor, Tensors
+from crossmae_jax.remote import AnyPath
 
 FORMATS = ("run", "safetensors", "mae", "timm", "huggingface")
 CARD = "crossmae_jax"  # the card's name in the metadata of our files
@@ -56,7 +57,7 @@ class Weights:
 
 
 def open_weights(
-    path: str | Path, *, format: str | None = None, step: int | None = None,
+    path: str | AnyPath, *, format: str | None = None, step: int | None = None,
     fallback: Facts | None = None, **facts: Any,
 ) -> Weights:
     """Opens weights of any format.
@@ -71,7 +72,10 @@ def open_weights(
       ConversionError: if nothing of a known format lies there, something is missing in
         it, or facts are needed or contradicted.
     """
-    path = Path(path)
+    try:
+        path = remote.path(path)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     if not path.exists():
         raise ConversionError(
             f"No weights at {path}; give a file, a folder or the --workdir of a run."
@@ -90,6 +94,8 @@ def open_weights(
             f"Unknown: {', '.join(unknown)}. What can be said of weights: "
             f"{', '.join(sorted(known))}."
         )
+    if remote.is_remote(path) and format != "run":
+        raise ConversionError(_only_runs(path))
     evidence = [f"format {format}: {reason}"]
     if format in ("run", "safetensors"):
         if facts := {k: v for k, v in facts.items() if v is not None}:
@@ -106,12 +112,23 @@ def open_weights(
     return _open_foreign(path, format, Facts(**facts), fallback or Facts(), evidence)
 
 
-def recognise(path: Path) -> tuple[str, str]:
+def _only_runs(path: AnyPath) -> str:
+    return (
+        f"{path} lies in a bucket and is no run: only runs are read from there. Copy "
+        f"it first: gcloud storage cp -r {path} ."
+    )
+
+
+def recognise(path: AnyPath) -> tuple[str, str]:
     """Returns the format of what lies at `path`, and the reason.
 
     Raises:
       ConversionError: if it is none of ours.
     """
+    if remote.is_remote(path):
+        if workdir.is_run(path):
+            return "run", "config.json and checkpoints/ in it"
+        raise ConversionError(_only_runs(path))
     if path.is_dir():
         return _recognise_folder(path)
     tensors, rest = read_file(path)
@@ -193,7 +210,7 @@ def _all_tensors(content: dict[Any, Any]) -> bool:
     )
 
 
-def _open_run(path: Path, step: int | None, evidence: list[str]) -> Weights:
+def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
     directory = path / "checkpoints"
     if not any(entry.name.isdecimal() for entry in directory.iterdir()):
         raise ConversionError(f"The run {path} has saved no checkpoint yet.")
