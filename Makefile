@@ -2,8 +2,8 @@
 # make test    run the tests
 #
 # Each first installs the versions of constraints.txt into .venv, once; the tests also
-# PyTorch, timm and transformers, to compare with, the TPU's compiler, and what corrupts
-# images. With another Python: make demo PYTHON=python3.12
+# PyTorch, timm and transformers, to compare with, the TPU's compiler, what corrupts
+# images, and what reads buckets. With another Python: make demo PYTHON=python3.12
 #
 # make test-gpu-compile    compile for a GPU that need not be there (1.5 GB)
 
@@ -41,7 +41,7 @@ $(DEMO): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 $(TEST): $(DEMO)
-	$(INSTALL) --no-build-isolation --editable '.[demo,test,interop,robustness]'
+	$(INSTALL) --no-build-isolation --editable '.[demo,test,interop,robustness,gcs]'
 	$(BESIDE)/tpu 'libtpu; sys_platform == "linux" and platform_machine == "x86_64"'
 	touch $@
 

@@ -25,6 +25,7 @@ from crossmae_jax import (
     evaluators,
     objectives,
     parallel,
+    remote,
     report,
     robustness_sets,
     train,
@@ -34,6 +35,7 @@ from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.evaluators import features, linear
 from crossmae_jax.ops import attention, attention_check
+from crossmae_jax.remote import AnyPath
 
 SUITES = ("accuracy", "knn", "linear", "robustness")
 KS = (10, 20, 100, 200)  # DINO's, arXiv 2104.14294; 20 is the usual one

@@ -5,7 +5,7 @@ no evaluator. Two baselines put the final numbers in proportion: the same networ
 random initialisation, and the raw pixels, evaluated in the same way on the same split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 

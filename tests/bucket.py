@@ -23,12 +23,13 @@ class Bucket:
     Attributes:
       refused: uploads of names that match are answered with "forbidden".
       received: method and path of all calls so far.
+      written: names of objects in the order in which they were written.
     """
 
     def __init__(self, url):
         self.url = url
         self.refused = None
-        self.received = []
+        self.received, self.written = [], []
         self._objects = {}
         self._uploads = {}
         self._generations = itertools.count(1_000)
@@ -44,6 +45,7 @@ class Bucket:
     def write(self, name, data):
         with self._lock:
             self._objects[name] = (data, next(self._generations))
+            self.written.append(name)
 
     def delete(self, name):
         with self._lock:

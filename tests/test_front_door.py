@@ -238,7 +238,9 @@ DISTRIBUTIONS = {
 def test_every_package_that_is_imported_is_declared():
     ours = {"crossmae_jax", "configs", "benchmarks", "tests"}
     # Named in the errors without them.
-    optional = {"scikit-learn": "demo", "imagecorruptions-imaug": "robustness"}
+    optional = {
+        "scikit-learn": "demo", "imagecorruptions-imaug": "robustness", "fsspec": "gcs",
+    }
     tested = declared()["test"] | declared()["interop"] | declared()[""]
     for name, folders in project_imports().items():
         if name in sys.stdlib_module_names or name in ours:
@@ -312,7 +314,7 @@ def test_every_pin_is_exact_and_inside_the_declared_bounds():
         name = pin.name.lower().replace("_", "-")
         versions.setdefault(name, []).append(str(pin.specifier)[2:])
     lines = parser["options"]["install_requires"].splitlines()
-    for extra in ("demo", "test", "robustness", "benchmarks"):
+    for extra in ("demo", "test", "robustness", "benchmarks", "gcs"):
         lines += parser["options.extras_require"][extra].splitlines()
     for line in filter(None, lines):
         requirement = requirements.Requirement(line)

@@ -30,16 +30,20 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from crossmae_jax import main as train_main
+from crossmae_jax import remote
 
 _SETS = ("a", "r", "sketch", "c")
 
 
-def _checkpoint(argv: list[str]) -> Path:
+def _checkpoint(argv: list[str]) -> remote.AnyPath:
     """Returns the path of --checkpoint, which decides what --config is."""
     for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "checkpoint":
-            return Path(value if equals else following)
+            try:
+                return remote.path(value if equals else following)
+            except ValueError as error:
+                train_main.stop(str(error))
     train_main.stop(
         "--checkpoint is missing: the --workdir of a run, or a file of weights."
     )
@@ -113,9 +117,13 @@ def main(argv: list[str]) -> int:
 
     from crossmae_jax import cluster, environment, evaluate, parallel, workdir
 
-    path = Path(values.checkpoint)
+    path = remote.path(values.checkpoint)
     if values.workdir is None and not workdir.is_run(path):
         train_main.stop("--workdir is missing: where the report goes.")
+    if remote.is_remote(values.workdir or path):
+        train_main.stop(
+            "Reports are not written to a bucket; give a --workdir on a disk."
+        )
     with train_main.session(agree_to_stop=False):
         environment.check_accelerator()
         if jax.process_count() > 1:

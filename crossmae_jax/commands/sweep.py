@@ -17,6 +17,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from crossmae_jax import main as train_main
+from crossmae_jax import remote
 
 
 def _blocks(texts: list[str]) -> list[float]:
@@ -46,6 +47,12 @@ def main(argv: list[str]) -> int:
         if not getattr(values, name):
             train_main.stop(
                 f"--{name} is missing; python -m crossmae_jax sweep --help."
+            )
+    for name in (values.workdir, *values.against):
+        if remote.is_remote(name):
+            train_main.stop(
+                f"{name} lies in a bucket, where a sweep cannot be; give a directory "
+                "on a disk."
             )
     logging.set_verbosity(logging.WARNING)
     # Loader workers import this file anew, and must not import JAX.

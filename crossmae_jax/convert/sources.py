@@ -296,7 +296,7 @@ def _open_foreign(
 
 
 def _check(
-    tensors: Tensors, card: Card, path: Path, *, table: names.Table = (),
+    tensors: Tensors, card: Card, path: AnyPath, *, table: names.Table = (),
     left_over: list[str] | None = None,
 ) -> None:
     expected = names.without_collections(structure.abstract_variables(card))

@@ -18,6 +18,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from crossmae_jax import remote
+
 NAME = "sklearn_digits"
 
 
@@ -74,6 +76,11 @@ def prepare(data_dir: str | None = None) -> str:
     Returns:
       That directory, with `~` resolved.
     """
+    if remote.is_remote(data_dir or ""):
+        raise ValueError(
+            f"data.data_dir={data_dir!r} lies in a bucket, but the digits are written "
+            "there first; give a directory on a disk, or leave it out."
+        )
     data_dir = os.path.expanduser(data_dir or "~/.cache/crossmae_jax")
     place = os.path.join(data_dir, NAME)
     version = os.path.join(place, str(SklearnDigits.VERSION))

@@ -30,6 +30,7 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.download import extractor
 
+from crossmae_jax import remote
 from crossmae_jax.data import sources
 
 NAME = "imagenet2012"
@@ -53,6 +54,12 @@ def prepare(
     Returns:
       The directory of the set.
     """
+    if remote.is_remote(manual_dir) or remote.is_remote(data_dir):
+        raise ValueError(
+            f"manual_dir={manual_dir!r} and data_dir={data_dir!r} must lie on a disk. "
+            "Prepare the set there and copy it to the bucket: gcloud storage cp -r "
+            "DATA_DIR/imagenet2012 gs://BUCKET/."
+        )
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
     builder = tfds.builder_cls(NAME)(data_dir=data_dir)
     directory = os.fspath(builder.data_path)

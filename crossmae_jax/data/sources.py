@@ -10,6 +10,9 @@ A source has
 
 It never decodes, it is cheap to pickle, and files are opened where they are read: the
 loader sends a source to worker processes. Neither TensorFlow nor JAX is imported.
+
+A directory may be `gs://bucket/folder`. A folder of images is listed once and each
+image is one request; of a prepared set each record is one, which ArrayRecord makes.
 """
 
 import collections
@@ -24,7 +27,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from crossmae_jax import remote
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+_ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
 _OPEN_FILES = 10_240  # the most that macOS grants
 
 
@@ -35,7 +41,7 @@ class FolderSource:
     of them lies in a first-level folder and there are two such folders or more, those
     are the classes, numbered in the same order. Links to directories are followed, but
     each directory is read once, under its real path if that lies below the root; so
-    loops end. Names that begin with a dot are skipped.
+    loops end. Names that begin with a dot are skipped. A bucket has no links.
 
     Args:
       classes: the class names of another split, which decide the numbers here too;
@@ -43,8 +49,12 @@ class FolderSource:
     """
 
     def __init__(self, directory: str, *, classes: tuple[str, ...] | None = None):
-        self.directory = os.path.abspath(os.path.expanduser(directory))
-        paths, others = _walk(self.directory)
+        if remote.is_remote(directory):
+            self.directory = str(remote.path(directory))
+            paths, others = _list(self.directory)
+        else:
+            self.directory = os.path.abspath(os.path.expanduser(directory))
+            paths, others = _walk(self.directory)
         if not paths:
             raise ValueError(_nothing_found(self.directory, others))
         # One blob and offsets instead of a list: a million paths travel to each worker.
@@ -75,8 +85,11 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.name(index)
-        with open(path, "rb") as file:
-            image = file.read()
+        if remote.is_remote(path):
+            image = self._bucket.cat_file(path)
+        else:
+            with open(path, "rb") as file:
+                image = file.read()
         label = -1 if self._labels is None else int(self._labels[index])
         return {"image": image, "label": label, "name": path}
 
@@ -85,6 +98,13 @@ class FolderSource:
         start = self._ends[index - 1] if index else 0
         path = os.fsdecode(self._blob[start : self._ends[index]])
         return os.path.join(self.directory, path)
+
+    @functools.cached_property
+    def _bucket(self) -> Any:
+        return remote.system(self.directory)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_bucket"}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -232,13 +252,36 @@ def _digits(data: ConfigDict, split: str) -> TfdsSource | None:
 SOURCES = {"digits": _digits, "folder": _folder, "tfds": _tfds}
 
 
+def _is_image(name: bytes) -> bool:
+    return name.lower().endswith(_ENDINGS)
+
+
+def _list(directory: str) -> tuple[list[bytes], collections.Counter]:
+    """Returns what `_walk` returns, of a folder in a bucket."""
+    bucket = remote.system(directory)
+    root = directory.removeprefix("gs://") + "/"
+    paths, others = [], collections.Counter()
+    names = bucket.find(directory)
+    if not names or names == [root[:-1]]:
+        what = "is an object" if names else "does not exist"
+        raise ValueError(f"{directory} {what}; expected a folder of images.")
+    for name in names:
+        below = os.fsencode(name.removeprefix(root))
+        if any(part.startswith(b".") for part in below.split(b"/")):
+            continue
+        if _is_image(below):
+            paths.append(below)
+        else:
+            others[os.path.splitext(os.fsdecode(below))[1].lower()] += 1
+    return sorted(paths), others
+
+
 def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
     """Returns the sorted image paths below a directory, and what else there is."""
     if not os.path.isdir(directory):
         what = "is a file" if os.path.exists(directory) else "does not exist"
         raise ValueError(f"{directory} {what}; expected a directory of images.")
     root = os.fsencode(directory)
-    extensions = tuple(os.fsencode(e) for e in EXTENSIONS)
     paths, others = [], collections.Counter()
     seen: set[tuple[int, int]] = set()
     pending, links = [b""], []
@@ -258,7 +301,7 @@ def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
             path = os.path.join(below, entry.name)
             if entry.is_dir():
                 (links if entry.is_symlink() else pending).append(path)
-            elif entry.name.lower().endswith(extensions):
+            elif _is_image(entry.name):
                 paths.append(path)
             else:
                 others[os.fsdecode(os.path.splitext(entry.name)[1].lower())] += 1
@@ -282,6 +325,8 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     """Finds a prepared ArrayRecord set, or says how to make it one."""
     where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     where = os.path.expanduser(where)
+    if remote.is_remote(where):
+        where = str(remote.path(where))
     try:
         builder = tfds.builder(name, data_dir=where)
     except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
@@ -303,9 +348,10 @@ def _prepared(name: str, data_dir: str | None) -> Any:
 
 def _not_there(name: str, where: str, reason: str) -> str:
     try:
-        entries = sorted(e for e in os.listdir(where) if e != "downloads")
+        below = remote.path(where).iterdir()
+        entries = sorted(e.name for e in below if e.name != "downloads")
     except OSError as error:
-        entries = [f"nothing ({error.strerror})"]
+        entries = [f"nothing ({error.strerror or 'no such folder'})"]
     return (
         f"TFDS data set {name!r} is not prepared under {where}: {reason}. Found there: "
         f"{', '.join(entries[:20]) or 'nothing'}. Set data.data_dir, or prepare it: "
