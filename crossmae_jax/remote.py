@@ -20,7 +20,7 @@ from etils import epath
 AnyPath = Path | epath.Path
 COMMITTED = "commit_success.txt"  # the name that Orbax gives to what commits a step
 
-_SCHEME = re.compile(r"gs:/+")
+_SCHEME = re.compile(r"gs://?")  # pathlib makes one slash of two
 _NEEDED = ("gcsfs", "fsspec")
 
 

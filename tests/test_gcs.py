@@ -1,27 +1,19 @@
 """Runs, checkpoints and images in a bucket; real Orbax, TFDS and training on one."""
 
-import io
 import json
-import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-import fsspec
-import jax
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-from PIL import Image
 
 import crossmae_jax
 from crossmae_jax import (
     checkpoint,
     digests,
-    metrics,
     mirror,
-    parallel,
     remote,
     train,
     workdir,
@@ -29,7 +21,9 @@ from crossmae_jax import (
 from crossmae_jax.convert import ConversionError
 from crossmae_jax.data import digits, imagenet, pipeline, sources
 from tests import bucket as buckets
-from tests import saved_runs, test_checkpoint, test_train
+from tests import test_train
+from tests.image_files import config as settings
+from tests.image_files import write_folder
 from tests.test_checkpoint import abstract, assert_same, bits, make_state
 
 ROOT = Path(__file__).parent.parent
@@ -178,10 +172,12 @@ def test_a_save_that_ends_before_the_commit_is_no_step(saved, capsys):
 
 def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
     flip(saved, object_of(saved, 20, "variables"))
-    monkeypatch.setattr(
-        type(remote.system(RUN)), "rm_file", lambda *_: (_ for _ in ()).throw(OSError)
-    )
-    with pytest.raises(OSError):
+
+    def fail(path):
+        raise OSError(f"{path}: the host died")
+
+    monkeypatch.setattr(remote.system(RUN), "rm_file", fail)
+    with pytest.raises(OSError, match="the host died"):
         reopen().restore_latest(abstract(make_state(2)))
     monkeypatch.undo()
     assert reopen().restore_latest(abstract(make_state(2)))[0] == 10
@@ -220,3 +216,161 @@ def test_files_of_a_run_come_and_go(bucket, capsys):
         (home.local / "metrics.jsonl").write_text("longer")
         raise KeyError
     assert bucket.read("runs/one/metrics.jsonl") == b"longer"
+
+
+def put(bucket, folder, directory):
+    """Copies a directory's files to a folder of the bucket."""
+    for path in remote.files(Path(directory)):
+        bucket.write(f"{folder}/{path.relative_to(directory)}", path.read_bytes())
+
+
+def lines(bucket):
+    text = bucket.read("runs/one/metrics.jsonl").decode()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
+    put(bucket, "data", digits.prepare(digits_dir))
+    config = test_train._config(
+        f"gs://{buckets.NAME}/data", checkpoint__best="eval/reconstruction/mse",
+        evals=dict(reconstruction=dict(every_epochs=0.4, num_images=3)),
+    )
+    config.data.update(source="tfds", name=digits.NAME)
+    found = train.run(config, RUN)
+    printed = capsys.readouterr().out
+    assert f"FRESH START in {RUN}\n" in printed
+    assert f"metrics      {RUN}/metrics.jsonl\n" in printed
+    written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=15)
+    for name in (
+        "config.json", "dataset.json", "environment.json", "time.json", "curve.png",
+        "panels/step_00000015.png", "best/best.json", "best/config.json",
+    ):
+        assert bucket.read(f"runs/one/{name}"), name
+    assert bucket.names("runs/one/tensorboard/events")
+    assert json.loads(bucket.read("runs/one/best/best.json"))["step"] == (
+        found["best/step"]
+    )
+    # Whoever reads a checkpoint finds the lines up to it.
+    order = bucket.written
+    for step in (6, 12):
+        committed = order.index(f"runs/one/checkpoints/{step}/{remote.COMMITTED}")
+        assert "runs/one/metrics.jsonl" in order[:committed]
+        assert "runs/one/config.json" in order[:committed]
+
+    # As if the host had died while the last step was saved.
+    bucket.delete(f"runs/one/checkpoints/15/{remote.COMMITTED}")
+    again = train.run(config, RUN)
+    assert f"RESUMED at step 12 of 15 from {RUN}\n" in capsys.readouterr().out
+    assert bits(checkpoint.restore_variables(STEPS)) == bits(curve)
+    assert again["train/loss"] == found["train/loss"]
+    steps = [line["step"] for line in lines(bucket) if "train/loss" in line]
+    assert steps == [line["step"] for line in written if "train/loss" in line]
+
+    with pytest.raises(train.SetupError, match=f"{RUN} holds checkpoints of another"):
+        train.run(config.copy_and_resolve_references() | {"seed": 5}, RUN)
+    assert workdir.is_run(RUN) and workdir.read_config(RUN).seed == config.seed
+    for path in (RUN, f"{RUN}/best"):
+        encoder = crossmae_jax.load(path)
+        assert encoder.card.origin == path
+        image = np.zeros((1, 16, 16, 1), np.uint8)
+        assert np.isfinite(encoder(image)).all()
+    other = test_train._config(digits_dir, init_from=RUN, epochs=0.1)
+    other.optim.warmup_epochs = 0.0
+    train.run(other, f"gs://{buckets.NAME}/runs/two")
+    assert f"from {RUN}" in capsys.readouterr().out
+
+
+def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
+    put(bucket, "sets/train", write_folder(tmp_path / "train", 20))
+    bucket.write("sets/train2/else.png", b"")
+    bucket.write("sets/train/.hidden/x.png", b"")
+    bucket.write("sets/train/.y.png", b"")
+    bucket.write("sets/train/notes.txt", b"")
+    local = sources.FolderSource(str(tmp_path / "train"))
+    source = sources.FolderSource(f"gs://{buckets.NAME}/sets/train/")
+    assert (len(source), source.classes, source.fingerprint) == (
+        len(local), local.classes, local.fingerprint
+    )
+    for k in (0, 19):
+        ours, theirs = source[k], local[k]
+        assert ours["image"] == theirs["image"] and ours["label"] == theirs["label"]
+        assert ours["name"] == theirs["name"].replace(
+            str(tmp_path), f"gs://{buckets.NAME}/sets"
+        )
+    assert len(pickle.dumps(source)) < 2000
+    data = settings(batch_size=10, image_size=(16, 16))
+    batches = []
+    for opened, data.workers in ((local, 0), (source, 0), (source, 1)):
+        with pipeline.train_batches(
+            opened, data, seed=3, start_step=0, num_steps=2
+        ) as loaded:
+            batches.append([batch["image"].tobytes() for batch in loaded])
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_reading_images_in_a_bucket_imports_no_jax(bucket, tmp_path):
+    put(bucket, "sets/train", write_folder(tmp_path / "train", 2))
+    code = (
+        "import sys\nfrom crossmae_jax.data import sources\n"
+        f"source = sources.FolderSource('gs://{buckets.NAME}/sets/train')\n"
+        "assert source[0]['image']\nassert not {'jax', 'tensorflow'} & set(sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_what_is_not_in_the_bucket_is_named(bucket, tmp_path):
+    place = f"gs://{buckets.NAME}"
+    bucket.write("sets/text/a.txt", b"")
+    for folder, message in (
+        ("none", "none does not exist"), ("text", "No images under.*1 .txt"),
+        ("text/a.txt", "is an object"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sources.FolderSource(f"{place}/sets/{folder}")
+    data = settings(source="tfds", name="no_such_set", data_dir=f"{place}/sets")
+    with pytest.raises(ValueError, match=f"under {place}/sets: .*Found there: text"):
+        sources.make_source(data, "train")
+    with pytest.raises(checkpoint.RestoreError, match="there is no such directory"):
+        checkpoint.newest_step(STEPS)
+    with pytest.raises(ConversionError, match=f"No weights at {place}/none"):
+        crossmae_jax.load(f"{place}/none")
+    for name in ("weights.safetensors", "folder/model.safetensors"):
+        bucket.write(name, b"")
+        with pytest.raises(ConversionError, match="Copy it first: gcloud storage cp"):
+            crossmae_jax.load(f"{place}/{name.partition('/')[0]}")
+
+
+def test_what_must_lie_on_a_disk_says_so(tmp_path):
+    with pytest.raises(ValueError, match="digits are written"):
+        digits.prepare(f"gs://{buckets.NAME}/data")
+    with pytest.raises(ValueError, match="gcloud storage cp"):
+        imagenet.prepare(str(tmp_path), f"gs://{buckets.NAME}/data")
+    with pytest.raises(ValueError, match="names no bucket"):
+        remote.path("gs:///runs")
+    for command in (
+        ["sweep", "--config=configs/partialft_vitb.py", "--blocks=1"],
+        ["evaluate", "--config=configs/vitb_cross.py", "--checkpoint=x", "--suite=knn"],
+    ):
+        found = subprocess.run(
+            [sys.executable, "-m", "crossmae_jax", *command, f"--workdir={RUN}"],
+            cwd=ROOT, capture_output=True, text=True,
+        )
+        assert found.returncode == 2 and "on a disk" in found.stderr, found.stderr
+
+
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch, digits_dir):
+    whole = remote.importlib.util.find_spec
+    monkeypatch.setattr(
+        remote.importlib.util, "find_spec",
+        lambda name, *rest: None if name == "gcsfs" else whole(name, *rest),
+    )
+    message = rf"{RUN}.* gcsfs is needed.*pip install -e '.\[gcs\]'"
+    with pytest.raises(train.SetupError, match=message):
+        train.run(test_train._config(digits_dir), RUN)
+    with pytest.raises(ConversionError, match=message):
+        crossmae_jax.load(RUN)
+    with pytest.raises(ValueError, match="gcsfs is needed"):
+        sources.FolderSource(f"gs://{buckets.NAME}/train")
