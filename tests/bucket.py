@@ -229,6 +229,7 @@ def environment(url):
     return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
+        "CLOUD_STORAGE_EMULATOR_ENDPOINT": url,  # ArrayRecord's
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "no secret",
         "GOOGLE_CLOUD_PROJECT": "none",
         # Asks the service by gRPC for kinds of buckets that this is none of.

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ from crossmae_jax import (
     train,
     workdir,
 )
-from crossmae_jax.convert import ConversionError
+from crossmae_jax.convert import ConversionError, starting
 from crossmae_jax.data import digits, imagenet, pipeline, sources
 from tests import bucket as buckets
 from tests import test_train
@@ -232,18 +233,19 @@ def lines(bucket):
 def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     put(bucket, "data", digits.prepare(digits_dir))
     config = test_train._config(
-        f"gs://{buckets.NAME}/data", checkpoint__best="eval/reconstruction/mse",
-        evals=dict(reconstruction=dict(every_epochs=0.4, num_images=3)),
+        f"gs://{buckets.NAME}/data", epochs=0.6, optim__warmup_epochs=0.1,
+        checkpoint__best="eval/reconstruction/mse",
+        evals=dict(reconstruction=dict(every_epochs=0.0, num_images=3)),
     )
     config.data.update(source="tfds", name=digits.NAME)
     found = train.run(config, RUN)
     printed = capsys.readouterr().out
     assert f"FRESH START in {RUN}\n" in printed
     assert f"metrics      {RUN}/metrics.jsonl\n" in printed
-    written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=15)
+    written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=9)
     for name in (
         "config.json", "dataset.json", "environment.json", "time.json", "curve.png",
-        "panels/step_00000015.png", "best/best.json", "best/config.json",
+        "panels/step_00000009.png", "best/best.json", "best/config.json",
     ):
         assert bucket.read(f"runs/one/{name}"), name
     assert bucket.names("runs/one/tensorboard/events")
@@ -252,32 +254,31 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     )
     # Whoever reads a checkpoint finds the lines up to it.
     order = bucket.written
-    for step in (6, 12):
+    for step in (6, 9):
         committed = order.index(f"runs/one/checkpoints/{step}/{remote.COMMITTED}")
         assert "runs/one/metrics.jsonl" in order[:committed]
         assert "runs/one/config.json" in order[:committed]
 
     # As if the host had died while the last step was saved.
-    bucket.delete(f"runs/one/checkpoints/15/{remote.COMMITTED}")
+    bucket.delete(f"runs/one/checkpoints/9/{remote.COMMITTED}")
     again = train.run(config, RUN)
-    assert f"RESUMED at step 12 of 15 from {RUN}\n" in capsys.readouterr().out
+    assert f"RESUMED at step 6 of 9 from {RUN}\n" in capsys.readouterr().out
     assert bits(checkpoint.restore_variables(STEPS)) == bits(curve)
     assert again["train/loss"] == found["train/loss"]
     steps = [line["step"] for line in lines(bucket) if "train/loss" in line]
     assert steps == [line["step"] for line in written if "train/loss" in line]
 
     with pytest.raises(train.SetupError, match=f"{RUN} holds checkpoints of another"):
-        train.run(config.copy_and_resolve_references() | {"seed": 5}, RUN)
+        train.run(test_train._config(digits_dir, seed=5), RUN)
     assert workdir.is_run(RUN) and workdir.read_config(RUN).seed == config.seed
     for path in (RUN, f"{RUN}/best"):
         encoder = crossmae_jax.load(path)
         assert encoder.card.origin == path
         image = np.zeros((1, 16, 16, 1), np.uint8)
         assert np.isfinite(encoder(image)).all()
-    other = test_train._config(digits_dir, init_from=RUN, epochs=0.1)
-    other.optim.warmup_epochs = 0.0
-    train.run(other, f"gs://{buckets.NAME}/runs/two")
-    assert f"from {RUN}" in capsys.readouterr().out
+    like = jax.eval_shape(train.make_objective(config).init, jax.random.key(0))
+    plan = starting.plan(RUN, like, config)  # config.init_from
+    assert not plan.new and RUN in "\n".join(plan.report)
 
 
 def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
