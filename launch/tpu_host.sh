@@ -19,7 +19,7 @@ state=$HOME/crossmae_jax.state
 install() {
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --seed --python 3.12 .venv
-    .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[tpu]'
+    .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[tpu,gcs]'
 }
 
 train() {

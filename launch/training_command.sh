@@ -82,9 +82,11 @@ check_training_flags() {
 check_shared_workdir() {
     local flag
     for flag in "${TRAINING[@]}"; do
-        if [[ $flag == --workdir=* && $flag != --workdir=/* ]]; then
+        if [[ $flag == --workdir=* && $flag != --workdir=/* &&
+            $flag != --workdir=gs://* ]]; then
             stop "$flag is not an absolute path; name a directory on a disk that" \
-                "all hosts have mounted, such as --workdir=/mnt/shared/vitb_cross."
+                "all hosts have mounted, such as --workdir=/mnt/shared/vitb_cross, or" \
+                "in a bucket, such as --workdir=gs://BUCKET/vitb_cross."
         fi
     done
 }

@@ -287,7 +287,7 @@ def host(tmp_path):
 def test_a_host_installs_with_the_pinned_versions(host):
     assert host.run(host.script, "install").status == 0
     assert host.calls()[-1] == (
-        "python -m pip install --quiet -c constraints.txt -e .[tpu]"
+        "python -m pip install --quiet -c constraints.txt -e .[tpu,gcs]"
     )
 
 
