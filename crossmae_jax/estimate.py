@@ -220,12 +220,14 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
     data, accum_steps = config.data, config.optim.accum_steps
     objective = train.make_objective(config)
     key = jax.random.key(config.seed, impl="threefry2x32")
+    parallel.check_batch_size(
+        data.batch_size, len(devices), accum_steps=accum_steps
+    )
     # Only the lengths of schedules depend on the data set, and no shape on those.
     schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
     tx = optim.make_optimizer(config, schedule)
     state = train.abstract_state(objective, tx, key)
     mesh, line = layout.make_mesh(config, state, devices)
-    parallel.check_batch_size(data.batch_size, mesh, accum_steps=accum_steps)
     _, step = train.compile_steps(
         objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps
     )

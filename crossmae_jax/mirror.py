@@ -11,8 +11,8 @@ last one is lost: lines and pictures of steps after the newest checkpoint, which
 resumed run makes again. A host that dies between copy and checkpoint leaves lines of
 steps that are no longer known; `metrics.MetricWriter` drops them.
 
-Process 0 copies all, as it alone writes nearly all; the others their list of images
-that cannot be decoded, as bad_images.process_1.jsonl.
+Process 0 copies all, as it alone writes nearly all; the others what bears their number,
+which are lists of images that cannot be decoded.
 """
 
 import contextlib
@@ -26,8 +26,6 @@ import jax
 
 from crossmae_jax import parallel, remote
 from crossmae_jax.remote import AnyPath
-
-_OF_ANY_PROCESS = "bad_images.jsonl"
 
 
 class Home:
@@ -50,16 +48,13 @@ class Home:
         """Copies to the bucket what is new since the last time; nothing on a disk."""
         if self.path == self.local:
             return
-        bucket = remote.system(self.path)
+        bucket, number = remote.system(self.path), jax.process_index()
         for file, state in self._states().items():
             if self._copied.get(file) == state:
                 continue
-            target = self.name(file)
-            if file.name == _OF_ANY_PROCESS:
-                target = target.with_name(_own_list())
-            elif jax.process_index():
+            if number and not file.name.endswith(f".process_{number}.jsonl"):
                 continue
-            bucket.pipe_file(os.fspath(target), file.read_bytes())
+            bucket.pipe_file(os.fspath(self.name(file)), file.read_bytes())
             self._copied[file] = state
 
     def pull(self) -> None:
@@ -70,10 +65,6 @@ class Home:
                 if file.suffix not in (".json", ".jsonl") or file.is_dir():
                     continue
                 target = self.local / file.relative_to(self.path)
-                if file.name == _own_list():
-                    target = target.with_name(_OF_ANY_PROCESS)
-                elif file.name.startswith(Path(_OF_ANY_PROCESS).stem):
-                    continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(bucket.cat_file(os.fspath(file)))
         self._copied = self._states()
@@ -85,11 +76,6 @@ class Home:
                 status = file.stat()
                 states[file] = (status.st_mtime_ns, status.st_size)
         return states
-
-
-def _own_list() -> str:
-    number = jax.process_index()
-    return f"bad_images.process_{number}.jsonl" if number else _OF_ANY_PROCESS
 
 
 @contextlib.contextmanager

@@ -107,7 +107,9 @@ def with_sharding(tree: Any, sharding: Any) -> Any:
     )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, *, accum_steps: int = 1) -> None:
+def check_batch_size(
+    batch_size: int, num_devices: int, *, accum_steps: int = 1
+) -> None:
     """Checks that a global batch divides over the devices, and into micro-batches.
 
     Raises:
@@ -115,12 +117,12 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accum_steps: int = 1) -> No
     """
     if accum_steps < 1:
         raise ValueError(f"accum_steps={accum_steps}; expected at least 1.")
-    unit = mesh.size * accum_steps
+    unit = num_devices * accum_steps
     if batch_size > 0 and batch_size % unit == 0:
         return
     below = batch_size // unit * unit
     nearest = [below, below + unit] if below > 0 else [unit]
-    parts = f"{mesh.size} devices" + (
+    parts = f"{num_devices} devices" + (
         f" x {accum_steps} micro-batches" if accum_steps > 1 else ""
     )
     raise ValueError(
@@ -141,7 +143,7 @@ def place_batch(
     if len(set(lengths.values())) != 1:
         raise ValueError(f"The arrays of a batch must be equally long; got {lengths}.")
     local = next(iter(lengths.values()))
-    check_batch_size(local * jax.process_count(), mesh)
+    check_batch_size(local * jax.process_count(), mesh.size)
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)

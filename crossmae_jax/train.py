@@ -205,7 +205,7 @@ def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]
 def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, float]:
     directory = home.local
     with setting_up():
-        cluster.check_same(config.to_json(sort_keys=True) + str(directory))
+        cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
         opened = {"train": sources.make_source(config.data, "train")}
         config = objectives.with_classes(config, opened["train"].num_classes)
         objective = make_objective(config)
@@ -214,6 +214,10 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
         init_key, mask_key, panel_key = jax.random.split(root, 3)
         if held_out := sources.make_source(config.data, "eval"):
             opened["eval"] = held_out
+        parallel.check_batch_size(
+            config.data.batch_size, jax.device_count(),
+            accum_steps=config.optim.accum_steps,
+        )
         if config.log_every_steps < 1:
             raise ValueError(
                 f"log_every_steps={config.log_every_steps} must be 1 or more."
@@ -223,9 +227,6 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
         tx = optim.make_optimizer(config, schedule)
         wanted = abstract_state(objective, tx, init_key)
         mesh, layout_line = layout.make_mesh(config, wanted)
-        parallel.check_batch_size(
-            config.data.batch_size, mesh, accum_steps=config.optim.accum_steps
-        )
         evaluations = evaluation.Evaluations(
             config, objective, opened, mesh=mesh, directory=directory,
             panel_key=panel_key,
@@ -254,7 +255,8 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
             )
             kept = best.Best(home, config, dataset)
             stack.callback(kept.close)
-        cluster.check_shared(directory / "config.json")
+        if home.local == home.path:
+            cluster.check_shared(directory / "config.json")
         restored = checkpoints.restore_latest(
             parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
         )

@@ -9,7 +9,8 @@
     best/               a run of its own: the best state, where one is kept
     panels/             reconstructions
     curve.png           the loss over the steps, drawn at the end
-    bad_images.jsonl    images that could not be decoded, if any
+    bad_images.jsonl    images that could not be decoded, if any; of further processes
+                        bad_images.process_1.jsonl, ...
 
 A directory with checkpoints belongs to the run that wrote them. Going on with another
 learning rate, model or data set would be a different run under the same name, so it is

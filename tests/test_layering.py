@@ -13,9 +13,8 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
-     "augment",
-     "visualize", "digests", "environment", "workdir", "hardware", "collectives",
-     "interruption", "report", "cluster", "remote", "steps", "mirror",
+     "augment", "visualize", "digests", "environment", "workdir", "hardware",
+     "collectives", "interruption", "report", "cluster", "remote", "steps", "mirror",
      "goodput"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",

@@ -27,6 +27,11 @@ class Bad(NamedTuple):
     sample: int
 
 
+def list_name(process_index: int) -> str:
+    """Returns the name of a process's list of bad images."""
+    return f"bad_images{f'.process_{process_index}' * (process_index > 0)}.jsonl"
+
+
 class BadImages:
     """Counts and notes bad images, and raises above a share of the samples seen.
 
@@ -37,10 +42,17 @@ class BadImages:
     Args:
       num_images: how many images the source has.
       max_share: data.max_bad_share.
-      workdir: where `bad_images.jsonl` goes; nowhere when None.
+      workdir: where the list goes; nowhere when None.
+      process_index: of several processes each has a list of its own, and judges by it.
     """
 
-    def __init__(self, num_images: int, max_share: float, workdir: str | None):
+    def __init__(
+        self,
+        num_images: int,
+        max_share: float,
+        workdir: str | None,
+        process_index: int = 0,
+    ):
         self.count = 0
         self._seen = 0
         self._noted: set[int] = set()
@@ -48,7 +60,7 @@ class BadImages:
         self._max_share = max_share
         self._path = None
         if workdir is not None:
-            self._path = os.path.join(workdir, "bad_images.jsonl")
+            self._path = os.path.join(workdir, list_name(process_index))
 
     def add(self, num_samples: int, bad: list[Bad]) -> None:
         """Accounts for a batch and the images that were replaced in it."""
