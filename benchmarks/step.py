@@ -32,7 +32,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import profiling
-from crossmae_jax import cost, environment, hardware, optim, parallel, train
+from crossmae_jax import cost, environment, hardware, layout, optim, parallel, train
 from crossmae_jax import main as train_main
 from crossmae_jax.objectives import OBJECTIVES
 
@@ -98,14 +98,15 @@ def _set(config: ConfigDict, override: str) -> None:
 
 def prepare(name: str, config: ConfigDict) -> Run:
     """Compiles a training step and runs it once."""
-    objective, mesh = OBJECTIVES[config.objective](config), parallel.make_mesh()
-    data = config.data
+    objective, data = OBJECTIVES[config.objective](config), config.data
     parallel.check_batch_size(
-        data.batch_size, mesh, accum_steps=config.optim.accum_steps
+        data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
     )
     schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
     tx = optim.make_optimizer(config, schedule)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    state = train.abstract_state(objective, tx, init_key)
+    mesh, _ = layout.make_mesh(config, state)
     init, step = train.compile_steps(
         objective, tx, mesh, schedule=schedule, key=step_key,
         accum_steps=config.optim.accum_steps,

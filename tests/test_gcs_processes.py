@@ -30,7 +30,7 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
     })
     settings = tmp_path / "settings.py"
     settings.write_text(SETTINGS)
-    whole[0] = f"--config={settings}"
+    whole[1] = f"--config={settings}"
     with buckets.serve() as bucket:
         for name, value in buckets.environment(bucket.url).items():
             monkeypatch.setenv(name, value)
