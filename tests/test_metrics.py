@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import time
 import math
 import os
 import pty
@@ -87,6 +88,7 @@ def test_resumed_curve_has_each_step_once(tmp_path):
 def test_fresh_start_puts_the_earlier_curve_aside(tmp_path):
     killed = metrics.MetricWriter(tmp_path)
     killed.write(10, {"train/loss": 1.0})
+    time.sleep(1.1)  # TensorBoard orders event files by the seconds in their names
     fresh = metrics.MetricWriter(tmp_path)
     fresh.write(10, {"train/loss": 2.0})
     fresh.close()
