@@ -3,7 +3,6 @@
 import fcntl
 import io
 import json
-import time
 import math
 import os
 import pty
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import termios
 import textwrap
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
