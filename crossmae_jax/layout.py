@@ -64,7 +64,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def gathered(kernel: Float[Array, "i o"], dtype: DTypeLike) -> Float[Array, "i o"]:
+def gathered(
+    kernel: Float[Array | np.ndarray, "i o"], dtype: DTypeLike
+) -> Float[Array | np.ndarray, "i o"]:
     """Returns the kernel of a linear layer, whole, in the type to compute in.
 
     The mesh is the one in use while the layer is traced (`parallel.within`); without

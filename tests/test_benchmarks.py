@@ -140,7 +140,8 @@ def test_the_table_is_appended_to_the_results(monkeypatch, tmp_path, capsys):
 
 def test_a_profile_says_what_the_modules_of_the_model_cost(capsys, tmp_path):
     step.main([
-        "--config=configs/digits_cross.py", "--batch=8", "--steps=1",
+        # Enough images that the modules cost more than the update of the weights.
+        "--config=configs/digits_cross.py", "--batch=256", "--steps=1",
         f"--profile={tmp_path}", *[f"--override={override}" for override in TINY],
     ])
     (path,) = tmp_path.glob("digits_cross/**/*.xplane.pb")
