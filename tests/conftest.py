@@ -25,6 +25,15 @@ if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     collect_ignore.append("test_tpu_compile.py")
 
 
+# Files that take minutes come first, or one of two processes ends alone with them.
+_LONG = ("test_processes.py", "test_layout.py", "test_tpu_compile.py", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Orders the tests; within a file they stay as they are."""
+    items.sort(key=lambda item: item.path.name not in _LONG)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """Where the digits are prepared, once for all tests."""

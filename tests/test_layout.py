@@ -204,20 +204,17 @@ def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
     assert set(deep["exchanged"]) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
-@pytest.mark.parametrize("fsdp", [1, 16])
-def test_a_chip_needs_the_same_memory_among_16_and_256(fsdp):
+def test_a_chip_needs_the_same_memory_among_16_and_256():
     few, many = (
         compiling.compile_for(target, [{
             "step": "configs/vitb_cross.py", "overrides": [
-                *compiling.NARROW, f"data.batch_size={2 * chips}", f"mesh.fsdp={fsdp}",
+                *compiling.NARROW, f"data.batch_size={2 * chips}", "mesh.fsdp=16",
             ],
         }])[0]
         for target, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
     )
     assert few["error"] == many["error"] == ""
     assert many["total"] == pytest.approx(few["total"], rel=0.02)
-    if fsdp == 1:  # else the few have one copy of the state, and sum over no others
-        assert many["exchanged"] == pytest.approx(few["exchanged"], rel=0.02)
 
 
 def test_vit_h_with_4096_images_fits_256_chips():
