@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import ablation, step
-from crossmae_jax import evaluate, train, visualize, workdir
+from crossmae_jax import evaluate, objectives, visualize, workdir
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 FINETUNE = "configs/finetune_digits.py"
@@ -97,7 +97,7 @@ def frozen(
             overrides = [f"seed={seed}", *changes, *overrides]
             config = step.load_config(path, overrides=overrides)
             config.data.split = split(percent, seed)
-            objective = train.make_objective(config)
+            objective = objectives.make(config)
             variables = objective.init(jax.random.key(seed))
             made = evaluate.Checkpoint("random", None, "", config, objective, variables)
         options = dict(knn=dict(k=(NEIGHBOURS,)))

@@ -39,7 +39,7 @@ class Best:
                 "Write eval/EVALUATOR/METRIC, such as eval/accuracy/top1, or ''."
             )
         self._checkpoints = checkpoint.Checkpoints(
-            home.path / "best" / "checkpoints", keep=1
+            home.path / "best" / "checkpoints", keep=1, before_save=home.push
         )
         kept = self._checkpoints.steps()
         if kept:
@@ -61,7 +61,6 @@ class Best:
             return
         # A run that goes on from before its best step comes to that step again.
         if step not in self._checkpoints.steps():
-            self._home.push()  # first: see its module
             self._checkpoints.save(step, state, wait=True)
         self._value, self._step = value, step
         if jax.process_index() == 0:

@@ -22,7 +22,7 @@ and renames.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -56,6 +56,10 @@ class Checkpoints:
     All processes of a run call every method. A state is a dataclass or dict of
     `jax.Array`s with the weights in its field `variables`.
 
+    Args:
+      before_save: called before each save: a step finds in its place what this puts
+        there, and nobody finds the step without.
+
     Example:
       checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
       restored = checkpoints.restore_latest(abstract_state)
@@ -65,9 +69,16 @@ class Checkpoints:
       checkpoints.close()
     """
 
-    def __init__(self, directory: str | AnyPath, *, keep: int):
+    def __init__(
+        self,
+        directory: str | AnyPath,
+        *,
+        keep: int,
+        before_save: Callable[[], None] = lambda: None,
+    ):
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints; expected at least 1.")
+        self._before_save = before_save
         self.directory = remote.absolute(directory)
         self._saving: int | None = None
         for path in steps.unfinished(self.directory):
@@ -110,6 +121,7 @@ class Checkpoints:
                         "expected a jax.Array. Wrap it in jnp.asarray(..., dtype)."
                     )
         self.wait()
+        self._before_save()
         self._saving = step
         saved = self._manager.save(
             step,

@@ -25,7 +25,16 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crossmae_jax import collectives, cost, hardware, layout, optim, parallel, train
+from crossmae_jax import (
+    collectives,
+    cost,
+    hardware,
+    layout,
+    objectives,
+    optim,
+    parallel,
+    train,
+)
 from crossmae_jax.data import pipeline
 
 _FUSED = {"cuDNN": "__cudnn$fmha", "TPU kernels": "tpu_custom_call"}
@@ -218,7 +227,7 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
         devices.
     """
     data, accum_steps = config.data, config.optim.accum_steps
-    objective = train.make_objective(config)
+    objective = objectives.make(config)
     key = jax.random.key(config.seed, impl="threefry2x32")
     parallel.check_batch_size(
         data.batch_size, len(devices), accum_steps=accum_steps

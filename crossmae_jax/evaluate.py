@@ -88,7 +88,7 @@ def open_checkpoint(
         if not config.data.get("num_classes", 1):
             opened = sources.make_source(config.data, "train")
             config = objectives.with_classes(config, opened.num_classes)
-        objective = train.make_objective(config)
+        objective = objectives.make(config)
     key = jax.random.key(0, impl="threefry2x32")
     abstract = parallel.with_sharding(
         jax.eval_shape(objective.init, key), parallel.replicated(mesh)

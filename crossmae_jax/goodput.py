@@ -110,7 +110,7 @@ class WallTime:
             workdir.write_whole(self._path, json.dumps(noted, indent=2) + "\n")
 
     def __str__(self) -> str:
-        """Returns `goodput 81 % of 512 s: steps 81 %, data 2 %, compile 9 %, ...`."""
+        """Returns `goodput 81% of 512 s: steps 81%, data 2%, compile 9%, ...`."""
         parts = [f"{k} {s:.0%}" for k, s in self.shares().items() if s >= 0.005]
         total = sum(self._seconds.values())
         return f"goodput {self.shares()['steps']:.0%} of {total:.0f} s: " + ", ".join(

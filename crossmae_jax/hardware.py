@@ -154,11 +154,6 @@ def _parse(target: str) -> tuple[int, str, list[int]]:
     return int(found[1] or 1), kind, [int(side) for side in layout.split("x")]
 
 
-def is_gpu(target: str) -> bool:
-    """Says whether a target is GPUs that need not be there."""
-    return target != "this" and _parse(target)[1] == "h200"
-
-
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -225,7 +220,9 @@ def compiler_options(target: str) -> dict[str, Any]:
 
     Without a GPU there is no autotuning, for which XLA's own matrix kernels ask.
     """
-    return {"xla_gpu_enable_triton_gemm": False} if is_gpu(target) else {}
+    if target == "this" or _parse(target)[1] != "h200":
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False}
 
 
 def memory(device: "jax.Device") -> int | None:

@@ -10,7 +10,8 @@ everywhere.
 A layer calls `gathered` where it multiplies by a kernel. So one layer's kernel is whole
 at a time, in the type that it computes in, for the forward pass and again for the
 gradient where that is inside of what is computed again (config.model.remat); the
-gradient goes back to where the weights lie. Nothing else in a model knows of the mesh.
+gradient goes back to where the weights lie. Beside this only kernels of attention know
+of the mesh (crossmae_jax/ops/attention_tpu.py).
 
 Devices of a group lie side by side: in the same host or slice of TPUs, where the group
 fits in; the sums over the groups are what crosses to others.
@@ -134,16 +135,13 @@ def make_mesh(
     mesh = parallel.make_mesh(devices, fsdp=fsdp)
     lies = "whole on every device" if fsdp == 1 else f"cut over {fsdp} devices"
     return mesh, (
-        f"mesh: {num_devices // fsdp} data x {fsdp} fsdp; weights and moments {lies}, "
+        f"{num_devices // fsdp} data x {fsdp} fsdp; weights and moments {lies}, "
         f"{reason}"
     )
 
 
 def _num_bytes(tree: Any) -> int:
-    return sum(
-        x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended)
-    )
+    return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
 def _least_memory() -> int | None:

@@ -21,7 +21,7 @@ DATA_AXIS = "data"  # over copies of the state
 FSDP_AXIS = "fsdp"  # within one copy of it (crossmae_jax/layout.py)
 
 
-def start() -> str:
+def announce() -> str:
     """Prints and returns `host 0/1, 8 local of 8 devices (cpu)`."""
     line = (
         f"host {jax.process_index()}/{jax.process_count()}, "

@@ -172,14 +172,6 @@ def setting_up() -> Iterator[None]:
         raise SetupError(str(error)) from error
 
 
-def make_objective(config: ConfigDict) -> Any:
-    """Returns what `config.objective` names; ValueError if there is no such thing."""
-    if config.objective not in objectives.OBJECTIVES:
-        known = ", ".join(objectives.OBJECTIVES)
-        raise ValueError(f"Unknown objective {config.objective!r}. Known: {known}.")
-    return objectives.OBJECTIVES[config.objective](config)
-
-
 def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
@@ -197,7 +189,7 @@ def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]
     with setting_up():
         directory = remote.path(directory)
     environment.check_accelerator()
-    parallel.start()
+    parallel.announce()
     with mirror.opened(directory) as home:
         return _run(config, home, begun=begun)
 
@@ -208,7 +200,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
         cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
         opened = {"train": sources.make_source(config.data, "train")}
         config = objectives.with_classes(config, opened["train"].num_classes)
-        objective = make_objective(config)
+        objective = objectives.make(config)
         # The kind of key is named: JAX's default may be set to another elsewhere.
         root = jax.random.key(config.seed, impl="threefry2x32")
         init_key, mask_key, panel_key = jax.random.split(root, 3)
@@ -239,7 +231,8 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
     with contextlib.ExitStack() as stack:
         with setting_up():
             checkpoints = checkpoint.Checkpoints(
-                home.path / "checkpoints", keep=config.checkpoint.keep
+                home.path / "checkpoints", keep=config.checkpoint.keep,
+                before_save=home.push,
             )
             stack.callback(checkpoints.close)
             weights = None
@@ -271,7 +264,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
             parallel.say(f"RESUMED at step {start} of {total} from {home.path}")
         environment.write_environment(directory)
         parallel.say(
-            f"{layout_line}\n"
+            f"mesh: {layout_line}\n"
             f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "
             f"of {config.data.batch_size} images, peak learning rate "
             f"{optim.peak_lr(config):.3g}"
@@ -350,7 +343,6 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 with meter.pause():
                     if stopping or step % save_every == 0:
                         with wall_time.spent("save", waited=waited):
-                            home.push()  # first: see its module
                             checkpoints.save(step, state, wait=stopping)
                         saved = step
                         wall_time.saved()
@@ -373,7 +365,6 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
             wall_time.until_now("steps", waited=batches.wait_seconds)
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
-                home.push()
                 checkpoints.save(now, state, wait=True)
             wall_time.until_now("save")
             wall_time.saved()

@@ -22,11 +22,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 # The TPU's compiler exists for Linux on x86-64 only.
 collect_ignore = []
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):
-    collect_ignore.append("test_tpu_compile.py")
+    collect_ignore += ["test_tpu_compile.py", "test_layout_compile.py"]
 
 
 # Files that take minutes come first, or one of two processes ends alone with them.
-_LONG = ("test_processes.py", "test_layout.py", "test_tpu_compile.py", "test_train.py")
+_LONG = (
+    "test_processes.py", "test_layout.py", "test_layout_compile.py",
+    "test_tpu_compile.py", "test_train.py",
+)
 
 
 def pytest_collection_modifyitems(items):

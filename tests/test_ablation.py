@@ -7,7 +7,7 @@ import re
 import pytest
 
 from benchmarks import ablation, gradients, sampling, step
-from crossmae_jax import train
+from crossmae_jax import objectives, train
 from tests.test_benchmarks import TINY
 
 SHORT = [*TINY, "model.dtype=float32", "epochs=0.3", "optim.warmup_epochs=0.1"]
@@ -73,7 +73,7 @@ def test_table_2_crosses_ratio_method_and_choice():
     found = set()
     for name, overrides in grid.items():  # whatever the config throws by itself
         config = step.load_config("configs/vitb_mae_prmim.py", overrides=overrides)
-        train.make_objective(config)
+        objectives.make(config)
         masking, kind = config.masking, config.model.aggregator.kind
         found.add((masking.throw_ratio, kind, masking.retain))
         assert ("progressive" in name) == (kind == "conv")

@@ -74,7 +74,7 @@ def make(total, *, batch_size=64, sure=100, most=None, accum_steps=1, **changes)
     memory = total and estimate.Memory(10, 20, 1, total - 31, 0)
     return estimate.Estimate(
         target="h200", device_kind="H200", num_devices=2,
-        layout="mesh: 2 data x 1 fsdp",
+        layout="2 data x 1 fsdp",
         device=hardware.Device(tflops=2, memory=1, bandwidth=100, link=4),
         capacity=estimate.Capacity(sure, most or sure, "all", "do something"),
         batch_size=batch_size, accum_steps=accum_steps, seconds=1.0, flops=12e12,

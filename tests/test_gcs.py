@@ -15,6 +15,7 @@ from crossmae_jax import (
     checkpoint,
     digests,
     mirror,
+    objectives,
     remote,
     train,
     workdir,
@@ -274,7 +275,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     encoder = crossmae_jax.load(f"{RUN}/best")
     assert encoder.card.origin == f"{RUN}/best"
     assert np.isfinite(encoder(np.zeros((1, 16, 16, 1), np.uint8))).all()
-    like = jax.eval_shape(train.make_objective(config).init, jax.random.key(0))
+    like = jax.eval_shape(objectives.make(config).init, jax.random.key(0))
     plan = starting.plan(RUN, like, config)  # config.init_from
     assert not plan.new and RUN in "\n".join(plan.report)
 

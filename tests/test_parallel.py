@@ -9,8 +9,8 @@ from jax.sharding import AxisType, PartitionSpec
 from crossmae_jax import parallel
 
 
-def test_start_says_where_this_process_stands(capsys):
-    assert parallel.start() == "host 0/1, 8 local of 8 devices (cpu)"
+def test_each_process_says_where_this_process_stands(capsys):
+    assert parallel.announce() == "host 0/1, 8 local of 8 devices (cpu)"
     assert capsys.readouterr().out == "host 0/1, 8 local of 8 devices (cpu)\n"
 
 

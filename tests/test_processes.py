@@ -81,6 +81,10 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
         assert "mesh: 2 data x 2 fsdp; weights and moments cut over 2" in group.said(0)
         assert group.all_said().count("RESUMED at step") == 1  # process 0 speaks
 
+    # What four have written this process alone can read.
+    alone_read = checkpoint.restore_variables(run / "checkpoints")["params"]
+    assert alone_read["encoder"]["blocks_1"]["mlp"]["fc1"]["kernel"].shape == (32, 128)
+
     with processes.started([whole] * 2, tmp_path / "two") as group:
         group.wait_for(metrics, later())
         group.processes[1].kill()

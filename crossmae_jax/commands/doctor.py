@@ -135,7 +135,7 @@ def main(argv: list[str]) -> int:
     print("devices")
     try:
         print("  ", end="")
-        parallel.start()
+        parallel.announce()
     except RuntimeError as error:
         print(f"\nPROBLEM: JAX finds no device to run on: {error}\nJAX_PLATFORMS="
               f"{os.environ.get('JAX_PLATFORMS', '')!r}; unset it, or install the "

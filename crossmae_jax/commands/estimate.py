@@ -166,7 +166,7 @@ def report(
         f"a device's step {a_device} images"
         + (f" in {found.accum_steps} parts" if found.accum_steps > 1 else "")
         + f", {found.flops / 1e12:.4g} TFLOP",
-        f"layout          {found.layout.removeprefix('mesh: ')}",
+        f"layout          {found.layout}",
         f"step time       {_bound(found, bfloat16=bfloat16)}",
         f"largest batch   {_largest(found, largest, tried or [])}",
     ]

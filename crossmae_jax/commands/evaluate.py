@@ -127,7 +127,7 @@ def main(argv: list[str]) -> int:
     with train_main.session(agree_to_stop=False):
         environment.check_accelerator()
         if jax.process_count() > 1:
-            parallel.start()
+            parallel.announce()
             cluster.check_same(repr(argv))
         made = evaluate.open_checkpoint(path, values.config, step=values.step)
         directory = Path(

@@ -27,11 +27,6 @@ class Bad(NamedTuple):
     sample: int
 
 
-def list_name(process_index: int) -> str:
-    """Returns the name of a process's list of bad images."""
-    return f"bad_images{f'.process_{process_index}' * (process_index > 0)}.jsonl"
-
-
 class BadImages:
     """Counts and notes bad images, and raises above a share of the samples seen.
 
@@ -60,7 +55,8 @@ class BadImages:
         self._max_share = max_share
         self._path = None
         if workdir is not None:
-            self._path = os.path.join(workdir, list_name(process_index))
+            which = f".process_{process_index}" if process_index else ""
+            self._path = os.path.join(workdir, f"bad_images{which}.jsonl")
 
     def add(self, num_samples: int, bad: list[Bad]) -> None:
         """Accounts for a batch and the images that were replaced in it."""

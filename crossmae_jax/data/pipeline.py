@@ -83,9 +83,7 @@ def train_batches(
     )
     order = functools.partial(_shuffled, num_images=len(source), seed=seed)
     loader = _Loader(source, local, order, augment, _pixels(data))
-    bad_images = BadImages(
-        len(source), data.max_bad_share, workdir, process_index
-    )
+    bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
     return Batches(
         loader, num_steps, data.workers, bad_images, ("image", "label", "sample")
     )
@@ -127,9 +125,7 @@ def eval_batches(
     )
     order = functools.partial(_evenly, num_images=len(source), count=count)
     loader = _Loader(source, local, order, prepare, _pixels(data), by_index=True)
-    bad_images = BadImages(
-        len(source), data.max_bad_share, workdir, process_index
-    )
+    bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
     keys = ("image", "label", "valid", "sample")
     return Batches(loader, -(-count // batch_size), data.workers, bad_images, keys)
 

@@ -8,12 +8,23 @@
     reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.objectives.pretrain import Pretrain
 
 OBJECTIVES = {"classify": Classify, "pretrain": Pretrain}
+
+
+def make(config: ConfigDict) -> Any:
+    """Returns what `config.objective` names; ValueError if there is no such thing."""
+    if config.objective not in OBJECTIVES:
+        raise ValueError(
+            f"Unknown objective {config.objective!r}. Known: {', '.join(OBJECTIVES)}."
+        )
+    return OBJECTIVES[config.objective](config)
 
 
 def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:

@@ -1,0 +1,91 @@
+"""How the state lies on TPUs, read off programs that their own compiler made.
+
+As for the kernels (tests/test_tpu_compile.py) no TPU is needed.
+"""
+
+import pytest
+
+from tests import compiling
+
+# Wide and on few images, so that weights are most of what a block needs.
+WIDE = [
+    "model.decoder_dim=128", "model.decoder_depth=1", "model.decoder_heads=2",
+    "model.fusion=last",
+]
+
+
+@pytest.mark.parametrize(("target", "sizes"), [
+    ("v5e:4x4", [1, 2, 4, 8, 16]),  # four hosts of four
+    ("3xv5e:2x2", [1, 2, 4, 12]),  # not 3, 6: parts of hosts and slices
+    ("2xv5e:4x4", [1, 2, 4, 8, 16, 32]),
+])
+def test_automatic_groups_fill_hosts_and_slices_or_parts_of_them(target, sizes):
+    assert compiling.compact_groups(target) == sizes
+
+
+def test_a_copy_of_the_state_stays_within_a_slice():
+    (found,) = compiling.compile_for("2xv5e:2x2", [{
+        "step": "configs/vitb_cross.py", "overrides": [
+            *compiling.NARROW, "mesh.fsdp=4",
+        ],
+    }])
+    assert found["error"] == ""
+    assert found["slices"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    # Weights are gathered by the four chips of a slice, each from three others.
+    assert found["sent"]["all-gather"] == 3 / 4 * found["exchanged"]["all-gather"]
+
+
+def _kernel_bytes(width, depth):
+    """Bytes of bfloat16 kernels of an encoder's blocks."""
+    return 12 * width**2 * depth * 2
+
+
+def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
+    shallow, deep = compiling.compile_for("v5e:2x4", [
+        {"step": "configs/vitb_cross.py", "overrides": [
+            f"model.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
+            "mesh.fsdp=8",
+        ]} for depth in (2, 6)
+    ])
+    assert shallow["error"] == deep["error"] == ""
+    more = _kernel_bytes(512, 4)
+    # Four more blocks keep activations of one image, and no weights.
+    assert deep["temporaries"] - shallow["temporaries"] < 0.5 * more
+    # For the forward pass and for the gradient; gradients go back in parts.
+    gathered = deep["exchanged"]["all-gather"] - shallow["exchanged"]["all-gather"]
+    assert gathered <= 2 * more
+    scattered = {
+        name: found["exchanged"]["reduce-scatter"]
+        for name, found in (("deep", deep), ("shallow", shallow))
+    }
+    assert scattered["deep"] - scattered["shallow"] == more // 8
+    assert deep["exchanged"]["all-reduce"] < 0.02 * more  # biases and norms
+    assert set(deep["exchanged"]) == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_a_chip_needs_the_same_memory_among_16_and_256():
+    few, many = (
+        compiling.compile_for(target, [{
+            "step": "configs/vitb_cross.py", "overrides": [
+                *compiling.NARROW, f"data.batch_size={2 * chips}", "mesh.fsdp=16",
+            ],
+        }])[0]
+        for target, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
+    )
+    assert few["error"] == many["error"] == ""
+    assert many["total"] == pytest.approx(few["total"], rel=0.02)
+
+
+def test_vit_h_with_4096_images_fits_256_chips():
+    """By its growth with depth; compiled whole it takes minutes (docs/scale.md)."""
+    one, three = compiling.compile_for("v5e:16x16", [
+        {"step": "configs/vith_cross.py", "overrides": [
+            f"model.size=W1280-D{depth}-H16/14", f"model.decoder_depth={depth}",
+            "data.batch_size=4096", "mesh.fsdp=4",
+        ]} for depth in (1, 3)
+    ])
+    assert one["error"] == three["error"] == ""
+    block = (three["total"] - one["total"]) / 2  # of the encoder, and of the decoder
+    assert block > 12 * 1280**2 * 3 * 4 / 4  # weights and moments over four chips
+    # 32 of both, though the decoder has 12; half of a chip's memory to spare.
+    assert one["total"] + 31 * block < 8e9
