@@ -30,14 +30,14 @@ __version__ = "0.1.0"
 
 
 def load(path: Any, **options: Any) -> Any:
-    """Returns a ready encoder: `features = load(path)(images)`.
+    """Returns a model to look into: features, reconstructions, attention.
 
     Takes a run of ours or weights of any format; see `crossmae_jax.pretrained.load` for
-    the options and `crossmae_jax.pretrained.Encoder` for what comes back.
+    the options and `crossmae_jax.probing.Pretrained` for what comes back.
 
     Example:
-      encoder = crossmae_jax.load("runs/mine")
-      features = encoder(images)  # images: u8 [b height width c]
+      model = crossmae_jax.load("runs/mine")
+      features = model.encode(images)  # images: u8 [b height width c]
     """
     from crossmae_jax import pretrained
 

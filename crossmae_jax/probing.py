@@ -1,106 +1,399 @@
-"""Looks inside models: arrays and numbers for notebooks and analyses."""
+"""Looks inside a model: images in, arrays out. `crossmae_jax.load(path)` makes one.
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, NamedTuple
+What it finds is computed elsewhere, by functions of variables and images: features
+(`models.vit`), predictions (`objectives.pretrain`), attention (`attention_weights`),
+parts of a prediction (`block_contributions`). Here they are compiled and given names.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, UInt8
 
-ANOTHER_MASK = "another mask"
+from crossmae_jax import (
+    attention_weights,
+    augment,
+    block_contributions,
+    parallel,
+)
+from crossmae_jax.convert import structure
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.data import transforms
+from crossmae_jax.models import vit
+from crossmae_jax.objectives import pretrain
 
 
-class GradientDeviation(NamedTuple):
-    """How far gradients lie from reference gradients, a value per batch.
+class Pretrained:
+    """A model with its weights: `features = model.encode(images)`.
+
+    Features are of whole images, without a mask; the same images give the same ones.
+    What a decoder makes of masked images depends on a `mask_ratio`, that of training
+    if not given, and a `seed`: image number i of a call has the i-th mask of the seed,
+    or the one of its number in `numbers`.
+    Images are normalised as the card says. Computation is float32, on one device, and
+    compiled once per method and number of images; what comes back are numpy arrays.
+
+    Images are uint8, `[b height width c]` of the model's size, or a list of uint8
+    arrays `[height width c]` of any size, which are resized to 256/224 of the size and
+    cropped at the centre, as in evaluation.
 
     Attributes:
-      distance: |g - g0| / |g0|, with the Euclidean norm over all parameters.
-      angle: 1 - cosine of the angle between g and g0.
+      card: what the weights are.
+      variables: the weights.
+
+    Example:
+      model = crossmae_jax.load("runs/mine")
+      features = model.encode(images)  # b d
+      tokens = model.tokens(images)  # b 1+n d, the class token first
+      pictures = model.reconstruct(images, mask_ratio=0.5, seed=1)
     """
 
-    distance: Float[np.ndarray, "n"]
-    angle: Float[np.ndarray, "n"]
-
-
-def gradient_deviation(
-    reference: Any,
-    variants: Mapping[Hashable, Any],
-    variables: Mapping[str, Any],
-    batches: Iterable[Mapping[str, Any]],
-    key: Key[Array, ""],
-) -> dict[Hashable, GradientDeviation]:
-    """Compares the encoder's gradients of other objectives with a reference's.
-
-    PR-MIM (arXiv 2411.15746, figure 4) reports that gradients of plain throwing stray
-    from those of MAE, the more the more is thrown, and that progressive reconstruction
-    brings them back. The paper does not define its measure; this is ours: the same
-    weights, images and visible patches, the gradients g0 of the reference's loss and g
-    of the variant's, over the parameters of the encoder.
-
-    Beside the variants stands `ANOTHER_MASK`: the reference itself with other visible
-    patches, which says how much of a distance is the noise of masking.
-
-    Let the objectives compute in float32: bfloat16 is as coarse as small deviations.
-
-    Args:
-      reference: objective, such as MAE; needs `counts` and `loss`.
-      variants: objectives by name, with the reference's encoder and mask ratio.
-      variables: weights for all of them; parameters that one does not have, such as an
-        aggregator's, are ignored there.
-      batches: batches as the objectives take them, "image" and "sample".
-      key: draws the masks.
-
-    Returns:
-      A value per batch for each variant and for `ANOTHER_MASK`.
-
-    Raises:
-      ValueError: if a variant sees other patches than the reference does.
-    """
-    mask_key, other_key = jax.random.split(key)
-    for name, variant in variants.items():
-        if variant.counts.num_keep != reference.counts.num_keep:
-            raise ValueError(
-                f"Variant {name!r} sees {variant.counts.num_keep} patches, the "
-                f"reference {reference.counts.num_keep}; give both one mask_ratio."
+    def __init__(self, card: Card, variables: Any):
+        if card.mean is None or card.std is None or not (
+            len(card.mean) == len(card.std) == card.channels and min(card.std) > 0
+        ):
+            raise ConversionError(
+                f"mean={card.mean}, std={card.std} do not say how images are "
+                f"normalised for {card.origin}; give mean and std, a value for each of "
+                f"its {card.channels} channels, for pixels in 0..1, std above 0."
             )
-    gradients = {name: _encoder_gradient(variant) for name, variant in variants.items()}
-    gradient = _encoder_gradient(reference)
-    found = {name: [] for name in (*variants, ANOTHER_MASK)}
-    for batch in batches:
-        expected = gradient(variables, batch, mask_key)
-        for name, other in gradients.items():
-            found[name].append(_deviation(other(variables, batch, mask_key), expected))
-        found[ANOTHER_MASK].append(
-            _deviation(gradient(variables, batch, other_key), expected)
+        self.card = card
+        self.variables = variables
+        self._model = structure.build(card)
+        self._mesh = parallel.make_mesh(jax.local_devices()[:1])  # of new arrays
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def __call__(self, images: Any) -> Float[np.ndarray, "b d"]:
+        """Is `encode`."""
+        return self.encode(images)
+
+    def encode(self, images: Any) -> Float[np.ndarray, "b d"]:
+        """Returns a vector per image: what the evaluations of this library use.
+
+        That is the mean over patch tokens of the encoder's output, or of the last
+        feature map that CrossMAE's decoder was trained on; of a classifier the vector
+        that its head sees.
+        """
+        return self._encoded(images)["features"]
+
+    def tokens(self, images: Any) -> Float[np.ndarray, "b n d"]:
+        """Returns the output of the last block, after its norm if there is one."""
+        return self._encoded(images)["tokens"]
+
+    def feature_maps(self, images: Any) -> Float[np.ndarray, "maps b n d"]:
+        """Returns the input of the first encoder block and the output of every block.
+
+        The class token comes first; no norm has been applied.
+        """
+        return self._run("feature_maps", self._feature_maps, images)
+
+    def logits(self, images: Any) -> Float[np.ndarray, "b classes"]:
+        """Returns a value per class; for fine-tuned classifiers only.
+
+        Raises:
+          ConversionError: if there is no head.
+        """
+        if "head" not in self.card.parts:
+            raise ConversionError(
+                f"{self.card.origin} has no head, only {', '.join(self.card.parts)}; "
+                "fit one on the features."
+            )
+        return self._encoded(images)["logits"]
+
+    def inter_block_weights(self) -> Float[np.ndarray, "i maps"]:
+        """Returns how much of each feature map goes into each decoder block's context.
+
+        The matrix W of CrossMAE (arXiv 2401.14391, section 3.4), a row per decoder
+        block; which maps its columns are says `mixed_maps`.
+
+        Raises:
+          ConversionError: if the model mixes no feature maps.
+        """
+        if "fusion" not in self.card.parts:
+            raise ConversionError(
+                f"{self.card.origin} mixes no feature maps: it has "
+                f"{', '.join(self.card.parts)}, and no inter-block attention."
+            )
+        return np.asarray(self.variables["params"]["fusion"]["kernel"]).T
+
+    def mixed_maps(self) -> tuple[int, ...]:
+        """Returns the feature maps that the decoder sees: 0 is the encoder's input."""
+        self.inter_block_weights()
+        return structure.mixed_maps(self.card.model)
+
+    def reconstruct(
+        self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
+        numbers: Int[np.ndarray, "b"] | None = None,
+        without: str | None = None, keep_own: bool = False,
+    ) -> pretrain.Reconstruction:
+        """Predicts every masked patch; returns pictures, masks and errors.
+
+        Args:
+          without: "masked" or "visible": takes this attention away from MAE's masked
+            patches, see `attention_weights.without`; likewise `keep_own`.
+
+        Raises:
+          ConversionError: if there is no decoder, or the targets are not known.
+          ValueError: if the decoder has no such attention.
+        """
+        self._need_target()
+        if without is not None and self.card.model["decoder"] != "mae":
+            raise ValueError(
+                f"without={without!r} is about self-attention between visible and "
+                f"masked patches, which {self.card.origin} has not: its decoder is "
+                f"{self.card.model['decoder']!r}. Load an MAE."
+            )
+
+        def reconstruct(objective, variables, images, ids):
+            with contextlib.ExitStack() as stack:
+                if without is not None:
+                    stack.enter_context(
+                        attention_weights.without(without, ids, keep_own=keep_own)
+                    )
+                pred = objective.model.apply(variables, images, ids)
+            return objective.pictures(pred, images, ids)
+
+        name = "reconstruct", without, keep_own
+        return self._masked(name, reconstruct, images, mask_ratio, seed, numbers)
+
+    def predict(
+        self, images: Any, ids: Int[np.ndarray, "q"], *,
+        mask_ratio: float | None = None, seed: int = 0,
+    ) -> Float[np.ndarray, "b q t"]:
+        """Predicts the patches of these numbers only, in the space of the targets.
+
+        What is visible is that of `reconstruct` with the same ratio and seed. CrossMAE
+        can be asked for visible patches, too; MAE only for masked ones, and the fewer
+        are asked for, the fewer there are to attend to.
+
+        Raises:
+          ConversionError: if there is no decoder.
+          ValueError: if a number is none of a patch, or MAE is asked for a visible one,
+            or the model has an aggregator.
+        """
+        objective = self._objective(mask_ratio)
+        num, ids = objective.num_patches, np.asarray(ids)
+        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= num:
+            raise ValueError(
+                f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, "
+                "the same for all images."
+            )
+        if objective.model.aggregator is not None:
+            raise ValueError(
+                "This model has an aggregator, whose predictions depend on which "
+                "patches are decoded; use reconstruct."
+            )
+
+        def predict(objective, variables, images, drawn, ids):
+            ids = jnp.broadcast_to(ids[None], (len(images), len(ids)))
+            pred = objective.model.apply(variables, images, drawn._replace(pred=ids))
+            return pred, drawn.keep
+
+        pred, keep = self._masked(
+            "predict", predict, images, mask_ratio, seed, None, jnp.asarray(ids)
         )
-    return {
-        name: GradientDeviation(*np.asarray(values, np.float64).T)
-        for name, values in found.items()
-    }
+        seen = np.intersect1d(keep, ids)
+        if self.card.model["decoder"] == "mae" and len(seen):
+            raise ValueError(
+                f"Patches {seen.tolist()} are visible in some of these images, and an "
+                "MAE predicts masked ones only; leave them out, or give one image."
+            )
+        return pred
+
+    def contributions(
+        self, images: Any, *, mask_ratio: float | None = None, seed: int = 0
+    ) -> tuple[pretrain.Reconstruction, ...]:
+        """Returns pictures of the prediction after each decoder block.
+
+        The first is what the decoder's input alone gives, the last the prediction; see
+        `block_contributions`. Statistics of norms are those of the whole.
+
+        Raises:
+          ConversionError: if there is no decoder, or the targets are not known.
+          ValueError: if the model has an aggregator.
+        """
+        self._need_target()
+
+        def contributions(objective, variables, images, ids):
+            parts = block_contributions.contributions(
+                objective.model, variables, images, ids
+            )
+            return tuple(
+                objective.pictures(pred, images, ids)
+                for pred in block_contributions.cumulative(parts)
+            )
+
+        return self._masked("contributions", contributions, images, mask_ratio, seed)
+
+    def attention_maps(
+        self, images: Any, *, part: str = "decoder",
+        mask_ratio: float | None = None, seed: int = 0,
+    ) -> attention_weights.AttentionMaps:
+        """Returns the softmax weights of every block.
+
+        Args:
+          part: "decoder", of masked images; or "encoder", of whole ones.
+
+        Raises:
+          ConversionError: if there is no decoder.
+          ValueError: for an unknown part, or `mask_ratio` for the encoder.
+        """
+        if part not in ("decoder", "encoder"):
+            raise ValueError(f"Unknown part {part!r}. Known: decoder, encoder.")
+        if part == "decoder":
+            return self._masked(
+                "attention", _decoder_attention, images, mask_ratio, seed
+            )
+        if mask_ratio is not None:
+            raise ValueError(
+                f"mask_ratio={mask_ratio} with part='encoder': its attention is that "
+                "of whole images; leave mask_ratio out."
+            )
+        return self._run("encoder_attention", self._encoder_attention, images)
+
+    def attention_magnitudes(
+        self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
+        numbers: Int[np.ndarray, "b"] | None = None,
+    ) -> attention_weights.Magnitudes:
+        """Returns how much masked patches attend to visible and to masked ones.
+
+        Of each image: arrays are [b i]. `decoder_analysis.attention` measures a data
+        set.
+
+        Raises:
+          ConversionError: if there is no decoder.
+        """
+
+        def magnitudes(*masked):
+            return attention_weights.magnitudes(_decoder_attention(*masked), masked[-1])
+
+        found = self._masked(
+            "magnitudes", magnitudes, images, mask_ratio, seed, numbers
+        )
+        num_visible, num_masked = int(found.num_visible), int(found.num_masked)
+        return found._replace(num_visible=num_visible, num_masked=num_masked)
+
+    def prepare(self, images: Any) -> UInt8[np.ndarray, "b height width c"]:
+        """Returns images as an array of the model's size.
+
+        Raises:
+          ValueError: if they are no uint8 images, or an array of another size.
+        """
+        size, channels = tuple(self.card.image_size), self.card.channels
+        if isinstance(images, Sequence):
+            if not images:
+                raise ValueError("The list of images is empty.")
+            return np.stack([
+                transforms.eval_image(
+                    _uint8(image), image_size=size, channels=channels,
+                    crop_ratio=224 / 256, name=f"image {number}",
+                ) for number, image in enumerate(images)
+            ])
+        images = _uint8(images)
+        if images.ndim != 4 or images.shape[1:] != (*size, channels):
+            raise ValueError(
+                f"images have the shape {images.shape}; expected (b, {size[0]}, "
+                f"{size[1]}, {channels}). Give a list of arrays to have them resized "
+                "and cropped, or load(path, image_size=...) for another size."
+            )
+        return images
+
+    def _run(self, name: Any, function: Callable[..., Any], images: Any, *rest: Any):
+        """Calls function(variables, images, ...), compiled once under this name."""
+        if name not in self._compiled:
+            with_precision = jax.default_matmul_precision("highest")(function)
+            self._compiled[name] = jax.jit(parallel.within(self._mesh, with_precision))
+        found = self._compiled[name](self.variables, self.prepare(images), *rest)
+        return jax.tree.map(np.asarray, found)
+
+    def _normalize(self, images: Array) -> Array:
+        return augment.normalize(images, mean=self.card.mean, std=self.card.std)
+
+    def _encoded(self, images: Any) -> dict[str, np.ndarray]:
+        return self._run("encode", self._encode, images)
+
+    def _encode(self, variables: Any, images: Array) -> dict[str, Array]:
+        images = self._normalize(images)
+        if self.card.kind == "classifier":
+            found = self._model.apply(variables, images)._asdict()
+            return {name: x for name, x in found.items() if x is not None}
+        found = self._whole(variables, images)
+        features = vit.mean_feature(found, structure.last_map(self.card))
+        return {"tokens": found.tokens, "features": features}
+
+    def _whole(self, variables: Any, images: Array) -> vit.Encoded:
+        """Encodes whole images."""
+        if self.card.kind == "encoder":
+            return self._model.apply(variables, images)
+        return self._model.apply(
+            variables, images, method=lambda model, images: model.encoder(images)
+        )
+
+    def _feature_maps(self, variables: Any, images: Array) -> Array:
+        return jnp.stack(self._whole(variables, self._normalize(images)).feature_maps)
+
+    def _encoder_attention(self, variables: Any, images: Array) -> Any:
+        with attention_weights.recording() as found:
+            self._whole(variables, self._normalize(images))
+        return attention_weights.of_whole_images(found)
+
+    def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
+        """Returns the objective with this share of patches masked."""
+        if self.card.kind != "pretrain":
+            raise ConversionError(
+                f"{self.card.origin} has no decoder, only "
+                f"{', '.join(self.card.parts)}; this needs a checkpoint of "
+                "pre-training: a run's own directory, or weights that were imported or "
+                "exported with all their parts."
+            )
+        config = structure.config_of(self.card)
+        if mask_ratio is not None:
+            scale = mask_ratio / config.masking.mask_ratio
+            config.masking.mask_ratio = mask_ratio
+            for name in ("pred_ratio", "throw_ratio"):
+                config.masking[name] = min(config.masking[name] * scale, mask_ratio)
+        return pretrain.Pretrain(config)
+
+    def _need_target(self) -> None:
+        if self.card.normalize is None:
+            raise ConversionError(
+                f"{self.card.origin} does not say whether its decoder predicts "
+                "standardised patches or pixels, and pictures depend on it; give "
+                "load(..., normalize=True) or normalize=False."
+            )
+
+    def _masked(
+        self, name: Any, function: Callable[..., Any], images: Any,
+        mask_ratio: float | None, seed: int, numbers: Any = None, *rest: Any,
+    ) -> Any:
+        """Calls function(objective, variables, images, ids, ...) on masked images."""
+        objective = self._objective(mask_ratio)
+
+        def run(variables, images, seed, numbers, *rest):
+            key = jax.random.key(seed, impl="threefry2x32")
+            ids = objective.masked_ids(key, numbers)
+            return function(objective, variables, self._normalize(images), ids, *rest)
+
+        images = self.prepare(images)
+        numbers = np.arange(len(images)) if numbers is None else numbers
+        seed, numbers = (np.asarray(x, np.uint32) for x in (seed, numbers))
+        return self._run((name, mask_ratio), run, images, seed, numbers, *rest)
 
 
-def _encoder_gradient(objective: Any) -> Callable[..., Any]:
-    @jax.jit
-    def gradient(variables, batch, key):
-        params = variables["params"]
-
-        def loss(encoder):
-            changed = {**variables, "params": {**params, "encoder": encoder}}
-            return objective.loss(changed, batch, key)[0]
-
-        return jax.grad(loss)(params["encoder"])
-
-    return gradient
+def _decoder_attention(objective, variables, images, ids):
+    return attention_weights.of_decoder(objective.model, variables, images, ids)
 
 
-@jax.jit
-def _deviation(gradient: Any, expected: Any) -> tuple[Array, Array]:
-    def dot(a, b):
-        products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-        return sum(jax.tree.leaves(products))  # no matrix product: float32 everywhere
-
-    difference = jax.tree.map(jnp.subtract, gradient, expected)
-    norm, expected_norm = (jnp.sqrt(dot(g, g)) for g in (gradient, expected))
-    distance = jnp.sqrt(dot(difference, difference)) / expected_norm
-    return distance, 1 - dot(gradient, expected) / (norm * expected_norm)
+def _uint8(image: Any) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"Images are of type {image.dtype}; expected uint8, 0 to 255: they are "
+            "normalised here, as the card says."
+        )
+    return image

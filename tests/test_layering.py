@@ -20,11 +20,11 @@ ROWS = (
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
     ("models.mim", "models.classifier"),
-    ("data", "cost", "probing", "optim"),
+    ("data", "cost", "gradients", "optim", "attention_weights", "block_contributions"),
     ("objectives", "evaluators"),
     ("evaluation", "convert", "robustness_sets"),
-    ("train", "pretrained"),
-    ("estimate", "evaluate", "sweep"),
+    ("train", "probing"),
+    ("estimate", "evaluate", "sweep", "pretrained", "decoder_analysis"),
     ("main", "commands", "__main__"),
 )
 

@@ -102,6 +102,13 @@ def mixed_maps(model: Any) -> tuple[int, ...]:
     )
 
 
+def last_map(card: Card) -> int | None:
+    """Returns the last feature map that the decoder is trained on, or None for all."""
+    if card.model["fusion"] != "inter_block":
+        return None
+    return mixed_maps(card.model)[-1]
+
+
 def size_name(card: Card) -> str:
     """Returns what people call the size of the encoder: "ViT-B/16"."""
     size, patch_size = vit.parse_size(card.model["size"])

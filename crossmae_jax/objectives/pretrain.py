@@ -197,27 +197,41 @@ class Pretrain:
             "class_token": vit.class_token(encoded, last_map),
         }
 
-    def reconstruct(
-        self, variables: Variables, batch: Batch, key: Key[Array, ""]
-    ) -> Reconstruction:
-        """Predicts every masked patch, however few are predicted in training.
+    def masked_ids(self, key: Key[Array, ""], sample: Array) -> masking.TokenIds:
+        """Draws ids for a reconstruction: every masked patch, however few in training.
 
         All are decoded; with an aggregator as many as in training, and the others are
-        thrown. With standardised targets a prediction is turned back into pixels with
-        the mean and standard deviation of the TRUE patch: colours and contrast then
-        come from the image, not from the model.
+        thrown.
         """
-        images = self.normalize(batch)
         num_keep, num_pred, _ = self.counts
         num_masked = self.num_patches - num_keep
         if self.model.aggregator is None:
             num_pred = num_masked
-        ids = self.sample(
-            key, batch["sample"],
-            masking.TokenCounts(num_keep, num_pred, num_masked - num_pred),
-        )
+        counts = masking.TokenCounts(num_keep, num_pred, num_masked - num_pred)
+        return self.sample(key, sample, counts)
+
+    def reconstruct(
+        self, variables: Variables, batch: Batch, key: Key[Array, ""]
+    ) -> Reconstruction:
+        """Predicts every masked patch, those of `masked_ids`."""
+        images = self.normalize(batch)
+        ids = self.masked_ids(key, batch["sample"])
+        return self.pictures(self.model.apply(variables, images, ids), images, ids)
+
+    def pictures(
+        self,
+        pred: Float[Array, "b p t"],
+        images: Float[Array, "b height width c"],
+        ids: masking.TokenIds,
+    ) -> Reconstruction:
+        """Returns predictions for the patches `model.predicted(ids)` as pictures.
+
+        With standardised targets a prediction is turned back into pixels with the mean
+        and standard deviation of the TRUE patch: colours and contrast then come from
+        the image, not from the model.
+        """
+        pred = pred.astype(jnp.float32)
         predicted = self.model.predicted(ids)
-        pred = self.model.apply(variables, images, ids).astype(jnp.float32)
         values = patches.patchify(images, patch_size=self.patch_size)
         target = patches.take_tokens(self.target(images), predicted)
         pixels = targets.to_pixels(
@@ -225,24 +239,20 @@ class Pretrain:
             normalize=self.config.target.normalize,
         )
         error = jnp.mean((pred - target) ** 2, axis=-1, keepdims=True)
-        data = self.config.data
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
-
-        def picture(vectors):
-            image = patches.unpatchify(
-                vectors, grid=self.grid, patch_size=self.patch_size
-            )
-            return augment.unnormalize(
-                image, mean=tuple(data.mean), std=tuple(data.std)
-            )
-
         return Reconstruction(
-            image=picture(values),
-            prediction=picture(patches.put_tokens(mean_patch, predicted, pixels)),
-            pasted=picture(patches.put_tokens(values, predicted, pixels)),
+            image=self._picture(values),
+            prediction=self._picture(patches.put_tokens(mean_patch, predicted, pixels)),
+            pasted=self._picture(patches.put_tokens(values, predicted, pixels)),
             mask=masking.mask_of(predicted, num_patches=self.num_patches),
             thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
             error=patches.put_tokens(
                 jnp.zeros((*error.shape[:1], self.num_patches, 1)), predicted, error
             )[:, :, 0],
         )
+
+    def _picture(self, vectors):
+        """Returns patch vectors of normalised images as images in 0..1."""
+        image = patches.unpatchify(vectors, grid=self.grid, patch_size=self.patch_size)
+        data = self.config.data
+        return augment.unnormalize(image, mean=tuple(data.mean), std=tuple(data.std))

@@ -1,0 +1,225 @@
+"""Attention weights: looked at, added up as CrossMAE's figure 1 does, and taken away.
+
+On the hot path no attention weight exists outside of a kernel. Here a method of
+`layers.Attention` is watched from outside (`nn.intercept_methods`), in float32, and the
+layers know nothing of it:
+
+    with recording() as found:  found["decoder/decoder_blocks_0/attn"]: f32 [b h q k]
+
+Magnitudes (CrossMAE, arXiv 2401.14391, figure 1, section 3.1 and appendix A.1). Of each
+decoder block the weights from masked patches to visible ones and to masked ones. The
+paper does not write its normalisation down; the only one that fits its table:
+
+    mu = sum over heads of the mean over (masked query, key) pairs of A
+
+where the class token is a visible key and a patch's own key a masked one. Rows of A sum
+to 1, so that for each block, whatever image and weights,
+
+    (1 + visible) mu_visible + masked mu_masked = heads
+
+The paper's numbers are sums over the blocks: 1.42 and 0.39 for MAE ViT-B. They are
+means per key, and there are three times as many masked keys as visible ones; beside
+them stands the share of the attention's mass, (1 + visible) mu_visible / heads.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from crossmae_jax import masking
+from crossmae_jax.models import layers, mim
+
+CLASS_TOKEN = -1
+WITHOUT = ("masked", "visible")
+
+
+class AttentionMaps(NamedTuple):
+    """Attention weights of blocks, and which tokens attend to which.
+
+    Attributes:
+      weights: softmax weights of every block; rows sum to 1.
+      queries: patch number of each query, `CLASS_TOKEN` for the class token.
+      keys: likewise, of each key.
+    """
+
+    weights: Float[Array, "i b h q k"]
+    queries: Int[Array, "b q"]
+    keys: Int[Array, "b k"]
+
+
+class Magnitudes(NamedTuple):
+    """How much masked patches attend to visible and to masked ones, a value per block.
+
+    Attributes:
+      visible: sum over heads of the mean weight from a masked query to a visible key,
+        the class token included.
+      masked: the same to a masked key, the query's own included. 0 in decoders whose
+        queries see only the encoder.
+      num_visible: visible keys of an image, the class token included.
+      num_masked: masked keys, 0 where there are none.
+    """
+
+    visible: Float[np.ndarray, "*b i"]
+    masked: Float[np.ndarray, "*b i"]
+    num_visible: int
+    num_masked: int
+
+    @property
+    def share(self) -> Float[np.ndarray, "*b i"]:
+        """Share of the attention's mass on visible keys, a value per block."""
+        visible = self.num_visible * self.visible
+        return visible / (visible + self.num_masked * self.masked)
+
+    def table(self) -> str:
+        """Returns the numbers in Markdown: a row per block, and their sum."""
+        rows = [
+            (f"{number}", visible, masked, share)
+            for number, (visible, masked, share) in enumerate(
+                zip(self.visible, self.masked, self.share, strict=True), start=1
+            )
+        ]
+        whole = self._replace(
+            visible=self.visible.sum(keepdims=True),
+            masked=self.masked.sum(keepdims=True),
+        )
+        rows.append(("sum", whole.visible[0], whole.masked[0], whole.share[0]))
+        return "\n".join([
+            "| block | to visible | to masked | mass on visible |", "|---|---|---|---|",
+            *(f"| {name} | {v:.3f} | {m:.3f} | {100 * s:.1f} % |"
+              for name, v, m, s in rows),
+        ])
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, Float[Array, "b h q k"]]]:
+    """Collects the weights of every attention that is called meanwhile, by its path.
+
+    Inside of a function that is jitted; it must return what it wants of them. The model
+    must be built with remat="none".
+    """
+    found: dict[str, Array] = {}
+
+    def watch(module, queries, keys, values):
+        found["/".join(module.path)] = _weights(module, queries, keys, None)
+        return None
+
+    with _intercepted(watch):
+        yield found
+
+
+@contextlib.contextmanager
+def without(
+    kind: str, ids: masking.TokenIds, *, keep_own: bool = False
+) -> Iterator[None]:
+    """Takes attention away from the masked patches in MAE's decoder.
+
+    Test-time ablation (CrossMAE, arXiv 2401.14391, in review): before the softmax, so
+    that what is left sums to 1. The paper leaves open what becomes of a patch's own key
+    and of the class token; here the class token counts as visible, and visible patches
+    attend as ever.
+
+    Args:
+      kind: "masked": masked patches see no masked ones; "visible": no visible ones.
+      keep_own: with "masked", a patch still sees itself.
+
+    Raises:
+      ValueError: for another kind.
+    """
+    if kind not in WITHOUT:
+        raise ValueError(f"Unknown attention {kind!r}. Known: {', '.join(WITHOUT)}.")
+    num_seen = 1 + ids.keep.shape[1]
+    is_masked = np.arange(num_seen + ids.pred.shape[1]) >= num_seen
+    taken = is_masked[:, None] & (is_masked if kind == "masked" else ~is_masked)[None]
+    if keep_own:
+        taken &= ~np.eye(len(taken), dtype=bool)
+    bias = jnp.where(taken, -jnp.inf, 0.0)[None, None]
+
+    def change(module, queries, keys, values):
+        if module.path[0] != "decoder":
+            return None
+        weights = _weights(module, queries, keys, bias)
+        heads = values.reshape(*values.shape[:2], module.num_heads, -1)
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, heads.astype(jnp.float32))
+        return module.proj(out.reshape(queries.shape).astype(queries.dtype))
+
+    with _intercepted(change):
+        yield
+
+
+def _intercepted(function):
+    """Calls the function in place of `Attention.attend`; None leaves it to do it."""
+
+    def interceptor(next_function, args, kwargs, context):
+        module = context.module
+        if isinstance(module, layers.Attention) and context.method_name == "attend":
+            out = function(module, *args)
+            if out is not None:
+                return out
+        return next_function(*args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
+
+
+def _weights(module, queries, keys, bias):
+    """Returns the softmax weights, in float32."""
+    q, k = (
+        x.astype(jnp.float32).reshape(*x.shape[:2], module.num_heads, -1)
+        for x in (queries, keys)
+    )
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+
+
+def of_whole_images(found: dict[str, Float[Array, "b h k k"]]) -> AttentionMaps:
+    """Returns what was recorded while a ViT encoded whole images."""
+    weights = jnp.stack(list(found.values()))
+    num = weights.shape[-1]
+    tokens = jnp.arange(CLASS_TOKEN, num - 1)
+    tokens = jnp.broadcast_to(tokens[None], (weights.shape[1], num))
+    return AttentionMaps(weights, tokens, tokens)
+
+
+def of_decoder(
+    model: mim.MaskedImageModel,
+    variables: Any,
+    images: Float[Array, "b height width c"],
+    ids: masking.TokenIds,
+) -> AttentionMaps:
+    """Returns the attention of a decoder, for given visible and masked patches.
+
+    Queries and keys are in the decoder's order. MAE: class token, visible, masked
+    patches, in both. CrossMAE: masked patches; class token and visible patches.
+    """
+    with recording() as found:
+        model.apply(variables, images, ids)
+    names = [name for name in found if name.startswith("decoder/")]  # in their order
+    crosses = any(name.endswith("cross_attn") for name in names)
+    if crosses:  # its self-attention, if it has one, is over other keys
+        names = [name for name in names if name.endswith("cross_attn")]
+    cls_token = jnp.full_like(ids.keep[:, :1], CLASS_TOKEN)
+    seen = jnp.concatenate([cls_token, ids.keep], axis=1)
+    everything = jnp.concatenate([seen, ids.pred], axis=1)
+    weights = jnp.stack([found[name] for name in names])
+    if crosses:
+        return AttentionMaps(weights, queries=ids.pred, keys=seen)
+    return AttentionMaps(weights, queries=everything, keys=everything)
+
+
+def magnitudes(maps: AttentionMaps, ids: masking.TokenIds) -> Magnitudes:
+    """Returns the magnitudes of each image: the arrays are [b i]."""
+    num_visible, num_pred = 1 + ids.keep.shape[1], ids.pred.shape[1]
+    of_masked = maps.weights[..., -num_pred:, :]  # i b h q k
+    per_key = of_masked.sum(2).mean(2)  # i b k: over heads and queries
+    visible, masked = per_key[..., :num_visible], per_key[..., num_visible:]
+    num_masked = masked.shape[-1]
+    return Magnitudes(
+        visible=visible.mean(-1).T,
+        masked=masked.mean(-1).T if num_masked else jnp.zeros_like(visible[..., 0]).T,
+        num_visible=num_visible, num_masked=num_masked,
+    )
