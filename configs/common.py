@@ -232,6 +232,14 @@ def panels(*, every_epochs: float = 10.0) -> dict[str, Any]:
     return dict(reconstruction=dict(every_epochs=every_epochs, num_images=8))
 
 
+def rank(*, every_epochs: float = 10.0) -> dict[str, Any]:
+    """Returns the effective rank of the features; it needs no labels.
+
+    10 000 images are many more than the widest model has channels, 1280.
+    """
+    return dict(rank=dict(every_epochs=every_epochs, max_images=10_000))
+
+
 def knn(*, every_epochs: float = 50.0) -> dict[str, Any]:
     """Returns the k-NN classifier on frozen features; it needs labels.
 

@@ -36,6 +36,7 @@ def get_config():
     config.evals = (
         common.knn(every_epochs=0.0)
         | dict(linear=dict(every_epochs=0.0))
+        | common.rank(every_epochs=0.0)
         | common.panels(every_epochs=0.0)
     )
     config.baselines = True

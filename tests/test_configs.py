@@ -83,6 +83,7 @@ EVALS = {
         "max_train_images": int,
     },
     "linear": {"every_epochs": float},
+    "rank": {"every_epochs": float, "max_images": int},
     "reconstruction": {"every_epochs": float, "num_images": int},
 }
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import evaluators, visualize
+from crossmae_jax import evaluators, representation, visualize
 from crossmae_jax.evaluators import features
 from tests.test_features import PIXELS, batches, images_of, placer
 from tests.test_knn import brute_force
@@ -154,6 +154,40 @@ def test_only_what_is_wanted_of_the_same_images_is_extracted_with_them(tmp_path)
     }
 
 
+@pytest.mark.parametrize("splits", [("train", "eval"), ("train",)])
+@pytest.mark.parametrize("limit, taken", [(None, 60), (21, 21)])
+def test_the_rank_is_that_of_the_real_images_and_needs_no_labels(
+    tmp_path, splits, limit, taken
+):
+    images, _ = images_of(60)
+    labels = np.full(60, -1, np.int32)
+    log, evals = [], dict(rank=dict(every_epochs=1.0, max_images=limit))
+    evaluation = evaluation_of(
+        images, labels, tmp_path, splits=splits, log=log,
+        wanted=evaluators.wanted(evals),
+    )
+    found = evaluators.run("rank", evaluation, evals["rank"]).metrics
+    assert log == [(splits[-1], None if taken == 60 else taken)]
+    rows = views(images, labels)["mean"].values[:taken].astype(np.float64)
+    assert found == {"effective": pytest.approx(
+        representation.effective_rank(rows), rel=1e-6
+    )}
+
+
+def test_the_rank_shares_the_pass_of_other_evaluators(tmp_path):
+    log = []
+    evals = dict(
+        knn=dict(k=1, temperature=0.07, pools=("cls",)), rank=dict(max_images=10**6)
+    )
+    evaluation = evaluation_of(
+        *images_of(40), tmp_path, log=log, predict=encode,
+        wanted=evaluators.wanted(evals),
+    )
+    for name, options in evals.items():
+        evaluators.run(name, evaluation, options)
+    assert sorted(log) == [("eval", None), ("train", None)]
+
+
 def test_one_pool_and_one_k_are_reported_as_one_number(tmp_path):
     evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode)
     for k in (1, (1,)):
@@ -212,16 +246,20 @@ def test_the_panel_shows_8_images_and_the_error_is_that_of_all(tmp_path):
 BOTH = {"train": 100, "eval": 20}
 KNN = dict(every_epochs=0.0, k=20, temperature=0.07)
 LINEAR = dict(every_epochs=0.0)
+RANK = dict(every_epochs=0.0, max_images=100)
 PANELS = dict(every_epochs=0.0, num_images=8)
 
 
 def test_what_can_be_evaluated_passes_the_check():
     accuracy = dict(every_epochs=0.0)
-    every = dict(accuracy=accuracy, knn=KNN, linear=LINEAR, reconstruction=PANELS)
+    every = dict(
+        accuracy=accuracy, knn=KNN, linear=LINEAR, rank=RANK, reconstruction=PANELS
+    )
     assert set(every) == set(evaluators.EVALUATORS)
     evaluators.check(every, num_images=BOTH, num_classes=10)
     only_images = {"train": 100}
-    evaluators.check(dict(reconstruction=PANELS), num_images=only_images, num_classes=0)
+    unlabelled = dict(rank=RANK, reconstruction=PANELS)
+    evaluators.check(unlabelled, num_images=only_images, num_classes=0)
     optional = dict(max_train_images=None, l2s=(0.1,), max_iterations=9, tolerance=0.1)
     evaluators.check(dict(linear=optional), num_images=BOTH, num_classes=10)
 
@@ -235,6 +273,9 @@ def test_what_can_be_evaluated_passes_the_check():
      "Known: every_epochs, l2s, max_iterations, max_train_images, tolerance;"),
     (dict(reconstruction=PANELS | dict(rows=8)),
      "Unknown option 'rows' in config.evals.reconstruction. Known: every_epochs, n"),
+    (dict(rank=RANK | dict(images=5)), "Unknown option 'images' in config.evals.rank."),
+    (dict(rank=RANK | dict(max_images=1)),
+     "evals.rank of 1 images, with max_images=1 of 20; .* needs 2 or more"),
     (dict(knn=dict(k=5)), "config.evals.knn lacks the option 'temperature', which has"),
     (dict(reconstruction={}), "config.evals.reconstruction lacks the option 'num_imag"),
     (dict(knn=KNN | dict(k=101)),

@@ -15,7 +15,7 @@ ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
      "augment", "visualize", "digests", "environment", "workdir", "hardware",
      "collectives", "interruption", "report", "cluster", "remote", "steps", "mirror",
-     "goodput"),
+     "goodput", "representation"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),

@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from crossmae_jax import visualize
+from crossmae_jax import representation, visualize
 from crossmae_jax.evaluators import (
     accuracy,
     features,
@@ -61,7 +61,8 @@ class Evaluation:
         be the same at every call.
       panel: where the reconstruction panel is written.
       caption: the line under the panel.
-      wanted: what the evaluators will ask for, see `wanted`.
+      wanted: what the evaluators will ask for, see `wanted`; of splits that do not
+        exist nothing is extracted.
       num_replaced: by split, how many images could not be decoded and were replaced by
         their neighbours; filled by whoever made `batches`.
     """
@@ -90,7 +91,8 @@ class Evaluation:
         """
         asked = self._exactly(Wanted(split, num_images, output))
         if asked not in self._extracted:
-            together = dict.fromkeys([asked, *map(self._exactly, self.wanted)])
+            there = [each for each in self.wanted if each.split in self.num_images]
+            together = dict.fromkeys([asked, *map(self._exactly, there)])
             outputs = [each.output for each in together if each[:2] == asked[:2]]
             every = asked.num_images == self.num_images[split]
             found = features.extract(
@@ -164,12 +166,22 @@ def _options(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _reconstruction(evaluation: Evaluation, *, num_images: int) -> Result:
-    split = "eval" if "eval" in evaluation.num_images else "train"
+    split = _held_out(evaluation.num_images)
     metrics = reconstruction.evaluate(
         evaluation.reconstruct, evaluation.batches(split, num_images),
         evaluation.place, evaluation.panel, caption=evaluation.caption,
     )
     return Result(metrics, (evaluation.panel,))
+
+
+def _rank(evaluation: Evaluation, *, max_images: int | None = None) -> Result:
+    """Of the mean of the patch tokens, on images to evaluate on where there are any."""
+    found = evaluation.features_of(_held_out(evaluation.num_images), max_images)
+    return Result({"effective": representation.effective_rank(found.values)})
+
+
+def _held_out(splits: Iterable[str]) -> str:
+    return "eval" if "eval" in splits else "train"
 
 
 def _accuracy(evaluation: Evaluation) -> Result:
@@ -181,6 +193,7 @@ EVALUATORS = {
     "accuracy": _accuracy,
     "knn": _knn,
     "linear": _classifier(linear.evaluate),
+    "rank": _rank,
     "reconstruction": _reconstruction,
 }
 _NEED_LABELS = ("accuracy", "knn", "linear")
@@ -201,6 +214,8 @@ def wanted(evals: Mapping[str, Mapping[str, Any]]) -> tuple[Wanted, ...]:
     for name, options in evals.items():
         if name == "accuracy":
             found.append(Wanted("eval", None, "logits"))
+        if name == "rank":
+            found.append(Wanted("eval", options.get("max_images"), "features"))
         if name in ("knn", "linear"):
             for pool in options.get("pools", ("mean",)):
                 limit = options.get("max_train_images")
@@ -234,6 +249,8 @@ def check(
                 f"Known: {', '.join(sorted(EVALUATORS))}."
             )
         _check_options(name, options)
+        if name == "rank":
+            _check_rank(num_images[_held_out(num_images)], options)
         if name not in _NEED_LABELS:
             continue
         if num_classes == 0:
@@ -267,6 +284,16 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"config.evals.{name} lacks the option {option!r}, which has no "
                 "default; add it to the configuration."
             )
+
+
+def _check_rank(available: int, options: Mapping[str, Any]) -> None:
+    limit = options.get("max_images")
+    images = available if limit is None else min(limit, available)
+    if images < 2:
+        raise ValueError(
+            f"config.evals.rank of {images} images, with max_images={limit} of "
+            f"{available}; it says how images differ and needs 2 or more."
+        )
 
 
 def _check_neighbours(num_train: int, options: Mapping[str, Any]) -> None:
