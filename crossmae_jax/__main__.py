@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "crossmae_jax.commands.train",
     "sweep": "crossmae_jax.commands.sweep",
     "evaluate": "crossmae_jax.commands.evaluate",
+    "compare": "crossmae_jax.commands.compare",
     "cost": "crossmae_jax.commands.cost",
     "estimate": "crossmae_jax.commands.estimate",
     "convert": "crossmae_jax.commands.convert",

@@ -34,7 +34,7 @@ def effective_rank(features: Float[np.ndarray, "n d"]) -> float:
             "The effective rank of features that are not finite; the weights have "
             "diverged. Lower optim.base_lr or go back to an earlier checkpoint."
         )
-    # By the first row first: equal rows are then 0 exactly, whatever the mean rounds to.
+    # By the first row first: equal rows are then 0 however their mean is rounded.
     shifted = features.astype(np.float64) - features[:1].astype(np.float64)
     singular = np.linalg.svd(shifted - shifted.mean(axis=0), compute_uv=False)
     total = singular.sum()

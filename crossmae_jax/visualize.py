@@ -1,4 +1,4 @@
-"""Arrays to pictures; the only importer of matplotlib.
+"""Arrays to pictures; with `figures_curves` the only importer of matplotlib.
 
 Figures are made without pyplot: nothing global is opened and no display is needed.
 """

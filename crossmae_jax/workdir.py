@@ -134,13 +134,24 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the settings that differ and can change a weight, with both values.
+
+    Names are "optim.base_lr"; of a setting that is not there the value is "absent".
+    """
     old, new = _flatten(old), _flatten(new)
-    return [
-        f"{name}: {old.get(name, 'absent')!r} -> {new.get(name, 'absent')!r}"
+    return {
+        name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in sorted(old.keys() | new.keys())
         if old.get(name, "absent") != new.get(name, "absent")
         and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {before!r} -> {now!r}"
+        for name, (before, now) in differing(old, new).items()
     ]
 
 

@@ -49,7 +49,8 @@ WRONG_OVERRIDES = {
     "modle.dtype=float32":
         "Unknown setting modle.dtype. Did you mean model?",
     "evals.umap.k=1":
-        "Unknown setting evals.umap.k. There are: knn, linear, rank, reconstru",
+        "Unknown setting evals.umap.k. "
+        "There are: knn, linear, rank, reconstruction.",
     "seed.x=1": "Unknown setting seed.x.",
     "masking=0.5": "masking is a group of settings. There are: mask_ratio, pred_ratio, "
         "retain, throw_ratio.",

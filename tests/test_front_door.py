@@ -83,7 +83,8 @@ WRONG_FLAGS = {
         [CONFIG, "--workdir=x", "--config.optim.base_lrr=1"],
     "Unknown setting --config.optm. Did you mean optim?":
         [CONFIG, "--workdir=x", "--config.optm.base_lr", "1"],
-    "Unknown setting --config.evals.umap. There are: knn, linear, rank, reconstruction.":
+    "Unknown setting --config.evals.umap. "
+    "There are: knn, linear, rank, reconstruction.":
         [CONFIG, "--workdir=x", "--config.evals.umap.k=1"],
     "Unknown setting --config.seed.x.": [CONFIG, "--workdir=x", "--config.seed.x=1"],
     "Unexpected arguments: seed=1.": [CONFIG, "--workdir=x", "seed=1"],

@@ -15,7 +15,7 @@ ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
      "augment", "visualize", "digests", "environment", "workdir", "hardware",
      "collectives", "interruption", "report", "cluster", "remote", "steps", "mirror",
-     "goodput", "representation"),
+     "goodput", "representation", "figures_curves"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),
@@ -24,7 +24,7 @@ ROWS = (
     ("objectives", "evaluators"),
     ("evaluation", "convert", "robustness_sets"),
     ("train", "probing"),
-    ("estimate", "evaluate", "sweep", "pretrained", "decoder_analysis"),
+    ("estimate", "evaluate", "sweep", "compare", "pretrained", "decoder_analysis"),
     ("main", "commands", "__main__"),
 )
 

@@ -81,6 +81,7 @@ def finished(digits_dir, tmp_path_factory):
                 max_train_images=200,
             ),
             linear=dict(every_epochs=0.0, max_train_images=200),
+            rank=dict(every_epochs=0.5, max_images=30),
             reconstruction=dict(every_epochs=0.0, num_images=3),
         ),
     )
@@ -100,6 +101,11 @@ def test_a_run_leaves_what_the_readme_promises(finished):
     evaluated = [line["step"] for line in lines if "eval/knn/top1" in line]
     assert evaluated == [8, 15]
     assert [line["step"] for line in lines if "eval/linear/top1" in line] == [15]
+    ranks = {
+        line["step"]: line["eval/rank/effective"] for line in lines
+        if "eval/rank/effective" in line
+    }
+    assert list(ranks) == [8, 15] and all(1 < rank < 16 for rank in ranks.values())
     for source in ("eval", "random_init", "pixels"):
         top1 = found[f"{source}/knn/top1"]
         assert 0 < top1 <= 1 and top1 == found[f"{source}/knn/mean/k5/top1"]
