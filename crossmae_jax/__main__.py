@@ -15,6 +15,8 @@ COMMANDS = {
     "sweep": "crossmae_jax.commands.sweep",
     "evaluate": "crossmae_jax.commands.evaluate",
     "compare": "crossmae_jax.commands.compare",
+    "reconstruct": "crossmae_jax.commands.reconstruct",
+    "attention": "crossmae_jax.commands.attention",
     "cost": "crossmae_jax.commands.cost",
     "estimate": "crossmae_jax.commands.estimate",
     "convert": "crossmae_jax.commands.convert",

@@ -13,7 +13,7 @@ import tqdm
 
 from crossmae_jax import attention_weights
 from crossmae_jax.convert import structure
-from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data import pipeline, sources, transforms
 from crossmae_jax.evaluators import reconstruction
 from crossmae_jax.probing import Pretrained
 
@@ -107,7 +107,9 @@ def _stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the images of a source, and their numbers in it."""
     data = structure.config_of(model.card).data
-    data.update(eval_crop_ratio=224 / 256, workers=workers, max_bad_share=0.0)
+    data.update(
+        eval_crop_ratio=transforms.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0
+    )
     batches = pipeline.eval_batches(
         source, data, batch_size=batch_size, num_images=num_images
     )

@@ -6,13 +6,13 @@ parts of a prediction (`block_contributions`). Here they are compiled and given 
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 from crossmae_jax import (
     attention_weights,
@@ -38,9 +38,9 @@ class Pretrained:
     Images are normalised as the card says. Computation is float32, on one device, and
     compiled once per method and number of images; what comes back are numpy arrays.
 
-    Images are uint8, `[b height width c]` of the model's size, or a list of uint8
-    arrays `[height width c]` of any size, which are resized to 256/224 of the size and
-    cropped at the centre, as in evaluation.
+    Images are uint8, `[b height width c]` of the model's size, or a list of files or
+    uint8 arrays `[height width c]` of any size, which are resized to 256/224 of the
+    model's and cropped at the centre, as in evaluation.
 
     Attributes:
       card: what the weights are.
@@ -128,7 +128,7 @@ class Pretrained:
 
     def reconstruct(
         self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
-        numbers: Int[np.ndarray, "b"] | None = None,
+        numbers: Integer[np.ndarray, "b"] | None = None,
         without: str | None = None, keep_own: bool = False,
     ) -> pretrain.Reconstruction:
         """Predicts every masked patch; returns pictures, masks and errors.
@@ -162,10 +162,9 @@ class Pretrained:
         return self._masked(name, reconstruct, images, mask_ratio, seed, numbers)
 
     def predict(
-        self, images: Any, ids: Int[np.ndarray, "q"], *,
-        mask_ratio: float | None = None, seed: int = 0,
+        self, images: Any, ids: Any, *, mask_ratio: float | None = None, seed: int = 0
     ) -> Float[np.ndarray, "b q t"]:
-        """Predicts the patches of these numbers only, in the space of the targets.
+        """Predicts the patches of these numbers [q] only, in the space of the targets.
 
         What is visible is that of `reconstruct` with the same ratio and seed. CrossMAE
         can be asked for visible patches, too; MAE only for masked ones, and the fewer
@@ -258,7 +257,7 @@ class Pretrained:
 
     def attention_magnitudes(
         self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
-        numbers: Int[np.ndarray, "b"] | None = None,
+        numbers: Integer[np.ndarray, "b"] | None = None,
     ) -> attention_weights.Magnitudes:
         """Returns how much masked patches attend to visible and to masked ones.
 
@@ -284,24 +283,9 @@ class Pretrained:
         Raises:
           ValueError: if they are no uint8 images, or an array of another size.
         """
-        size, channels = tuple(self.card.image_size), self.card.channels
-        if isinstance(images, Sequence):
-            if not images:
-                raise ValueError("The list of images is empty.")
-            return np.stack([
-                transforms.eval_image(
-                    _uint8(image), image_size=size, channels=channels,
-                    crop_ratio=224 / 256, name=f"image {number}",
-                ) for number, image in enumerate(images)
-            ])
-        images = _uint8(images)
-        if images.ndim != 4 or images.shape[1:] != (*size, channels):
-            raise ValueError(
-                f"images have the shape {images.shape}; expected (b, {size[0]}, "
-                f"{size[1]}, {channels}). Give a list of arrays to have them resized "
-                "and cropped, or load(path, image_size=...) for another size."
-            )
-        return images
+        return transforms.whole_images(
+            images, image_size=tuple(self.card.image_size), channels=self.card.channels
+        )
 
     def _run(self, name: Any, function: Callable[..., Any], images: Any, *rest: Any):
         """Calls function(variables, images, ...), compiled once under this name."""
@@ -344,13 +328,7 @@ class Pretrained:
 
     def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
         """Returns the objective with this share of patches masked."""
-        if self.card.kind != "pretrain":
-            raise ConversionError(
-                f"{self.card.origin} has no decoder, only "
-                f"{', '.join(self.card.parts)}; this needs a checkpoint of "
-                "pre-training: a run's own directory, or weights that were imported or "
-                "exported with all their parts."
-            )
+        self._need_decoder()
         config = structure.config_of(self.card)
         if mask_ratio is not None:
             scale = mask_ratio / config.masking.mask_ratio
@@ -359,7 +337,17 @@ class Pretrained:
                 config.masking[name] = min(config.masking[name] * scale, mask_ratio)
         return pretrain.Pretrain(config)
 
+    def _need_decoder(self) -> None:
+        if self.card.kind != "pretrain":
+            raise ConversionError(
+                f"{self.card.origin} has no decoder, only "
+                f"{', '.join(self.card.parts)}; this needs a checkpoint of "
+                "pre-training: a run's own directory, or weights that were imported or "
+                "exported with all their parts."
+            )
+
     def _need_target(self) -> None:
+        self._need_decoder()
         if self.card.normalize is None:
             raise ConversionError(
                 f"{self.card.origin} does not say whether its decoder predicts "
@@ -387,13 +375,3 @@ class Pretrained:
 
 def _decoder_attention(objective, variables, images, ids):
     return attention_weights.of_decoder(objective.model, variables, images, ids)
-
-
-def _uint8(image: Any) -> np.ndarray:
-    image = np.asarray(image)
-    if image.dtype != np.uint8:
-        raise ValueError(
-            f"Images are of type {image.dtype}; expected uint8, 0 to 255: they are "
-            "normalised here, as the card says."
-        )
-    return image

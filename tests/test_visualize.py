@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from crossmae_jax import visualize
+from crossmae_jax.visualize import canvas, panels
 
 
 class Pictures(NamedTuple):
@@ -83,11 +84,11 @@ def test_any_size_and_number_of_channels_gives_a_readable_panel(
 def test_the_third_channel_of_rgb_is_blue_and_more_channels_are_said_in_the_title():
     image = np.zeros((1, 8, 8, 3), np.float32)
     image[..., 2] = 2.0  # clipped
-    np.testing.assert_array_equal(visualize._drawable(image)[0, 0, 0], [0, 0, 1])
-    assert visualize._shown_channels("original", 3) == "original"
-    assert visualize._shown_channels("original", 1) == "original"
-    assert visualize._shown_channels("x", 13) == "x\n(channels 1-3 of 13)"
-    assert visualize._shown_channels("x", 2) == "x\n(channel 1 of 2)"
+    np.testing.assert_array_equal(canvas.drawable(image)[0, 0, 0], [0, 0, 1])
+    assert panels._shown_channels("original", 3) == "original"
+    assert panels._shown_channels("original", 1) == "original"
+    assert panels._shown_channels("x", 13) == "x\n(channels 1-3 of 13)"
+    assert panels._shown_channels("x", 2) == "x\n(channel 1 of 2)"
 
 
 def test_the_caption_says_where_colours_come_from():

@@ -18,7 +18,9 @@ from crossmae_jax import checkpoint, convert
 from crossmae_jax.convert import exporting, sources
 
 
-def _numbers(kind: type) -> Any:
+def numbers(kind: type) -> Any:
+    """Returns the type of a flag that is a list, such as 224,224."""
+
     def parse(text: str) -> tuple:
         return tuple(kind(part) for part in text.strip("()").split(",") if part.strip())
 
@@ -38,18 +40,19 @@ _yes.__name__ = "true or false"
 FACTS = {
     "num_heads": (int, "heads of the encoder"),
     "decoder_heads": (int, "heads of the decoder"),
-    "image_size": (_numbers(int), "height,width in pixels"),
-    "mean": (_numbers(float), "of each channel, for pixels in 0..1"),
-    "std": (_numbers(float), "of each channel, for pixels in 0..1"),
+    "image_size": (numbers(int), "height,width in pixels"),
+    "mean": (numbers(float), "of each channel, for pixels in 0..1"),
+    "std": (numbers(float), "of each channel, for pixels in 0..1"),
     "normalize": (_yes, "whether the decoder predicts standardised patches"),
     "mask_ratio": (float, "share of patches that was masked"),
     "pred_ratio": (float, "share of patches that was predicted"),
-    "fusion_maps": (_numbers(int), "blocks that CrossMAE's decoder sees; () for all"),
+    "fusion_maps": (numbers(int), "blocks that CrossMAE's decoder sees; () for all"),
     "fusion_input": (_yes, "whether it sees the encoder's input"),
 }
 
 
-def _add_facts(parser: argparse.ArgumentParser) -> None:
+def add_facts(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for each fact that a file may not tell."""
     group = parser.add_argument_group("what the file may not tell")
     for name, (kind, text) in FACTS.items():
         group.add_argument(f"--{name}", type=kind, help=text)
@@ -81,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
             "--no_check", dest="check", action="store_false",
             help="do not send images through both sides",
         )
-        _add_facts(action)
+        add_facts(action)
     return parser
 
 

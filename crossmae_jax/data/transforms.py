@@ -34,13 +34,17 @@ import io
 import math
 import struct
 import zlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from crossmae_jax.data.randaug import RandAugment
 
+EVAL_CROP_RATIO = 224 / 256
 CROPS = ("single_try", "ten_tries")
 
 # What PIL raises on damaged files, by format and by where the damage is.
@@ -215,6 +219,49 @@ class _Array(NamedTuple):
 
     pixels: np.ndarray
     size: tuple[int, int]
+
+
+def whole_images(
+    images: Any, *, image_size: tuple[int, int], channels: int
+) -> UInt8[np.ndarray, "b height width c"]:
+    """Returns an array of images as it is, or makes one of a list of images.
+
+    Args:
+      images: uint8 [b height width c]; or a list of files and uint8 arrays
+        [height width c] of any size, which are resized and cropped by `eval_image`.
+
+    Raises:
+      ValueError: if they are no uint8 images, or an array of another size.
+    """
+    if isinstance(images, Sequence):
+        if not images:
+            raise ValueError("The list of images is empty.")
+        return np.stack([
+            eval_image(
+                Path(image).read_bytes() if is_file else _uint8(image),
+                image_size=image_size, channels=channels, crop_ratio=EVAL_CROP_RATIO,
+                name=str(image) if is_file else f"image {number}",
+            ) for number, image in enumerate(images)
+            for is_file in (isinstance(image, (str, Path)),)
+        ])
+    images = _uint8(images)
+    if images.ndim != 4 or images.shape[1:] != (*image_size, channels):
+        raise ValueError(
+            f"images have the shape {images.shape}; expected (b, {image_size[0]}, "
+            f"{image_size[1]}, {channels}). Give a list of arrays to have them resized "
+            "and cropped, or load(path, image_size=...) for another size."
+        )
+    return images
+
+
+def _uint8(image: Any) -> np.ndarray:
+    image = np.asarray(image)
+    if image.dtype != np.uint8:
+        raise ValueError(
+            f"Images are of type {image.dtype}; expected uint8, 0 to 255: they are "
+            "normalised later, as the model wants."
+        )
+    return image
 
 
 def _open(image: bytes | np.ndarray, name: str) -> Image.Image | _Array:

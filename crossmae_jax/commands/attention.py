@@ -1,0 +1,88 @@
+"""Measures where a decoder's masked patches look, over a set of images.
+
+    python -m crossmae_jax attention --checkpoint=RUN --dir=DIR --to=analysis
+    python -m crossmae_jax attention --checkpoint=mae_visualize_vit_base.pth \\
+        --tfds=imagenet2012 --data_dir=DATA --split=validation --num_images=5000 \\
+        --to=analysis --normalize=true --mean=0.485,0.456,0.406 --std=0.229,0.224,0.225
+
+Prints attention per block from masked patches to visible and to masked ones, per key as
+in figure 1 of CrossMAE and by mass, and draws it in DIR/attention.png. Of an MAE also
+what becomes of its predictions without either: mean squared error and PSNR on masked
+patches. Everything that is printed is in DIR/attention.md.
+
+Exit status 2 if the command line is wrong, 1 if weights or images cannot be read.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from crossmae_jax.commands import convert
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m crossmae_jax attention", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )
+    parser.add_argument("--checkpoint", required=True, help="a run or weights")
+    parser.add_argument("--step", type=int, help="of a run; default: the newest")
+    parser.add_argument("--to", required=True, help="the folder to write to")
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--dir", help="a folder of images")
+    images.add_argument("--tfds", help="a TFDS data set in ArrayRecord form")
+    parser.add_argument("--data_dir", help="where TFDS sets lie")
+    parser.add_argument("--split", default="validation", help="of the TFDS set")
+    parser.add_argument("--num_images", type=int, help="default: all")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=0, help="to decode images")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks")
+    parser.add_argument(
+        "--masked", type=float, help="share of patches to mask; default: of training"
+    )
+    convert.add_facts(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Measures what `argv` describes; `argv` follows `attention`."""
+    options = vars(_parser().parse_args(argv))
+    path, to = options.pop("checkpoint"), Path(options.pop("to"))
+    directory, name = options.pop("dir"), options.pop("tfds")
+    data_dir, split = options.pop("data_dir"), options.pop("split")
+    how = {
+        name: options.pop(name)
+        for name in ("num_images", "batch_size", "workers", "seed")
+    }
+    how["mask_ratio"] = options.pop("masked")
+    options = {name: value for name, value in options.items() if value is not None}
+
+    import crossmae_jax
+    from crossmae_jax import checkpoint, decoder_analysis, visualize
+    from crossmae_jax.data import sources
+
+    try:
+        model = crossmae_jax.load(path, **options)
+        if directory is not None:
+            source = sources.FolderSource(directory)
+        else:
+            source = sources.TfdsSource(name, data_dir=data_dir, split=split)
+        found = decoder_analysis.attention(model, source, **how)
+        parts = [found.table()]
+        if model.card.model["decoder"] == "mae":
+            scores = decoder_analysis.ablations(model, source, **how)
+            parts.append(decoder_analysis.table(scores))
+    except (ValueError, checkpoint.RestoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    count = min(how["num_images"] or len(source), len(source))
+    title = f"{path}: {count} images, {found.num_masked or 'no'} masked keys"
+    text = "\n\n".join([f"# Attention of {title}", *parts]) + "\n"
+    picture = visualize.attention_magnitudes(found, to / "attention.png", title=title)
+    (to / "attention.md").write_text(text)
+    print(f"{text}\npicture  {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
