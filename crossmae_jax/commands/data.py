@@ -1,7 +1,8 @@
-"""Prepares data sets: `data prepare imagenet2012`, `data prepare digits`.
+"""Prepares data sets: `data prepare imagenet2012`, `digits`, `photographs`.
 
     python -m crossmae_jax data prepare imagenet2012 --manual_dir=TARS --data_dir=DIR
     python -m crossmae_jax data prepare digits [--data_dir=DIR]
+    python -m crossmae_jax data prepare photographs --data_dir=DIR
 
 Exit status 1 if something is missing, with what to do about it.
 """
@@ -25,6 +26,8 @@ def main(argv: list[str]) -> int:
     imagenet.add_argument("--data_dir", required=True, help="where TFDS sets go")
     digits = names.add_parser("digits", help="from the copy inside scikit-learn")
     digits.add_argument("--data_dir", help="default: ~/.cache/crossmae_jax")
+    photographs = names.add_parser("photographs", help="crops of scikit-image's")
+    photographs.add_argument("--data_dir", required=True, help="a folder for them")
     arguments = parser.parse_args(argv)
     try:
         return _prepare(arguments)
@@ -48,6 +51,15 @@ def _prepare(arguments: argparse.Namespace) -> int:
         print(f"The digits lie in {data_dir}. Train on them with\n")
         print("    python -m crossmae_jax.main --config=configs/digits_cross.py \\")
         print(f"        --config.data.data_dir={data_dir} --workdir=runs/digits_cross")
+    elif arguments.name == "photographs":
+        from crossmae_jax.data import photographs
+
+        photographs.prepare(arguments.data_dir)
+        print(f"The photographs lie in {arguments.data_dir}. Train on them with\n")
+        print("    python -m crossmae_jax.main --config=configs/photographs_cross.py \\")
+        print(f"        --config.data.dir={arguments.data_dir}/train \\")
+        print(f"        --config.data.eval_dir={arguments.data_dir}/test \\")
+        print("        --workdir=runs/photographs_cross")
     else:
         from crossmae_jax.data import imagenet
 

@@ -1,0 +1,27 @@
+"""MAE, small, on the photographs that come with scikit-image: what its decoder attends
+to is looked at in the notebooks. Half an hour on two CPU cores.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, at a
+width of 96; 14 x 14 patches as in the paper.
+
+    python -m crossmae_jax data prepare photographs --data_dir=photographs
+    python -m crossmae_jax.main --config=configs/photographs_mae.py \\
+        --workdir=runs/photographs_mae
+
+Published: no paper has this configuration.
+Measured by us: docs/probing.md.
+"""
+
+from configs import common, photographs_cross
+
+
+def get_config():
+    """Returns the experiment."""
+    config = photographs_cross.get_config()
+    config.model = common.mae(
+        "W96-D6-H3/8", decoder_dim=64, decoder_heads=4, decoder_depth=4
+    )
+    config.model.dtype = "float32"
+    config.model.remat = "none"
+    config.masking = common.masking(pred_ratio=0.75)
+    return config
