@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,21 @@ def describe() -> dict[str, Any]:
     }
 
 
+def command() -> list[str] | None:
+    """Returns the command that this process runs, None if it is none of ours."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    ours = module is not None and module.name.startswith("crossmae_jax.")
+    return sys.orig_argv if ours or Path(sys.argv[0]).name == "crossmae-jax" else None
+
+
 def write_environment(workdir: str | Path) -> None:
-    """Writes `environment.json`, from process 0."""
+    """Writes `environment.json`, from process 0: `describe` and the command."""
     if jax.process_index() != 0:
         return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(describe(), indent=2) + "\n"
+    content = describe() | {"command": command()}
+    text = json.dumps(content, indent=2) + "\n"
     (workdir / "environment.json").write_text(text)
 
 

@@ -14,16 +14,16 @@ from ml_collections import ConfigDict
 
 from crossmae_jax import (
     evaluators,
+    html_report,
     interruption,
     metrics,
     parallel,
-    report,
+    results,
     visualize,
 )
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.evaluators import features
 
-_COMPARED = ("knn", "linear")
 # Evaluators of what only one objective can do.
 _OF_OBJECTIVE = {"accuracy": "classify", "reconstruction": "pretrain"}
 
@@ -146,7 +146,8 @@ class Evaluations:
             "pixels": features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
         }
         evals = self._config.evals.to_dict()
-        evals, found = {name: evals[name] for name in _COMPARED if name in evals}, {}
+        evals = {name: evals[name] for name in results.COMPARED if name in evals}
+        found = {}
         for baseline, predict in predicts.items():
             if baseline == "pixels":  # one vector, no class token
                 evals.get("knn", {}).pop("pools", None)
@@ -164,10 +165,13 @@ class Evaluations:
     ) -> None:
         """Prints the closing table of a run, and where everything lies.
 
+        Writes what was found, the curve and the page about the run.
+
         Args:
           name: what to call a file.
         """
-        if text := table(found):
+        results.write(self._directory, found)
+        if text := results.table(found):
             print(f"\n{text}\n")
         if "train/loss_trivial" in found:  # not of a finished run, started again
             print(
@@ -175,7 +179,7 @@ class Evaluations:
                 f"{found['train/loss_trivial']:.4f}"
             )
         if "best/step" in found:
-            print(best(found))
+            print(results.best(found))
         written = self._directory / metrics.METRICS
         curve = visualize.loss_curve(written, self._directory / "curve.png")
         print(f"metrics      {name(written)}")
@@ -183,6 +187,8 @@ class Evaluations:
         for path in self.files[-1:]:
             print(f"pictures     {name(path)}")
         print(f"checkpoints  {name(self._directory / 'checkpoints')}", flush=True)
+        page = html_report.write(self._directory, name=str(name(self._directory)))
+        print(f"report       {name(page)}", flush=True)
 
     def _evaluation(
         self, evals, predict, stop, **pictures: Any
@@ -252,34 +258,3 @@ def _batch_size(
         return data.batch_size
     per_device = -(-num_images // mesh.size)  # no more padding than needed
     return min(data.batch_size, per_device * mesh.size)
-
-
-def table(found: dict[str, float]) -> str:
-    """Lays out what was found, the trained features first; "" if nothing compares."""
-    titles = {
-        "eval": "pre-trained", "random_init": "random initialisation",
-        "pixels": "raw pixels",
-    }
-    rows = {}
-    for prefix, title in titles.items():
-        row = {
-            f"{name}/top1": found[f"{prefix}/{name}/top1"]
-            for name in _COMPARED if f"{prefix}/{name}/top1" in found
-        }
-        if row:
-            rows[title] = row
-    return evaluators.table(rows) if rows else ""
-
-
-def best(found: dict[str, float]) -> str:
-    """Says what the best state of a run reached, and the last, on how many images."""
-    (name, value), = (
-        (key.removeprefix("best/"), value) for key, value in found.items()
-        if key.startswith("best/eval/")
-    )
-    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
-    if name in found:
-        line += f", at the end {found[name]:.4f}"
-    if (images := found.get("eval/accuracy/images")) is not None:
-        line += f" ({report.counted(int(images), int(images))} images)"
-    return line

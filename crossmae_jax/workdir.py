@@ -9,6 +9,8 @@
     best/               a run of its own: the best state, where one is kept
     panels/             reconstructions
     curve.png           the loss over the steps, drawn at the end
+    results.json        what was found at the end, with the baselines
+    report.html         all of this on one page, written at the end
     bad_images.jsonl    images that could not be decoded, if any; of further processes
                         bad_images.process_1.jsonl, ...
 
@@ -124,11 +126,12 @@ def _completed(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns settings by their whole names, such as `optim.base_lr`."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
+            flat.update(flatten(value, f"{prefix}{name}."))
         else:
             flat[f"{prefix}{name}"] = value
     return flat
@@ -139,7 +142,7 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, 
 
     Names are "optim.base_lr"; of a setting that is not there the value is "absent".
     """
-    old, new = _flatten(old), _flatten(new)
+    old, new = flatten(old), flatten(new)
     return {
         name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in sorted(old.keys() | new.keys())

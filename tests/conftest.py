@@ -5,6 +5,7 @@ Programs are compiled with little optimisation: most tests compile more than the
 
 import os
 import platform
+import shutil
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,6 +24,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 collect_ignore = []
 if (sys.platform, platform.machine()) != ("linux", "x86_64"):
     collect_ignore += ["test_tpu_compile.py", "test_layout_compile.py"]
+
+# The page about a run is looked at where a browser is installed; .ci/run installs one.
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, _BROWSERS)), None)
+if BROWSER is None:
+    collect_ignore += ["test_report_browser.py"]
 
 
 # Files that take minutes come first, or one of two processes ends alone with them.

@@ -1,6 +1,7 @@
 """Runs, checkpoints and images in a bucket; real Orbax, TFDS and training on one."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import crossmae_jax
 from crossmae_jax import (
     checkpoint,
     digests,
+    html_report,
     mirror,
     objectives,
     remote,
@@ -246,7 +248,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=9)
     for name in (
         "config.json", "dataset.json", "environment.json", "time.json", "curve.png",
-        "panels/step_00000009.png", "best/best.json", "best/config.json",
+        "panels/step_00000009.png", "best/best.json", "best/config.json", "results.json",
     ):
         assert bucket.read(f"runs/one/{name}"), name
     assert bucket.names("runs/one/tensorboard/events")
@@ -259,6 +261,15 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
         committed = order.index(f"runs/one/checkpoints/{step}/{remote.COMMITTED}")
         assert "runs/one/metrics.jsonl" in order[:committed]
         assert "runs/one/config.json" in order[:committed]
+
+    page = bucket.read("runs/one/report.html").decode()
+    assert f"report       {RUN}/report.html\n" in printed
+    assert "Finished: step 9 of 9" in page and f"{RUN}/checkpoints" in page
+    assert page.count("data:image/png;base64,") == 1
+    bucket.delete("runs/one/report.html")
+    assert os.fspath(html_report.write(RUN)) == f"{RUN}/report.html"
+    again = bucket.read("runs/one/report.html").decode()
+    assert again.partition("<footer>")[0] == page.partition("<footer>")[0]
 
     # As if the host had died while the last step was saved.
     bucket.delete(f"runs/one/checkpoints/9/{remote.COMMITTED}")

@@ -114,6 +114,8 @@ def test_a_run_leaves_what_the_readme_promises(finished):
         assert (f"{source}/knn/cls/k3/top1" in found) == (source != "pixels")
     assert (workdir / "panels" / "step_00000015.png").stat().st_size > 1000
     assert (workdir / "curve.png").stat().st_size > 1000
+    assert "Finished: step 15 of 15" in (workdir / "report.html").read_text()
+    assert json.loads((workdir / "results.json").read_text()) == found
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text())["seed"] == config.seed
     assert json.loads((workdir / "environment.json").read_text())["versions"]["jax"]

@@ -1,0 +1,57 @@
+"""What a finished run found: `results.json`, and how it is told.
+
+    {"train/loss": 0.19, "eval/knn/top1": 0.91, "random_init/knn/top1": 0.80, ...}
+
+The baselines stand nowhere else: they are of no step, so metrics.jsonl has none.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from crossmae_jax import evaluators, report, workdir
+
+FILE = "results.json"
+# Evaluators whose numbers stand beside those of the baselines.
+COMPARED = ("knn", "linear")
+_TITLES = {
+    "eval": "pre-trained", "random_init": "random initialisation",
+    "pixels": "raw pixels",
+}
+
+
+def write(directory: Path, found: Mapping[str, int | float]) -> None:
+    """Writes what was found at the end; a number that is not finite becomes `null`."""
+    finite = {
+        name: value if math.isfinite(value) else None for name, value in found.items()
+    }
+    text = json.dumps(finite, indent=2, allow_nan=False) + "\n"
+    workdir.write_whole(directory / FILE, text)
+
+
+def table(found: Mapping[str, int | float]) -> str:
+    """Lays out what was found, the trained features first; "" if nothing compares."""
+    rows = {}
+    for prefix, title in _TITLES.items():
+        row = {
+            f"{name}/top1": found[f"{prefix}/{name}/top1"]
+            for name in COMPARED if f"{prefix}/{name}/top1" in found
+        }
+        if row:
+            rows[title] = row
+    return evaluators.table(rows) if rows else ""
+
+
+def best(found: Mapping[str, int | float]) -> str:
+    """Says what the best state of a run reached, and the last, on how many images."""
+    (name, value), = (
+        (key.removeprefix("best/"), value) for key, value in found.items()
+        if key.startswith("best/eval/")
+    )
+    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
+    if name in found:
+        line += f", at the end {found[name]:.4f}"
+    if (images := found.get("eval/accuracy/images")) is not None:
+        line += f" ({report.counted(int(images), int(images))} images)"
+    return line
