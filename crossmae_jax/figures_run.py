@@ -89,11 +89,18 @@ def _set_up(axes, *, percent: bool, from_zero: bool) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("step", fontsize=_POINTS, color=_INK)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}".replace(",", " "))
+    axes.xaxis.set_major_formatter(lambda x, _: _number(round(x)))
     axes.yaxis.set_major_locator(ticker.MaxNLocator(5))
     axes.yaxis.set_major_formatter(
-        lambda y, _: f"{100 * y:.4g} %" if percent else f"{y:.4g}"
+        lambda y, _: f"{100 * y:.4g} %" if percent else _number(y)
     )
+
+
+def _number(value: int | float) -> str:
+    """Returns it short: 0.00015, 12 000, 1e-07."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}".replace(",", " ")
+    return f"{value:.4g}"
 
 
 def _embedded(svg: str, *, alt: str, name: str) -> str:

@@ -61,6 +61,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem 1.6rem .35rem 0; border-bottom: 1px solid var(--rule);
   text-align: left; vertical-align: top; }
 :is(th, td):last-child { padding-right: 0; }
+:is(th, td):first-child { min-width: 8rem; overflow-wrap: anywhere; }
 th { color: var(--soft); font-weight: 600; }
 .number { text-align: right; white-space: nowrap; }
 .best { font-weight: 650; }

@@ -40,7 +40,7 @@ def write(directory: str | AnyPath, *, name: str | None = None) -> AnyPath:
 
     Args:
       directory: a workdir, also in a bucket.
-      name: of the workdir on the page; as given if None.
+      name: of the workdir where `directory` holds copies of its small files.
 
     Raises:
       FileNotFoundError: if the directory is not that of a run.

@@ -54,18 +54,20 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
 
     Args:
       directory: on a disk or in a bucket.
-      name: of the workdir, for readers; as given if None.
+      name: of the workdir where `directory` holds copies of its small files; there lie
+        the checkpoints.
 
     Raises:
       FileNotFoundError: if the directory is not that of a run.
       ValueError: if a line of `metrics.jsonl` is damaged.
     """
     directory = remote.path(directory)
+    name = str(directory) if name is None else name
     config = workdir.read_config(directory)
     series = _series(directory / metrics.METRICS)
     dataset = _json(directory / "dataset.json")
     time = _json(directory / goodput.FILE)
-    saved = steps.committed(directory / "checkpoints")
+    saved = steps.committed(remote.path(name) / "checkpoints")
     found = {metric: values[max(values)] for metric, values in series.items()}
     if time.get("finished"):
         known = _json(directory / results.FILE)
@@ -73,8 +75,8 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
     panels = directory / "panels"
     drawn = [path for path in panels.iterdir()] if panels.is_dir() else []
     return Run(
-        name=str(directory) if name is None else name,
-        config=workdir.flatten(config.to_dict()), series=series, found=found, time=time,
+        name=name, config=workdir.flatten(config.to_dict()), series=series,
+        found=found, time=time,
         environment=_json(directory / "environment.json"), dataset=dataset,
         best=_json(directory / "best" / "best.json"), saved=saved,
         reached=max([0, *saved, *(max(values) for values in series.values())]),

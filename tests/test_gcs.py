@@ -248,7 +248,8 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=9)
     for name in (
         "config.json", "dataset.json", "environment.json", "time.json", "curve.png",
-        "panels/step_00000009.png", "best/best.json", "best/config.json", "results.json",
+        "panels/step_00000009.png", "best/best.json", "best/config.json",
+        "results.json",
     ):
         assert bucket.read(f"runs/one/{name}"), name
     assert bucket.names("runs/one/tensorboard/events")
