@@ -6,6 +6,7 @@ follow the reader's choice of light or dark, fit a phone, and print.
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -78,6 +79,7 @@ footer { padding-block: 1.5rem 2.5rem; color: var(--soft); font-size: .9rem; }
   body { font-size: 10pt; } pre { white-space: pre-wrap; }
   nav { display: none; } h2, h3 { break-after: avoid; }
   section { padding-block: .6rem; } tr { break-inside: avoid; }
+  .pairs { columns: 2 15rem; font-size: 9pt; }
   .charts { grid-template-columns: 1fr 1fr; } figure img { max-height: 20cm; } }
 """
 
@@ -101,10 +103,15 @@ def element(tag: str, value: object, *, css: str = "") -> str:
     return f"<{tag}{style}>{text(value)}</{tag}>"
 
 
+def _breakable(value: object) -> str:
+    """Returns text that may go on in the next line inside of a long name."""
+    return re.sub(r"([/_.])(?=\w)", r"\1<wbr>", text(value))
+
+
 def pairs(values: Iterable[tuple[str, object]]) -> str:
     """Lays out names and values, in columns where there is room for them."""
     rows = (
-        f"<div>{element('dt', name)}<dd>{element('code', value)}</dd></div>"
+        f"<div><dt>{_breakable(name)}</dt><dd>{element('code', value)}</dd></div>"
         for name, value in values
     )
     return f'<dl class="pairs">{"".join(rows)}</dl>'
@@ -124,8 +131,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Lays out a table whose first column is text, and whose others are numbers."""
     def cells(tag: str, row: Sequence[object]) -> str:
         first, *others = row
-        breakable = text(first).replace("/", "/<wbr>")
-        return f"<tr><{tag}>{breakable}</{tag}>" + "".join(
+        return f"<tr><{tag}>{_breakable(first)}</{tag}>" + "".join(
             element(tag, cell, css="number") for cell in others
         ) + "</tr>"
 

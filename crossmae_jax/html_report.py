@@ -10,7 +10,6 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -57,11 +56,10 @@ def write(directory: str | AnyPath, *, name: str | None = None) -> AnyPath:
 
 def _page(run: Run) -> str:
     title = _title(run.config)
-    state, css = _state(run)
     made = datetime.datetime.now(datetime.UTC)
     header = (
         f"{html_page.element('h1', title)}<p>{html_page.element('code', run.name)}</p>"
-        f"<p>{html_page.element('span', state, css=f'state {css}')}</p>"
+        f"{_state(run)}"
     )
     parts = [
         Section("results", "Results", _results(run)),
@@ -106,21 +104,25 @@ def _title(config: Mapping[str, Any]) -> str:
         plural = "" if config["tune_blocks"] == 1 else "s"
         method = f"Partial fine-tuning ({blocks}{plural}) of"
     source = config["data.source"]
-    names = {"tfds": config["data.name"], "folder": Path(config["data.dir"] or "").name}
+    folder = (config["data.dir"] or "").rstrip("/").split("/")[-2:]
+    names = {"tfds": config["data.name"], "folder": "/".join(folder)}
     return f"{method} {config['model.size']}, {names.get(source) or source}"
 
 
-def _state(run: Run) -> tuple[str, str]:
-    """Returns how far the run came, and the style in which to say it."""
+def _state(run: Run) -> str:
+    """Says how far the run came, and when that was."""
     of = "" if run.total is None else f" of {_count(run.total)}"
-    if run.finished:
-        return f"Finished: step {_count(run.reached)}{of}", "good"
-    until = ""
+    said, css = ("Finished", "good") if run.finished else (
+        "Interrupted, or still running", "open"
+    )
+    state = f"{said}: step {_count(run.reached)}{of}"
+    seen = ""
     if "until" in run.time:
-        seen = datetime.datetime.fromtimestamp(run.time["until"], datetime.UTC)
-        until = f"; last heard of on {seen:%Y-%m-%d} at {seen:%H:%M} UTC"
+        until = datetime.datetime.fromtimestamp(run.time["until"], datetime.UTC)
+        seen = f"last heard of on {until:%Y-%m-%d} at {until:%H:%M} UTC"
     return (
-        f"Interrupted, or still running: step {_count(run.reached)}{of}{until}", "open"
+        f"<p>{html_page.element('span', state, css=f'state {css}')} "
+        f"{html_page.element('span', seen, css='soft')}</p>"
     )
 
 
@@ -293,7 +295,7 @@ def _time(run: Run) -> str:
 def _resume(run: Run) -> str:
     folder = html_page.element("code", f"{run.name}/checkpoints")
     kept = ", ".join(map(_count, run.saved)) or "none yet"
-    parts = [f"<p>Checkpoints, by step: {folder}: {kept}.</p>"]
+    parts = [f"<p>Checkpoints in {folder}, of steps: {kept}.</p>"]
     if run.best:
         parts.append(
             f"<p>Best state: {html_page.element('code', f'{run.name}/best')}, step "

@@ -155,7 +155,7 @@ def test_a_run_ends_with_a_page_of_all_there_is_to_know(finished):
         page.text["data"]
     )
     assert "8 x cpu" in page.text["environment"]
-    assert f"{directory}/checkpoints: 3, 6." in page.text["resume"]
+    assert f"{directory}/checkpoints, of steps: 3, 6." in page.text["resume"]
 
 
 def test_the_picture_is_the_newest_panel(finished):
@@ -183,7 +183,7 @@ def test_the_command_of_an_interrupted_run_makes_it_go_on(interrupted, capsys):
     assert command.main([str(interrupted)]) == 0
     assert capsys.readouterr().out == f"{interrupted}/report.html\n"
     page = Page(interrupted / "report.html")
-    assert "Interrupted, or still running: step 3 of 6; last heard" in page.text[""]
+    assert "Interrupted, or still running: step 3 of 6 last heard of" in page.text[""]
     assert "goes on from step 3" in page.text["resume"]
     assert "reconstructions" not in page.text
     assert "random initialisation" not in page.text["results"]
@@ -228,7 +228,7 @@ def test_what_stands_in_files_is_text_and_no_html(interrupted, tmp_path):
 
 TITLES = {
     "vitb_mae_prmim": "PR-MIM on MAE B/16, imagenet2012",
-    "folder_cross": "CrossMAE S/16, photos &",
+    "folder_cross": "CrossMAE S/16, where/photos &",
     "finetune_vitb": "Fine-tuning of B/16, imagenet2012",
     "partialft_vitb": "Partial fine-tuning (1 block) of B/16, imagenet2012",
     "linprobe_vitb": "Linear probe of B/16, imagenet2012",

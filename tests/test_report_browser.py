@@ -113,7 +113,8 @@ def test_everything_is_there_and_nothing_is_too_wide(page, width, tmp_path):
     assert max(seen["charts"]) <= width - 40
     assert seen["requests"] == []
     for text in (
-        "CrossMAE W16-D1-H2/4", "Finished: step 11 901 of 11 901", "raw pixels",
+        "CrossMAE W16-D1-H2/4", "raw pixels",
+        "Finished: step 11 901 of 11 901 last heard of on 2033-05-18",
         "predicting the mean of each patch: 0.6000", "Evaluation: knn top1",
         "colours and contrast are not evidence", "0123456789abcdef" * 4,
         f"--workdir={page.parent}", "27 h 46 min",
