@@ -18,6 +18,7 @@ from crossmae_jax import (
     interruption,
     metrics,
     parallel,
+    report,
     results,
     visualize,
 )
@@ -179,7 +180,7 @@ class Evaluations:
                 f"{found['train/loss_trivial']:.4f}"
             )
         if "best/step" in found:
-            print(results.best(found))
+            print(best(found))
         written = self._directory / metrics.METRICS
         curve = visualize.loss_curve(written, self._directory / "curve.png")
         print(f"metrics      {name(written)}")
@@ -258,3 +259,17 @@ def _batch_size(
         return data.batch_size
     per_device = -(-num_images // mesh.size)  # no more padding than needed
     return min(data.batch_size, per_device * mesh.size)
+
+
+def best(found: dict[str, float]) -> str:
+    """Says what the best state of a run reached, and the last, on how many images."""
+    (name, value), = (
+        (key.removeprefix("best/"), value) for key, value in found.items()
+        if key.startswith("best/eval/")
+    )
+    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
+    if name in found:
+        line += f", at the end {found[name]:.4f}"
+    if (images := found.get("eval/accuracy/images")) is not None:
+        line += f" ({report.counted(int(images), int(images))} images)"
+    return line

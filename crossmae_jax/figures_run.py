@@ -80,7 +80,7 @@ def curves(
 def _set_up(axes, *, percent: bool, from_zero: bool) -> None:
     axes.margins(x=0.02)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1] + 0.05 * abs(axes.get_ylim()[1]))
     axes.grid(axis="y", color=_RULE)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)

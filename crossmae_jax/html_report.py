@@ -19,7 +19,6 @@ from crossmae_jax import (
     figures_run,
     html_page,
     remote,
-    report,
     results,
     run_files,
     visualize,
@@ -137,7 +136,7 @@ def _results(run: Run) -> str:
         images = int(found["eval/accuracy/images"])
         cards.append((
             "Accuracy, top-1", f"{100 * found['eval/accuracy/top1']:.1f} %",
-            f"on {report.counted(images, images)} images",
+            f"on {_count(images)} images",
         ))
     if run.best:
         share = run.best["metric"].endswith(("top1", "top5"))
@@ -168,8 +167,6 @@ def _results(run: Run) -> str:
                 "pixels show how hard the images are without a model.", css="soft",
             ) if len(rows) > 1 else "",
         ]
-    if "best/step" in found:
-        parts.append(html_page.element("p", results.best(found)))
     return "".join(parts) or html_page.element("p", "No step has been logged yet.")
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from crossmae_jax import evaluators, report, workdir
+from crossmae_jax import evaluators, workdir
 
 FILE = "results.json"
 # Evaluators whose numbers stand beside those of the baselines.
@@ -41,17 +41,3 @@ def table(found: Mapping[str, int | float]) -> str:
         if row:
             rows[title] = row
     return evaluators.table(rows) if rows else ""
-
-
-def best(found: Mapping[str, int | float]) -> str:
-    """Says what the best state of a run reached, and the last, on how many images."""
-    (name, value), = (
-        (key.removeprefix("best/"), value) for key, value in found.items()
-        if key.startswith("best/eval/")
-    )
-    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
-    if name in found:
-        line += f", at the end {found[name]:.4f}"
-    if (images := found.get("eval/accuracy/images")) is not None:
-        line += f" ({report.counted(int(images), int(images))} images)"
-    return line

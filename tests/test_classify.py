@@ -79,7 +79,7 @@ def test_from_pre_training_to_a_classifier_in_one_line(
     page = (run / "report.html").read_text()
     assert "Fine-tuning of W16-D2-H2/4, digits" in page and "<img" not in page
     assert f"{100 * found['eval/accuracy/top1']:.1f} %" in page
-    assert f"best eval/accuracy/top1 {found['best/eval/accuracy/top1']:.4f}" in page
+    assert f"{100 * found['best/eval/accuracy/top1']:.1f} %" in page
 
     best = json.loads((run / "best" / "best.json").read_text())
     assert best["value"] == found["best/eval/accuracy/top1"]
