@@ -162,7 +162,7 @@ def picture(data: bytes, *, kind: str, alt: str, caption: str) -> str:
 
 
 def page(title: str, *, header: str, sections: Sequence[Section], footer: str) -> str:
-    """Returns the whole page, with a table of its sections.
+    """Returns the whole page, with a table of its sections; in ASCII for any locale.
 
     Args:
       header, footer: HTML; the header holds the `h1`.
@@ -174,7 +174,7 @@ def page(title: str, *, header: str, sections: Sequence[Section], footer: str) -
         f'<section id="{part.name}">\n{element("h2", part.title)}\n{part.content}\n'
         "</section>" for part in sections
     )
-    return f"""<!DOCTYPE html>
+    whole = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -192,3 +192,4 @@ def page(title: str, *, header: str, sections: Sequence[Section], footer: str) -
 </body>
 </html>
 """
+    return whole.encode("ascii", "xmlcharrefreplace").decode("ascii")

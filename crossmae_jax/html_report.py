@@ -33,6 +33,7 @@ FILE = "report.html"
 # small enough to be sent around.
 _LARGEST_PNG, _LARGEST_SIDE = 1_000_000, 1800
 
+
 def write(directory: str | AnyPath, *, name: str | None = None) -> AnyPath:
     """Writes the page about a run into its workdir, whole; returns the file's path.
 

@@ -28,7 +28,7 @@ from crossmae_jax.commands import report as command
 from tests import test_train
 
 ROOT = Path(__file__).parents[1]
-HOSTILE = "<script>alert(\"1\")</script> & 'x' </pre>"
+HOSTILE = "<script>alert(\"1\")</script> & 'x' é </pre>"
 VOID = {"meta", "img", "br", "wbr", "link", "input", "hr"}
 
 
