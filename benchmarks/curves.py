@@ -128,10 +128,11 @@ def panels(
             _BESIDE, steps, np.full(2, untrained), dashed=True
         )]
     for curves, metric in zip(found.values(), METRICS, strict=True):
-        curves += [
-            _shown(name, directory, metric, label) for name, label in runs.items()
-            if not (metric == "train/loss" and last in _OTHER_LOSS and name != last)
-        ]
+        for name, label in runs.items():
+            curve = _shown(name, directory, metric, label)
+            if metric == "train/loss" and last in _OTHER_LOSS and name != last:
+                curve = curve._replace(steps=curve.steps[:0], values=curve.values[:0])
+            curves.append(curve)
     return found
 
 

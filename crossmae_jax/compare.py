@@ -12,7 +12,8 @@ At the steps that the run and all references have logged:
                outside the band, on either side, or are not finite
 
 A median moves no jump, and the mean takes the slope of the curve with it, so the step
-that is named is the first logged one outside. Of a single reference the spread is not
+that is named is the first logged one outside; at both ends, where there are fewer
+points, it may be two logged ones off. Of a single reference the spread is not
 known and the band is the 2 % alone: that says where two runs part, not which of them is
 healthy, as seeds may differ by more.
 
@@ -175,8 +176,10 @@ def compare(
             f"{metric} of a reference is not finite; give references that are healthy."
         )
     window = WINDOW if metric.startswith("train/") else 1
-    mean = values[1:].mean(axis=0)
-    smoothed = np.stack([mean + _medians(one - mean, window) for one in values])
+    smoothed = values
+    if window > 1:
+        mean = values[1:].mean(axis=0)
+        smoothed = np.stack([mean + _medians(one - mean, window) for one in values])
     band = band_of(smoothed[1:], pooled=2 * window + 1)
     return Comparison(
         metric, len(references), window, np.array(steps), values[0], smoothed[0], band,

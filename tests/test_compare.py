@@ -98,6 +98,7 @@ def test_evaluations_are_not_smoothed_and_need_three_in_a_row(references, tmp_pa
         run = write(tmp_path / f"run_{length}", values, metric="eval/knn/top1")
         found = compare.compare(run, theirs, metric="eval/knn/top1")
         assert len(found.stretches) == expected
+        np.testing.assert_array_equal(found.smoothed, values)
 
 
 def test_the_band_is_what_the_docstring_says():
@@ -258,7 +259,7 @@ def test_the_command_draws_tells_and_ends_with_the_status(tmp_path, capsys):
     assert front_door.main(run) == 0
     assert "settings  not known" in capsys.readouterr().out
     assert front_door.main([*run, "--metric=eval/knn"]) == 2
-    assert "no 'eval/knn'. It has: eval/knn/top1" in capsys.readouterr().err
+    assert "no 'eval/knn'. It has: eval/knn/cls/k20/top1, ev" in capsys.readouterr().err
     assert front_door.main(["compare", "digits_cross", str(healthy)]) == 2
     assert "are 3 runs; compare one" in capsys.readouterr().err
 

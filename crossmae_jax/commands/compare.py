@@ -20,7 +20,7 @@ from pathlib import Path
 def _short(name: str) -> str:
     """Returns what a picture calls a run: the workdir's name, or the file's."""
     path = Path(name)
-    return path.parent.name if path.name == "metrics.jsonl" else path.stem
+    return path.parent.name if path.name == "metrics.jsonl" else path.name
 
 
 def main(argv: list[str]) -> int:
