@@ -54,6 +54,7 @@ SICK = {
 _OTHER_LOSS = ("raw_targets",)  # in other units: not beside that of a healthy run
 METRICS = ("train/loss", "eval/knn/top1", "eval/rank/effective")
 _BESIDE = "trivial predictor, untrained network"
+JUDGED = (*METRICS, "eval/knn/cls/k20/top1")
 _KEPT = ("train/loss", "train/loss_trivial")
 
 
@@ -156,11 +157,10 @@ def draw(directory: Path, images: Path) -> None:
             },
         )
     for name in ("another_seed", *SICK):
-        for metric in METRICS:
-            last = metric.split("/")[1]
+        for metric in JUDGED:
             picture = images / f"curve_band_{name}.png"
             if metric != METRICS[0]:
-                picture = directory / f"{name}_{last}.png"
+                picture = directory / f"{name}_{metric.replace('/', '_')}.png"
             arguments = [
                 str(directory / name), "digits_cross", f"--metric={metric}",
                 f"--to={picture}",

@@ -105,11 +105,10 @@ def test_the_band_is_what_the_docstring_says():
     values = np.array([[1.0, 1.0], [1.2, 1.0], [1.4, 1.0]])
     band = compare.band_of(values, pooled=1)
     np.testing.assert_allclose(band.mean, [1.2, 1.0])
-    half = 3 * 0.2
-    np.testing.assert_allclose(band.high - band.mean, [half, 0.02])
-    np.testing.assert_allclose(band.mean - band.low, [half, 0.02])
+    np.testing.assert_allclose(band.low, [1.0 - 2 * 0.2, 1.0 - 0.02])
+    np.testing.assert_allclose(band.high, [1.4 + 2 * 0.2, 1.0 + 0.02])
     pooled = compare.band_of(values, pooled=3)
-    np.testing.assert_allclose(pooled.high - pooled.mean, half / np.sqrt(2))
+    np.testing.assert_allclose(pooled.high, np.array([1.4, 1.0]) + 0.4 / np.sqrt(2))
     single = compare.band_of(values[:1], pooled=3)
     np.testing.assert_allclose(single.high, 1.02)
 
