@@ -328,8 +328,8 @@ def describe(found: Comparison) -> str:
         what = (
             f"least to greatest of {found.num_references} references, widened by "
             f"{DEVIATIONS:g} standard deviations\n"
-            f"          between them, pooled over {2 * found.window + 1} points, and by "
-            f"{LEAST:.0%} of their mean at least"
+            f"          between them, pooled over {2 * found.window + 1} points, and "
+            f"by {LEAST:.0%} of their mean at least"
         )
     else:
         what = (
