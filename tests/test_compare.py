@@ -86,6 +86,13 @@ def test_single_noisy_batches_do_not_leave_the_band(references, tmp_path):
     assert found.logged[20] == pytest.approx(4 * CURVE[20])
 
 
+def test_a_single_batch_back_inside_does_not_end_a_stretch(references, tmp_path):
+    values = np.where(STEPS >= 250, 1.3 * CURVE, CURVE)
+    values[[35, 45]] = CURVE[[35, 45]]
+    found = compare.compare(write(tmp_path / "run", values), references)
+    assert found.stretches == (compare.Stretch(250, 600, "above"),)
+
+
 def test_evaluations_are_not_smoothed_and_need_three_in_a_row(references, tmp_path):
     theirs = [
         write(tmp_path / f"eval_{seed}", np.full(60, 0.9 + 0.001 * seed),
