@@ -41,7 +41,7 @@ $(DEMO): setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 $(TEST): $(DEMO)
-	$(INSTALL) --no-build-isolation --editable '.[demo,test,interop,robustness,gcs]'
+	$(INSTALL) --no-build-isolation --editable '.[demo,test,interop,robustness,gcs,notebooks]'
 	$(BESIDE)/tpu 'libtpu; sys_platform == "linux" and platform_machine == "x86_64"'
 	touch $@
 

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmae_jax import compare, figures_curves, workdir
+from crossmae_jax import compare, workdir
 from crossmae_jax.commands import compare as command
+from crossmae_jax.visualize import bands
 
 CONFIG = "configs/digits_cross.py"
 SEEDS = ("seed_0", "seed_1", "seed_2")
@@ -99,16 +100,16 @@ def thinned(text: str) -> str:
 
 def _shown(
     name: str, directory: Path, metric: str, label: str, *, dashed: bool = False
-) -> figures_curves.Shown:
+) -> bands.Shown:
     curve = compare.read(directory / name / compare.METRICS)[metric]
-    return figures_curves.Shown(
+    return bands.Shown(
         label, np.array(list(curve)), np.array(list(curve.values())), dashed
     )
 
 
 def panels(
     runs: dict[str, str], directory: Path
-) -> dict[str, list[figures_curves.Shown]]:
+) -> dict[str, list[bands.Shown]]:
     """Returns loss, k-NN and effective rank of runs, beside what to compare with.
 
     Args:
@@ -125,7 +126,7 @@ def panels(
             directory / "untrained" / compare.METRICS
         )[metric].values()
         steps = _shown(last, directory, "train/loss", "").steps[[0, -1]]
-        found[title] = [figures_curves.Shown(
+        found[title] = [bands.Shown(
             _BESIDE, steps, np.full(2, untrained), dashed=True
         )]
     for curves, metric in zip(found.values(), METRICS, strict=True):
@@ -143,12 +144,12 @@ LIMITS = {"loss": (0.0, 1.0), "k-NN top-1": (0.0, 1.0), "effective rank": (0.0, 
 def draw(directory: Path, images: Path) -> None:
     """Draws the figures of the page, and prints how `compare` judges each run."""
     healthy = {name: name.replace("_", " ") for name in SEEDS}
-    figures_curves.stacked(
+    bands.stacked(
         panels(healthy, directory), images / "curve_healthy.png",
         title="Healthy: three seeds", limits=LIMITS,
     )
     for name, title in SICK.items():
-        figures_curves.stacked(
+        bands.stacked(
             panels({SEEDS[0]: "healthy", name: "this run"}, directory),
             images / f"curve_{name}.png", title=title,
             limits={

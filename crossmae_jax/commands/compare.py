@@ -34,7 +34,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--metric", default="train/loss", help="a name in RUN's file")
     parser.add_argument("--to", default="compare.png", help="where the picture goes")
     arguments = parser.parse_args(argv)
-    from crossmae_jax import compare, figures_curves
+    from crossmae_jax import compare
+    from crossmae_jax.visualize import bands
 
     try:
         run, *more = compare.find(arguments.run)
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
             print(f"{'' if number else 'settings':10}{line}")
     names = [_short(name) for name in arguments.references]
     against = ", ".join(names) if len(names) < 4 else f"{len(names)} references"
-    picture = figures_curves.band(
+    picture = bands.band(
         arguments.to, steps=found.steps, logged=found.logged, smoothed=found.smoothed,
         low=found.band.low, mean=found.band.mean, high=found.band.high,
         outside=[(each.first, each.last) for each in found.stretches],

@@ -1,8 +1,4 @@
-"""Curves over steps: a run on the band of its references, and several runs at once.
-
-Imports matplotlib, like `visualize`; figures are made without pyplot, and with letters
-that can be read from the back of a room.
-"""
+"""Curves over steps: a run on the band of its references, and several runs at once."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,8 +9,9 @@ from jaxtyping import Float, Shaped
 from matplotlib import figure
 from matplotlib.axes import Axes
 
-_DPI = 100
-_INK, _GREY = "#222222", "#777777"
+from crossmae_jax.visualize import canvas
+
+_GREY = "#777777"
 # Wong, "Points of view: Color blindness", Nature Methods 2011: told apart by everybody.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 
@@ -67,7 +64,7 @@ def band(
     axes.plot(steps, smoothed, color=colour, linewidth=3, label="run")
     for number, (first, last) in enumerate(outside):
         axes.axvspan(
-            first, last, ymax=0.025, color=_INK, linewidth=0,
+            first, last, ymax=0.025, color=canvas.INK, linewidth=0,
             label=None if number else f"outside, from step {first}",
         )
     drawn = np.concatenate([low, high, logged[np.isfinite(logged)]])
@@ -75,7 +72,7 @@ def band(
     air = 0.05 * (top - bottom) or 1.0
     axes.set_ylim(bottom - air, top + air)
     axes.legend(fontsize=14, frameon=False)
-    return _save(drawing, path)
+    return canvas.save(drawing, path)
 
 
 def stacked(
@@ -95,7 +92,7 @@ def stacked(
         beside each other.
     """
     drawing = _drawing(5.2 * len(panels), 5.0)
-    drawing.suptitle(title, fontsize=20, color=_INK, x=0.01, ha="left")
+    drawing.suptitle(title, fontsize=20, color=canvas.INK, x=0.01, ha="left")
     known: dict[str, str] = {}
     handles = {}
     for (name, curves), axes in zip(
@@ -121,17 +118,18 @@ def stacked(
         handles.values(), handles.keys(), loc="outside lower center",
         ncols=len(handles), frameon=False, fontsize=16,
     )
-    return _save(drawing, path)
+    return canvas.save(drawing, path)
 
 
 def _drawing(width: float, height: float) -> figure.Figure:
     return figure.Figure(
-        figsize=(width, height), dpi=_DPI, facecolor="white", layout="constrained"
+        figsize=(width, height), dpi=canvas.DPI, facecolor="white",
+        layout="constrained",
     )
 
 
 def _dress(axes: Axes, *, title: str, ylabel: str) -> None:
-    axes.set_title(title, fontsize=16, color=_INK, loc="left")
+    axes.set_title(title, fontsize=16, color=canvas.INK, loc="left")
     axes.set_xlabel("step", fontsize=16)
     axes.set_ylabel(ylabel, fontsize=16)
     axes.tick_params(labelsize=14)
@@ -139,10 +137,3 @@ def _dress(axes: Axes, *, title: str, ylabel: str) -> None:
     axes.set_axisbelow(True)
     axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _save(drawing: figure.Figure, path: str | pathlib.Path) -> pathlib.Path:
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, format="png", dpi=_DPI)
-    return path

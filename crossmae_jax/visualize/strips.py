@@ -1,4 +1,4 @@
-"""Curves of a run as SVG inside a page of HTML; imports matplotlib, as `visualize`.
+"""Curves of a run as SVG inside a page of HTML.
 
 The page decides on fonts and colours, as it may be light or dark: colours are variables
 of its style sheet, `--ink`, `--rule` and `--line-1` to `--line-4`, and text stays text.
