@@ -1,5 +1,5 @@
 """MAE, small, on the photographs that come with scikit-image: what its decoder attends
-to is looked at in the notebooks. Half an hour on two CPU cores.
+to is looked at in the notebooks. A quarter of an hour on two CPU cores.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, at a
 width of 96; 14 x 14 patches as in the paper.
@@ -24,4 +24,5 @@ def get_config():
     config.model.dtype = "float32"
     config.model.remat = "none"
     config.masking = common.masking(pred_ratio=0.75)
+    config.epochs, config.optim.warmup_epochs = 50.0, 3.0
     return config

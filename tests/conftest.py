@@ -1,18 +1,27 @@
 """Every test sees eight fake CPU devices, and shapes that must match in rank.
 
 Programs are compiled with little optimisation: most tests compile more than they run.
+What one test has compiled others of the same session read back, and so do the processes
+that they start.
 """
 
+import atexit
 import os
 import platform
 import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     " --xla_backend_optimization_level=1"
 )
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the session
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 import jax  # noqa: E402  the flags above must be set first
 import pytest  # noqa: E402

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import step
 from crossmae_jax import train
+from tests import saved_runs
 from tests.test_benchmarks import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,7 @@ def directory(tmp_path_factory):
     del config.unlock().evals["linear"], config.evals["knn"]
     train.run(config, directory / "runs" / "mine")
     (directory / "runs" / "digits_cross").symlink_to("mine")
+    saved_runs.save_run(directory / "runs" / "folder_cross", "digits_cross")
     return directory
 
 
@@ -47,6 +49,7 @@ CHECKS = {
     "checkpoints.md": "assert features.shape == (3, 16), features.shape",
     "README.md": "assert features.shape == (3, 16), features.shape",
     "weights.md": "assert tokens.shape == (3, 17, 16), tokens.shape",
+    "probing.md": "assert len(parts) == 2 and some.shape[1] == 3",
     "pr_mim.md": "assert Path('sampling.png').stat().st_size > 1000",
 }
 

@@ -9,8 +9,9 @@ from crossmae_jax.visualize.inside import (
     attention_of_patch,
     inter_block_weights,
     likeness,
-    over_training,
+    values_over,
     picture_grid,
+    spread_of,
 )
 from crossmae_jax.visualize.panels import (
     Reconstruction,
@@ -30,8 +31,9 @@ __all__ = [
     "inter_block_weights",
     "likeness",
     "loss_curve",
-    "over_training",
+    "values_over",
     "picture_grid",
     "reconstruction_panel",
     "sampling_panel",
+    "spread_of",
 ]

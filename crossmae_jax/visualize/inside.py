@@ -1,6 +1,7 @@
 """Pictures of what is inside a model: attention, mixtures of maps, tokens, likeness."""
 
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -217,10 +218,11 @@ def picture_grid(
     num = max(map(len, rows))
     height, width = rows[0][0].shape[:2]
     cell = 1.75
+    lines = textwrap.wrap(caption, width=int(12 * cell * num))
     drawing = figure.Figure(
         figsize=(
             0.3 + (0.5 if names else 0) + cell * num,
-            (0.5 if columns else 0.1) + (0.5 if caption else 0)
+            (0.5 if columns else 0.1) + 0.25 * len(lines)
             + cell * len(rows) * height / width,
         ),
         dpi=canvas.DPI, layout="constrained",
@@ -242,24 +244,44 @@ def picture_grid(
     for axes, title in zip(cells[0], columns):
         axes.set_title(title, fontsize=12, color=canvas.INK)
     if caption:
-        drawing.supxlabel(caption, fontsize=11, color=canvas.INK)
+        drawing.supxlabel("\n".join(lines), fontsize=11, color=canvas.INK)
     return canvas.save(drawing, path)
 
 
-def over_training(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    path: str | pathlib.Path, *, title: str, label: str,
+def values_over(
+    curves: Mapping[str, tuple[Sequence[float | int], Sequence[float | int]]],
+    path: str | pathlib.Path, *, title: str, label: str, axis: str = "step",
 ) -> pathlib.Path:
-    """Draws values over steps, a line for each name.
+    """Draws values over steps, or over blocks: a line for each name.
 
     Args:
       curves: by name, steps and values.
-      label: of the vertical axis.
+      label: of the vertical axis; `axis` of the horizontal one.
     """
     drawing, axes = canvas.axes(title)
     for name, (steps, values) in curves.items():
         axes.plot(steps, values, linewidth=2.5, marker="o", label=name)
-    axes.set_xlabel("step", fontsize=13)
+    axes.set_xlabel(axis, fontsize=13)
     axes.set_ylabel(label, fontsize=13)
+    axes.legend(fontsize=12, frameon=False)
+    return canvas.save(drawing, path)
+
+
+def spread_of(
+    values: Float[np.ndarray, "n"], path: str | pathlib.Path, *,
+    marks: Mapping[str, float], title: str, label: str,
+) -> pathlib.Path:
+    """Draws a histogram, its mean, and marks at other numbers.
+
+    Args:
+      label: of the horizontal axis.
+    """
+    drawing, axes = canvas.axes(title)
+    axes.hist(values, bins=40, color="#9fb8d3")
+    axes.axvline(values.mean(), color=_MASKED, linewidth=2.5, label="mean")
+    for name, value in marks.items():
+        axes.axvline(value, color=_QUERY, linewidth=2.5, linestyle="--", label=name)
+    axes.set_xlabel(label, fontsize=13)
+    axes.set_ylabel("how often", fontsize=13)
     axes.legend(fontsize=12, frameon=False)
     return canvas.save(drawing, path)
