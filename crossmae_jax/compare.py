@@ -36,11 +36,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from crossmae_jax import remote, workdir
+from crossmae_jax import logged, remote, workdir
 from crossmae_jax.remote import AnyPath
 
 SHIPPED = Path(__file__).parent / "reference_runs"
-METRICS = "metrics.jsonl"
 WINDOW = 5  # logged points of `train/...` that a median is of
 DEVIATIONS = 2.0  # that the range of the references is widened by
 LEAST = 0.02  # of the mean: likewise, where seeds agree by chance
@@ -106,47 +105,20 @@ def find(name: str | AnyPath) -> list[AnyPath]:
     """
     path = remote.path(name)
     if path.is_dir():
-        if not (path / METRICS).is_file():
+        if not (path / logged.FILE).is_file():
             raise ValueError(
-                f"{path} has no {METRICS}; give the --workdir of a run that has logged "
-                "a step."
+                f"{path} has no {logged.FILE}; give the --workdir of a run that has "
+                "logged a step."
             )
-        return [path / METRICS]
+        return [path / logged.FILE]
     if path.is_file():
         return [path]
     if str(name) in shipped():
         return sorted((SHIPPED / str(name)).glob("seed_*.jsonl"))
     raise ValueError(
-        f"No run {str(name)!r}. Give a workdir, a {METRICS}, or a reference that comes "
-        f"with the library: {', '.join(shipped())}."
+        f"No run {str(name)!r}. Give a workdir, a {logged.FILE}, or a reference that "
+        f"comes with the library: {', '.join(shipped())}."
     )
-
-
-def read(path: AnyPath) -> dict[str, dict[int, float]]:
-    """Returns the curves of a file of metrics: by name, values by step.
-
-    What was logged twice, before and after a restart, counts as logged last; `null`,
-    which JSON has for what is not finite, is NaN.
-
-    Raises:
-      ValueError: for a line that is not an object with a step.
-    """
-    curves: dict[str, dict[int, float]] = {}
-    lines = path.read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break  # still being written
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (json.JSONDecodeError, AttributeError, KeyError) as error:
-            raise ValueError(
-                f"{path} line {number} is not an object with a step: {line[:60]!r}; "
-                'expected lines such as {"step": 50, "train/loss": 0.9}.'
-            ) from error
-        for name, value in row.items():
-            curves.setdefault(name, {})[step] = np.nan if value is None else value
-    return curves
 
 
 def compare(
@@ -248,7 +220,7 @@ def _check_files(run: AnyPath, references: Sequence[AnyPath]) -> None:
 
 
 def _curve(path: AnyPath, metric: str) -> dict[int, float]:
-    curves = read(path)
+    curves = logged.curves(path)
     if metric not in curves:
         raise ValueError(
             f"{path} has no {metric!r}. It has: {', '.join(sorted(curves)) or 'none'}."

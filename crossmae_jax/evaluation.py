@@ -16,6 +16,7 @@ from crossmae_jax import (
     evaluators,
     html_report,
     interruption,
+    logged,
     metrics,
     parallel,
     report,
@@ -181,7 +182,7 @@ class Evaluations:
             )
         if "best/step" in found:
             print(best(found))
-        written = self._directory / metrics.METRICS
+        written = self._directory / logged.FILE
         curve = visualize.loss_curve(written, self._directory / "curve.png")
         print(f"metrics      {name(written)}")
         print(f"curve        {name(curve)}")

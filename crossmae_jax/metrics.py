@@ -27,9 +27,8 @@ from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
 
-from crossmae_jax import workdir
+from crossmae_jax import logged, workdir
 
-METRICS = "metrics.jsonl"
 EARLIER_METRICS = "metrics.earlier.jsonl"
 
 
@@ -50,19 +49,10 @@ def _keep_until(path: Path, step: int) -> None:
     That is all of the later steps, and the evaluations of this one.
     """
     kept = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            at, evaluated = values["step"], any("eval/" in name for name in values)
-            if at < step or at == step and not evaluated:
-                kept.append(line + "\n")
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise ValueError(
-                    f"{path}, line {number} is not an object with a step: {line!r}. "
-                    "Correct or remove the line, or move the file away."
-                ) from error
+    for row in logged.rows(path):
+        evaluated = any("eval/" in name for name in row)
+        if row["step"] < step or row["step"] == step and not evaluated:
+            kept.append(json.dumps(row) + "\n")
     workdir.write_whole(path, "".join(kept))
 
 
@@ -87,7 +77,7 @@ class MetricWriter:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS
+        path = workdir / logged.FILE
         if path.exists():
             if resume_step is None:
                 path.replace(workdir / EARLIER_METRICS)

@@ -4,15 +4,16 @@ Of a run that goes on, was interrupted or is old, some files are not there yet.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from crossmae_jax import goodput, metrics, remote, results, steps, workdir
+from crossmae_jax import goodput, logged, remote, results, steps, workdir
 from crossmae_jax.remote import AnyPath
 
-Series = dict[str, dict[int, int | float]]  # by name, values by step
+Series = logged.Curves
 
 
 class Run(NamedTuple):
@@ -64,7 +65,7 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
     directory = remote.path(directory)
     name = str(directory) if name is None else name
     config = workdir.read_config(directory)
-    series = _series(directory / metrics.METRICS)
+    series = _series(directory / logged.FILE)
     dataset = _json(directory / "dataset.json")
     time = _json(directory / goodput.FILE)
     saved = steps.committed(remote.path(name) / "checkpoints")
@@ -90,24 +91,13 @@ def _json(path: AnyPath) -> dict[str, Any]:
 
 
 def _series(path: AnyPath) -> Series:
-    """Returns the values of each metric; of a step that was logged twice, the last."""
-    series: Series = {}
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break  # still being written
-        try:
-            row = json.loads(line)
-            step = row.pop("step")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}, line {number} is not an object with a step: {line!r}. "
-                "Correct or remove the line."
-            ) from error
-        for name, value in row.items():
-            if value is not None:
-                series.setdefault(name, {})[step] = value
-    return series
+    """Returns the values of each metric that are finite."""
+    curves = logged.curves(path) if path.exists() else {}
+    return {
+        name: {step: value for step, value in values.items() if math.isfinite(value)}
+        for name, values in curves.items()
+        if any(map(math.isfinite, values.values()))
+    }
 
 
 def _total(config: ConfigDict, dataset: Mapping[str, Any]) -> int | None:

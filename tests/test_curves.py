@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import curves, step
-from crossmae_jax import compare
+from crossmae_jax import logged
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reading_the_curve.md").read_text()
@@ -45,14 +45,14 @@ def test_every_picture_of_the_page_is_there_and_drawn_by_the_script():
 
 
 def test_references_are_thinned_to_losses_and_evaluations(tmp_path):
-    logged = [
+    rows = [
         {"step": 10, "train/loss": 0.123456789, "train/lr": 1e-3,
          "train/loss_trivial": 0.5},
         {"step": 10, "eval/knn/top1": 0.25},
     ]
     path = tmp_path / "thin.jsonl"
-    path.write_text(curves.thinned("".join(json.dumps(row) + "\n" for row in logged)))
-    assert compare.read(path) == {
+    path.write_text(curves.thinned("".join(json.dumps(row) + "\n" for row in rows)))
+    assert logged.curves(path) == {
         "train/loss": {10: 0.123457}, "train/loss_trivial": {10: 0.5},
         "eval/knn/top1": {10: 0.25},
     }

@@ -15,7 +15,7 @@ ROWS = (
     ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
      "augment", "visualize", "digests", "environment", "workdir", "hardware",
      "collectives", "interruption", "report", "cluster", "remote", "steps", "mirror",
-     "goodput", "representation", "html_page"),
+     "goodput", "representation", "html_page", "logged"),
     ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
     ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
      "models.aggregator"),

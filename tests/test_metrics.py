@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from crossmae_jax import metrics
+from crossmae_jax import logged, metrics
 
 
 def read_lines(workdir):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    text = (workdir / metrics.METRICS).read_text()
+    text = (workdir / logged.FILE).read_text()
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
@@ -73,7 +73,7 @@ def test_resumed_curve_has_each_step_once(tmp_path):
     killed = metrics.MetricWriter(tmp_path)
     for step in (10, 20, 30, 40):
         killed.write(step, {"train/loss": step})
-    with open(tmp_path / metrics.METRICS, "a") as file:
+    with open(tmp_path / logged.FILE, "a") as file:
         file.write('{"step": 50, "train/lo')  # cut short by the kill
     resumed = metrics.MetricWriter(tmp_path, resume_step=20)
     for step in (30, 40, 50):
@@ -98,7 +98,7 @@ def test_fresh_start_puts_the_earlier_curve_aside(tmp_path):
 
 
 def test_damaged_line_in_the_middle_is_an_error(tmp_path):
-    path = tmp_path / metrics.METRICS
+    path = tmp_path / logged.FILE
     text = '{"step": 1}\n[2]\n{"step": 3}\n'
     path.write_text(text)
     with pytest.raises(ValueError, match=r"line 2 is not an object with a step: '\[2"):

@@ -131,9 +131,9 @@ def test_the_curve_takes_the_last_word_on_a_step_and_no_unfinished_line(tmp_path
 
 
 def test_a_curve_without_a_loss_or_with_a_broken_line_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="has 1 lines but no train/loss"):
+    with pytest.raises(ValueError, match="has 1 metrics but no train/loss"):
         curve(tmp_path, [line(10, **{"eval_knn/top1": 0.5})])
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match="line 1 is not an object"):
         curve(tmp_path, ["{broken\n", line(10, train_loss=0.9)])
 
 

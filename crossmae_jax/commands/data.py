@@ -56,7 +56,8 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
         photographs.prepare(arguments.data_dir)
         print(f"The photographs lie in {arguments.data_dir}. Train on them with\n")
-        print("    python -m crossmae_jax.main --config=configs/photographs_cross.py \\")
+        print("    python -m crossmae_jax.main \\")
+        print("        --config=configs/photographs_cross.py \\")
         print(f"        --config.data.dir={arguments.data_dir}/train \\")
         print(f"        --config.data.eval_dir={arguments.data_dir}/test \\")
         print("        --workdir=runs/photographs_cross")

@@ -1,11 +1,11 @@
 """Numbers of runs as curves."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 
 import numpy as np
 
+from crossmae_jax import logged
 from crossmae_jax.visualize import canvas
 
 
@@ -17,30 +17,19 @@ def loss_curve(
     Steps that were logged twice, before and after a restart, count as logged last.
 
     Raises:
-      ValueError: if the file holds no `train/loss`, or a line that is not JSON.
+      ValueError: if the file holds no `train/loss`, or a line that is not an
+        object with a step.
     """
-    points = {}
-    lines = pathlib.Path(metrics_jsonl_path).read_text().splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break  # still being written
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{metrics_jsonl_path} line {number} is not JSON ({error}); expected "
-                'one object a line, such as {"step": 50, "train/loss": 0.9}.'
-            ) from error
-        if "train/loss" in row:
-            points[row["step"]] = (row["train/loss"], row.get("train/loss_trivial"))
-    if not points:
+    curves = logged.curves(pathlib.Path(metrics_jsonl_path))
+    if "train/loss" not in curves:
         raise ValueError(
-            f"{metrics_jsonl_path} has {len(lines)} lines but no train/loss; it is "
+            f"{metrics_jsonl_path} has {len(curves)} metrics but no train/loss; it is "
             "written every log_every_steps, so let the run get that far."
         )
-    steps = sorted(points)
+    steps = sorted(curves["train/loss"])
     loss, trivial = (
-        np.asarray([points[step][i] for step in steps], float) for i in range(2)
+        np.asarray([curves.get(name, {}).get(step, np.nan) for step in steps], float)
+        for name in ("train/loss", "train/loss_trivial")
     )
 
     drawing, axes = canvas.axes("Loss on hidden patches while training")
