@@ -3,8 +3,8 @@
     python -m benchmarks.curves --workdir=runs/curves [--only=NAME ...]
 
 trains what is missing in the workdir, one run after the other by the commands that it
-prints (33 minutes in all, on two busy CPU cores), compares them with the references of the
-library, and draws docs/images/curve_*.png.
+prints (33 minutes in all, on two busy CPU cores), compares them with the references of
+the library, and draws docs/images/curve_*.png.
 
     python -m benchmarks.curves --workdir=runs/curves \\
         --references=crossmae_jax/reference_runs/digits_cross
