@@ -26,5 +26,5 @@ def get_config():
     config.data = common.images(
         source="folder", image_size=(224, 224), batch_size=512
     )
-    config.evals = common.panels()
+    config.evals = common.panels() | common.rank()
     return config

@@ -1,5 +1,5 @@
-"""CrossMAE, ViT-Ti, on the photographs that come with scikit-image: an hour on two CPU
-cores. Its reconstructions of other photographs are those of the notebooks.
+"""CrossMAE, ViT-Ti, on the photographs that come with scikit-image: an hour to an hour
+and a half on two CPU cores. It is the model of the notebooks.
 
 Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", arXiv 2401.14391, with
 a decoder of 4 blocks. Images of 112 x 112 pixels in patches of 8 have the 14 x 14
@@ -7,6 +7,7 @@ patches of the paper's.
 
     python -m crossmae_jax data prepare photographs --data_dir=photographs
     python -m crossmae_jax.main --config=configs/photographs_cross.py \\
+        --config.data.dir=photographs/train --config.data.eval_dir=photographs/test \\
         --workdir=runs/photographs_cross
 
 Published: no paper has this configuration.
@@ -29,9 +30,8 @@ def get_config():
     config.optim.base_lr = 4e-3  # 1e-3 at a batch of 64
     config.optim.lr_scale = "none"
     config.data = common.images(
-        source="folder", image_size=(112, 112), batch_size=64,
+        source="folder", image_size=(112, 112), batch_size=64
     )
-    config.data.dir, config.data.eval_dir = "photographs/train", "photographs/test"
     config.data.eval_crop_ratio = 1.0
     config.checkpoint.every_epochs = 5.0
     config.evals = common.panels(every_epochs=10.0)

@@ -23,7 +23,7 @@ them stands the share of the attention's mass, (1 + visible) mu_visible / heads.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking
-from crossmae_jax.models import layers, mim
+from crossmae_jax.models import decoder_mae, layers, mim
 
 CLASS_TOKEN = -1
 WITHOUT = ("masked", "visible")
@@ -60,7 +60,7 @@ class Magnitudes(NamedTuple):
       visible: sum over heads of the mean weight from a masked query to a visible key,
         the class token included.
       masked: the same to a masked key, the query's own included. 0 in decoders whose
-        queries see only the encoder.
+        queries see the encoder only.
       num_visible: visible keys of an image, the class token included.
       num_masked: masked keys, 0 where there are none.
     """
@@ -97,16 +97,21 @@ class Magnitudes(NamedTuple):
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[dict[str, Float[Array, "b h q k"]]]:
+def recording(
+    keep: Callable[[Array], Array] = lambda weights: weights
+) -> Iterator[dict[str, Array]]:
     """Collects the weights of every attention that is called meanwhile, by its path.
 
     Inside of a function that is jitted; it must return what it wants of them. The model
     must be built with remat="none".
+
+    Args:
+      keep: what is collected of weights [b h q k]; all of them if not given.
     """
     found: dict[str, Array] = {}
 
     def watch(module, queries, keys, values):
-        found["/".join(module.path)] = _weights(module, queries, keys, None)
+        found["/".join(module.path)] = keep(_weights(module, queries, keys, None))
         return None
 
     with _intercepted(watch):
@@ -152,6 +157,41 @@ def without(
         yield
 
 
+def predict_without(
+    kind: str | None,
+    model: mim.MaskedImageModel,
+    variables: Any,
+    images: Float[Array, "b height width c"],
+    ids: masking.TokenIds,
+    *,
+    keep_own: bool = False,
+) -> Float[Array, "b p t"]:
+    """Returns what a model predicts `without` some attention; None takes nothing away.
+
+    Raises:
+      ValueError: if the model has no such attention, or gives back what was taken.
+    """
+    if keep_own and kind != "masked":
+        raise ValueError(
+            f"keep_own=True with without={kind!r}: it says what becomes of a patch's "
+            "own key with without='masked'; leave it out."
+        )
+    if kind is None:
+        return model.apply(variables, images, ids)
+    if not isinstance(model.decoder, decoder_mae.MAEDecoder):
+        raise ValueError(
+            f"without={kind!r} is about one self-attention over visible and masked "
+            "patches, which a CrossMAE does not have; load an MAE."
+        )
+    if model.aggregator is not None:
+        raise ValueError(
+            f"without={kind!r}: this model's aggregator would give masked patches back "
+            "what was taken; load an MAE without one."
+        )
+    with without(kind, ids, keep_own=keep_own):
+        return model.apply(variables, images, ids)
+
+
 def _intercepted(function):
     """Calls the function in place of `Attention.attend`; None leaves it to do it."""
 
@@ -194,32 +234,48 @@ def of_decoder(
     """Returns the attention of a decoder, for given visible and masked patches.
 
     Queries and keys are in the decoder's order. MAE: class token, visible, masked
-    patches, in both. CrossMAE: masked patches; class token and visible patches.
+    patches, in both. CrossMAE: masked patches; class token and visible patches; what
+    its queries see of each other, if they do, is left out.
     """
     with recording() as found:
         model.apply(variables, images, ids)
-    names = [name for name in found if name.startswith("decoder/")]  # in their order
-    crosses = any(name.endswith("cross_attn") for name in names)
-    if crosses:  # its self-attention, if it has one, is over other keys
-        names = [name for name in names if name.endswith("cross_attn")]
     cls_token = jnp.full_like(ids.keep[:, :1], CLASS_TOKEN)
     seen = jnp.concatenate([cls_token, ids.keep], axis=1)
     everything = jnp.concatenate([seen, ids.pred], axis=1)
-    weights = jnp.stack([found[name] for name in names])
-    if crosses:
+    weights = jnp.stack(_of_decoder(found))
+    if weights.shape[-1] == seen.shape[1]:  # CrossMAE
         return AttentionMaps(weights, queries=ids.pred, keys=seen)
     return AttentionMaps(weights, queries=everything, keys=everything)
 
 
-def magnitudes(maps: AttentionMaps, ids: masking.TokenIds) -> Magnitudes:
-    """Returns the magnitudes of each image: the arrays are [b i]."""
+def magnitudes(
+    model: mim.MaskedImageModel,
+    variables: Any,
+    images: Float[Array, "b height width c"],
+    ids: masking.TokenIds,
+) -> Magnitudes:
+    """Returns the magnitudes of each image: the arrays are [b i].
+
+    Of no block are the weights kept.
+    """
     num_visible, num_pred = 1 + ids.keep.shape[1], ids.pred.shape[1]
-    of_masked = maps.weights[..., -num_pred:, :]  # i b h q k
-    per_key = of_masked.sum(2).mean(2)  # i b k: over heads and queries
-    visible, masked = per_key[..., :num_visible], per_key[..., num_visible:]
-    num_masked = masked.shape[-1]
+
+    def per_key(weights):  # b h q k -> b k: over heads and masked queries
+        return weights[:, :, -num_pred:].sum(1).mean(1)
+
+    with recording(per_key) as found:
+        model.apply(variables, images, ids)
+    keys = jnp.stack(_of_decoder(found), axis=1)  # b i k
+    num_masked = keys.shape[-1] - num_visible
     return Magnitudes(
-        visible=visible.mean(-1).T,
-        masked=masked.mean(-1).T if num_masked else jnp.zeros_like(visible[..., 0]).T,
+        visible=keys[..., :num_visible].mean(-1),
+        masked=keys[..., num_visible:].sum(-1) / max(num_masked, 1),
         num_visible=num_visible, num_masked=num_masked,
     )
+
+
+def _of_decoder(found: dict[str, Array]) -> list[Array]:
+    """Returns what was recorded in the decoder's blocks, in their order."""
+    names = [name for name in found if name.startswith("decoder/")]
+    crosses = [name for name in names if name.endswith("cross_attn")]
+    return [found[name] for name in crosses or names]

@@ -28,13 +28,14 @@ a seed that is slow is slow at many steps, so points in a row are no independent
 References shipped with the library have a name, see `shipped`.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from crossmae_jax import logged, remote, workdir
 from crossmae_jax.remote import AnyPath
@@ -67,7 +68,8 @@ class Comparison(NamedTuple):
 
     Attributes:
       logged: the run's values as they were written; `smoothed` are those judged.
-      stretches: where it was outside, in order; empty if it never was.
+      stretches: where it was outside, in order; empty if it never was. What is not
+        finite is outside.
       last_logged: last step of the run and of the shortest reference.
     """
 
@@ -183,27 +185,33 @@ def band_of(references: Float[np.ndarray, "n s"], *, pooled: int) -> Band:
 
 
 def _medians(values: Float[np.ndarray, "s"], window: int) -> Float[np.ndarray, "s"]:
-    around = window // 2
-    return np.array([
-        np.median(values[max(0, i - around) : i + around + 1])
-        for i in range(len(values))
-    ])
+    """Returns running medians of what is finite; what is not stays where it is."""
+    around, medians = window // 2, np.full(len(values), np.nan)
+    for i in np.flatnonzero(np.isfinite(values)):
+        near = values[max(0, i - around) : i + around + 1]
+        medians[i] = np.median(near[np.isfinite(near)])
+    return medians
 
 
 def _stretches(
     steps: Int[np.ndarray, "s"], values: Float[np.ndarray, "s"], band: Band
 ) -> tuple[Stretch, ...]:
-    outside: Bool[np.ndarray, "s"] = ~((values >= band.low) & (values <= band.high))
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], outside, [False]])))
-    least = min(IN_A_ROW, len(steps))
+    """Returns where the values are outside long enough, cut where the side changes."""
+    sides = [
+        "not finite" if not np.isfinite(value) else
+        "above" if value > high else "below" if value < low else ""
+        for value, low, high in zip(values, band.low, band.high, strict=True)
+    ]
     found = []
-    for begin, end in edges.reshape(-1, 2):
-        if end - begin < least:
+    everywhere = range(len(steps))
+    for outside, places in itertools.groupby(everywhere, lambda i: sides[i] > ""):
+        places = list(places)
+        if not outside or len(places) < min(IN_A_ROW, len(steps)):
             continue
-        side = "above" if values[begin] > band.high[begin] else "below"
-        if not np.isfinite(values[begin]):
-            side = "not finite"
-        found.append(Stretch(int(steps[begin]), int(steps[end - 1]), side))
+        for side, part in itertools.groupby(places, lambda i: sides[i]):
+            first, *rest = part
+            last = rest[-1] if rest else first
+            found.append(Stretch(int(steps[first]), int(steps[last]), side))
     return tuple(found)
 
 
@@ -347,11 +355,11 @@ def _told(found: Comparison, stretch: Stretch) -> str:
     """Returns a stretch outside in words, with how far it went."""
     inside = (found.steps >= stretch.first) & (found.steps <= stretch.last)
     distance = _distance(found)
-    if stretch.side == "not finite" or not np.isfinite(distance[inside]).all():
-        return f"outside from step {stretch.first} on, not finite"
-    at = int(np.argmax(np.where(inside, distance, -1)))
     for_good = stretch.last == found.steps[-1]
     until = "for good" if for_good else f"to step {stretch.last}"
+    if stretch.side == "not finite":
+        return f"not finite from step {stretch.first} {until}"
+    at = int(np.argmax(np.where(inside, distance, -1)))
     return (
         f"{stretch.side} the band from step {stretch.first} {until}; furthest at step "
         f"{found.steps[at]}:\n          {found.smoothed[at]:.4g}, where the band is "

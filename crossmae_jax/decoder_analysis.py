@@ -13,7 +13,7 @@ import tqdm
 
 from crossmae_jax import attention_weights
 from crossmae_jax.convert import structure
-from crossmae_jax.data import pipeline, sources, transforms
+from crossmae_jax.data import bad_images, pipeline, sources, transforms
 from crossmae_jax.evaluators import reconstruction
 from crossmae_jax.probing import Pretrained
 
@@ -23,7 +23,8 @@ class Score(NamedTuple):
 
     Attributes:
       mse: mean squared error in the space of the targets.
-      psnr: peak signal-to-noise ratio in dB, see `evaluators.reconstruction.psnr`.
+      psnr: peak signal-to-noise ratio in dB, see `evaluators.reconstruction.psnr`; of
+        images that were not predicted to the last level.
       num_images: how many.
     """
 
@@ -83,21 +84,24 @@ def ablations(
     """
     kinds = {"full": None}
     kinds |= {f"without {kind}": kind for kind in attention_weights.WITHOUT}
-    errors: dict[str, list[np.ndarray]] = {name: [] for name in kinds}
+    sums = {name: np.zeros(3) for name in kinds}  # of errors, of ratios; finite ones
+    seen = 0
     for images, numbers in _stream(
         model, source, num_images, batch_size, workers, progress, "ablations"
     ):
         for name, kind in kinds.items():
             pictures = model.reconstruct(
                 images, mask_ratio=mask_ratio, seed=seed, without=kind,
-                keep_own=keep_own if kind == "masked" else False, numbers=numbers,
+                keep_own=keep_own and kind == "masked", numbers=numbers,
             )
+            ratios = reconstruction.psnr(pictures)
+            finite = np.isfinite(ratios)
             mse = pictures.error.sum(1) / pictures.mask.sum(1)
-            errors[name].append(np.stack([mse, reconstruction.psnr(pictures)]))
-    means = {name: np.concatenate(rows, axis=1) for name, rows in errors.items()}
+            sums[name] += mse.sum(), ratios[finite].sum(), finite.sum()
+        seen += len(images)
     return {
-        name: Score(*rows.astype(np.float64).mean(1).tolist(), rows.shape[1])
-        for name, rows in means.items()
+        name: Score(error / seen, ratio / count if count else np.inf, seen)
+        for name, (error, ratio, count) in sums.items()
     }
 
 
@@ -106,6 +110,9 @@ def _stream(
     workers: int, progress: bool, title: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the images of a source, and their numbers in it."""
+    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more.")
     data = structure.config_of(model.card).data
     data.update(
         eval_crop_ratio=transforms.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0
@@ -114,13 +121,18 @@ def _stream(
         source, data, batch_size=batch_size, num_images=num_images
     )
     count = len(source) if num_images is None else min(num_images, len(source))
-    with batches, tqdm.tqdm(
-        total=count, desc=title, unit=" images", disable=not progress
-    ) as bar:
-        for batch in batches:
-            valid = batch["valid"]
-            yield batch["image"][valid], batch["sample"][valid]
-            bar.update(int(valid.sum()))
+    bar = tqdm.tqdm(total=count, desc=title, unit=" images", disable=not progress)
+    with batches, bar:
+        try:
+            for batch in batches:
+                valid = batch["valid"]
+                yield batch["image"][valid], batch["sample"][valid]
+                bar.update(int(valid.sum()))
+        except bad_images.TooManyBadImages as error:
+            raise ValueError(
+                f"An image cannot be decoded: {error.reason}. Repair or remove it; "
+                "here none is replaced by another."
+            ) from error
 
 
 def table(scores: dict[str, Score]) -> str:

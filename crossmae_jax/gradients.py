@@ -82,6 +82,7 @@ def deviation(
 
 def _encoder_gradient(objective: Any) -> Callable[..., Any]:
     @jax.jit
+    @jax.default_matmul_precision("highest")
     def gradient(variables, batch, key):
         params = variables["params"]
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from crossmae_jax import patches, probing
 from crossmae_jax.convert import names, sources, structure
 from crossmae_jax.convert.hints import Facts
+from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import posemb
 
 
@@ -40,6 +41,12 @@ def load(
     )
     card, tensors = weights.card, dict(weights.tensors)
     if image_size is not None:
+        aggregator = card.model.get("aggregator", {"kind": "none"})["kind"]
+        if aggregator == "transformer" and tuple(image_size) != tuple(card.image_size):
+            raise ConversionError(
+                "The positions of aggregator.kind='transformer' are those of "
+                f"{card.image_size}, and cannot be resized to {tuple(image_size)}."
+            )
         grids = [
             patches.grid_size(tuple(size), card.patch_size)
             for size in (card.image_size, image_size)

@@ -5,7 +5,6 @@ What it finds is computed elsewhere, by functions of variables and images: featu
 parts of a prediction (`block_contributions`). Here they are compiled and given names.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,8 @@ class Pretrained:
 
     Images are uint8, `[b height width c]` of the model's size, or a list of files or
     uint8 arrays `[height width c]` of any size, which are resized to 256/224 of the
-    model's and cropped at the centre, as in evaluation.
+    model's and cropped at the centre, as runs evaluate unless they have set another
+    `data.eval_crop_ratio`.
 
     Attributes:
       card: what the weights are.
@@ -142,20 +142,11 @@ class Pretrained:
           ValueError: if the decoder has no such attention.
         """
         self._need_target()
-        if without is not None and self.card.model["decoder"] != "mae":
-            raise ValueError(
-                f"without={without!r} is about self-attention between visible and "
-                f"masked patches, which {self.card.origin} has not: its decoder is "
-                f"{self.card.model['decoder']!r}. Load an MAE."
-            )
 
         def reconstruct(objective, variables, images, ids):
-            with contextlib.ExitStack() as stack:
-                if without is not None:
-                    stack.enter_context(
-                        attention_weights.without(without, ids, keep_own=keep_own)
-                    )
-                pred = objective.model.apply(variables, images, ids)
+            pred = attention_weights.predict_without(
+                without, objective.model, variables, images, ids, keep_own=keep_own
+            )
             return objective.pictures(pred, images, ids)
 
         name = "reconstruct", without, keep_own
@@ -167,8 +158,9 @@ class Pretrained:
         """Predicts the patches of these numbers [q] only, in the space of the targets.
 
         What is visible is that of `reconstruct` with the same ratio and seed. CrossMAE
-        can be asked for visible patches, too; MAE only for masked ones, and the fewer
-        are asked for, the fewer there are to attend to.
+        can be asked for visible patches, too; MAE only for masked ones. Where queries
+        attend to each other, in MAE and in CrossMAE's ablation, the fewer are asked
+        for, the fewer there are to attend to.
 
         Raises:
           ConversionError: if there is no decoder.
@@ -177,10 +169,12 @@ class Pretrained:
         """
         objective = self._objective(mask_ratio)
         num, ids = objective.num_patches, np.asarray(ids)
-        if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= num:
+        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or (
+            ids.min() < 0 or ids.max() >= num
+        ):
             raise ValueError(
-                f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, "
-                "the same for all images."
+                f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, the "
+                "same for all images. Of a mask: np.flatnonzero(mask)."
             )
         if objective.model.aggregator is not None:
             raise ValueError(
@@ -204,13 +198,14 @@ class Pretrained:
             )
         return pred
 
-    def contributions(
+    def after_each_block(
         self, images: Any, *, mask_ratio: float | None = None, seed: int = 0
     ) -> tuple[pretrain.Reconstruction, ...]:
-        """Returns pictures of the prediction after each decoder block.
+        """Returns pictures of the prediction as it is after each decoder block.
 
         The first is what the decoder's input alone gives, the last the prediction; see
-        `block_contributions`. Statistics of norms are those of the whole.
+        `block_contributions`. What a block adds, in pixels, is the difference of its
+        `prediction` and the one before.
 
         Raises:
           ConversionError: if there is no decoder, or the targets are not known.
@@ -218,7 +213,7 @@ class Pretrained:
         """
         self._need_target()
 
-        def contributions(objective, variables, images, ids):
+        def after(objective, variables, images, ids):
             parts = block_contributions.contributions(
                 objective.model, variables, images, ids
             )
@@ -227,7 +222,7 @@ class Pretrained:
                 for pred in block_contributions.cumulative(parts)
             )
 
-        return self._masked("contributions", contributions, images, mask_ratio, seed)
+        return self._masked("after_each_block", after, images, mask_ratio, seed)
 
     def attention_maps(
         self, images: Any, *, part: str = "decoder",
@@ -266,16 +261,34 @@ class Pretrained:
 
         Raises:
           ConversionError: if there is no decoder.
+          ValueError: if masked patches attend to each other in a layer of its own.
         """
+        if self.card.kind == "pretrain" and self.card.model["decoder_self_attention"]:
+            raise ValueError(
+                f"{self.card.origin} has decoder_self_attention: what goes to masked "
+                "patches and what to visible ones comes from two softmaxes, and cannot "
+                "be compared. Load an MAE, or a CrossMAE without it."
+            )
 
-        def magnitudes(*masked):
-            return attention_weights.magnitudes(_decoder_attention(*masked), masked[-1])
+        def magnitudes(objective, variables, images, ids):
+            return attention_weights.magnitudes(
+                objective.model, variables, images, ids
+            )
 
         found = self._masked(
             "magnitudes", magnitudes, images, mask_ratio, seed, numbers
         )
         num_visible, num_masked = int(found.num_visible), int(found.num_masked)
         return found._replace(num_visible=num_visible, num_masked=num_masked)
+
+    def targets(self, images: Any) -> Float[np.ndarray, "b n t"]:
+        """Returns what should be predicted for every patch: the space of `predict`."""
+        self._need_target()
+        objective = self._objective(None)
+        return self._run(
+            "targets", lambda _, images: objective.target(self._normalize(images)),
+            images,
+        )
 
     def prepare(self, images: Any) -> UInt8[np.ndarray, "b height width c"]:
         """Returns images as an array of the model's size.
@@ -331,6 +344,7 @@ class Pretrained:
         self._need_decoder()
         config = structure.config_of(self.card)
         if mask_ratio is not None:
+            mask_ratio = float(mask_ratio)
             scale = mask_ratio / config.masking.mask_ratio
             config.masking.mask_ratio = mask_ratio
             for name in ("pred_ratio", "throw_ratio"):
@@ -368,7 +382,12 @@ class Pretrained:
             return function(objective, variables, self._normalize(images), ids, *rest)
 
         images = self.prepare(images)
-        numbers = np.arange(len(images)) if numbers is None else numbers
+        numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
+        if not 0 <= seed < 2**32 or numbers.shape != images.shape[:1]:
+            raise ValueError(
+                f"seed={seed}, numbers of shape {numbers.shape}; expected a seed from "
+                f"0 to {2**32 - 1}, and a number for each of {len(images)} images."
+            )
         seed, numbers = (np.asarray(x, np.uint32) for x in (seed, numbers))
         return self._run((name, mask_ratio), run, images, seed, numbers, *rest)
 

@@ -123,8 +123,23 @@ def test_the_band_is_what_the_docstring_says():
 def test_a_loss_that_is_not_finite_is_outside(references, tmp_path):
     values = np.where(STEPS >= 400, np.nan, CURVE)
     found = compare.compare(write(tmp_path / "run", values), references)
-    assert found.stretches[-1].last == 600
-    assert "not finite" in compare.describe(found)
+    assert found.stretches == (compare.Stretch(400, 600, "not finite"),)
+    assert "not finite from step 400 for good" in compare.describe(found)
+
+
+def test_one_value_that_is_not_finite_is_no_departure(references, tmp_path):
+    values = np.where(STEPS == 210, np.nan, CURVE)
+    assert not compare.compare(write(tmp_path / "run", values), references).stretches
+
+
+def test_a_run_that_changes_sides_is_told_with_both(references, tmp_path):
+    values = np.where(STEPS < 300, 1.5, 0.5) * CURVE
+    found = compare.compare(write(tmp_path / "run", values), references)
+    assert [stretch.side for stretch in found.stretches] == ["above", "below"]
+    assert (found.stretches[0].first, found.stretches[1].last) == (10, 600)
+    text = compare.describe(found)
+    assert "above the band from step 10 to" in text
+    assert "below the band from step" in text and "for good" in text
 
 
 def test_only_common_steps_are_compared(references, tmp_path):

@@ -74,6 +74,26 @@ def test_psnr_is_of_hidden_patches_in_256_levels():
     assert np.isinf(reconstruction.psnr(perfect)).all()
 
 
+def test_an_image_of_one_colour_is_left_out_of_the_mean_ratio(runs, tmp_path):
+    """Its patches have no deviation, so any prediction of it is perfect."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (16, 16), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.new("L", (16, 16), 128).save(tmp_path / "blank.png")
+    model = crossmae_jax.load(runs["mae"])
+    ratios = reconstruction.psnr(
+        model.reconstruct([tmp_path / "blank.png", tmp_path / "noise.png"])
+    )
+    assert np.isinf(ratios[0]) and np.isfinite(ratios[1])
+    expected = {"psnr": ratios[1], "psnr_left_out": 1.0}
+    assert reconstruction.mean_psnr(ratios) == pytest.approx(expected)
+    assert reconstruction.mean_psnr(ratios[:1]) == {"psnr_left_out": 1.0}
+    score = decoder_analysis.ablations(
+        model, sources.FolderSource(str(tmp_path)), progress=False
+    )["full"]
+    assert score.psnr == pytest.approx(ratios[1]) and score.num_images == 2
+
+
 def run_command(arguments, capsys):
     status = front_door.main(list(map(str, arguments)))
     out = capsys.readouterr()
@@ -86,7 +106,7 @@ def test_the_attention_command_writes_table_and_picture(
     status, out, _ = run_command([
         "attention", f"--checkpoint={runs['mae']}", f"--dir={folder}",
         f"--to={tmp_path / 'found'}", "--num_images=5", "--batch_size=2", "--seed=1",
-        "--masked=0.5",
+        "--mask_ratio=0.5",
     ], capsys)
     assert status == 0
     text = (tmp_path / "found" / "attention.md").read_text()
@@ -100,8 +120,8 @@ def test_the_attention_command_writes_table_and_picture(
     assert 9 * visible + 8 * masked == pytest.approx(2 * (len(rows) - 1), abs=0.02)
     assert 0 < share < 100
     assert "| without visible |" in text
-    picture = Image.open(tmp_path / "found" / "attention.png")
-    assert picture.size[0] > 800
+    with Image.open(tmp_path / "found" / "attention.png") as picture:
+        assert picture.size[0] > 800
 
 
 def test_a_decoder_without_self_attention_has_no_ablations(
@@ -128,7 +148,8 @@ def test_the_reconstruct_command_draws_a_row_per_image_ratio_and_seed(
     assert len(lines) == 8
     assert lines[0].startswith(f"{folder / '0.png'}: 50 % masked, seed 0: PSNR ")
     assert "colours and contrast are not evidence" in out
-    width, height = Image.open(tmp_path / "panel.png").size
+    with Image.open(tmp_path / "panel.png") as panel:
+        width, height = panel.size
     assert height > 8 * 190 and width > 5 * 190  # thrown patches have a column
 
 
@@ -136,12 +157,39 @@ def test_the_reconstruct_command_draws_a_row_per_image_ratio_and_seed(
     (["--to=panel.jpg"], "--to=panel.jpg must end in .png."),
     (["--to=panel.png", "--mask_ratios=1.5"], "mask_ratio=1.5 must lie between"),
     (["--to=panel.png", "--step=99"], "99"),
+    (["--to=panel.png", "--seeds=-1"], "seed=-1"),
 ])
 def test_what_cannot_be_drawn_is_said(runs, folder, capsys, arguments, said):
     status, _, err = run_command([
         "reconstruct", f"--checkpoint={runs['cross']}", folder / "0.png", *arguments,
     ], capsys)
     assert status == 1 and said in err
+
+
+def test_a_damaged_image_is_named_and_nothing_takes_its_place(
+    runs, folder, tmp_path, capsys
+):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "3.png").write_bytes(b"no image")
+    command = [
+        "attention", f"--checkpoint={runs['mae']}", f"--dir={tmp_path}",
+        f"--to={tmp_path / 'found'}",
+    ]
+    status, _, err = run_command(command, capsys)
+    assert status == 1 and "3.png" in err and "Repair or remove it" in err
+    status, _, err = run_command([*command, "--num_images=0"], capsys)
+    assert status == 1 and "num_images=0 must be 1 or more" in err
+
+
+@pytest.mark.parametrize("command, said", [
+    (["attention", "--dir=D", "--split=train"], "--split are of --tfds"),
+    (["reconstruct", "a.png", "--seeds="], "--seeds is empty"),
+])
+def test_flags_that_contradict_each_other_are_refused(command, said, capsys):
+    with pytest.raises(SystemExit):
+        front_door.main([*command, "--checkpoint=C", "--to=T.png"])
+    assert said in capsys.readouterr().err
 
 
 def test_a_missing_image_and_a_missing_decoder_are_said(runs, folder, tmp_path, capsys):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import crossmae_jax
 from crossmae_jax import masking, workdir
@@ -63,6 +64,8 @@ def test_masks_depend_on_seed_ratio_and_number_alone(models, images):
     assert (model.reconstruct(images, mask_ratio=0.5, seed=2).mask != mask).any()
     with pytest.raises(ValueError, match="mask_ratio=1.2 must lie between 0 and 1"):
         model.reconstruct(images, mask_ratio=1.2)
+    with pytest.raises(ValueError, match="a number for each of 3 images"):
+        model.reconstruct(images, numbers=np.array([2]))
 
 
 def test_other_ratios_throw_in_proportion(models, images):
@@ -76,7 +79,7 @@ def test_other_ratios_throw_in_proportion(models, images):
 def test_parts_of_a_prediction_end_with_the_prediction(models, images):
     for name in ("mae", "cross"):
         model = models[name]
-        after = model.contributions(images, seed=2)
+        after = model.after_each_block(images, seed=2)
         depth = model.card.model["decoder_depth"]
         assert len(after) == 1 + depth
         found, expected = after[-1], model.reconstruct(images, seed=2)
@@ -98,14 +101,14 @@ def test_a_decoder_that_adds_nothing_has_its_input_as_only_part(models, images):
     images = np.random.default_rng(0).integers(
         0, 256, (1, *model.card.image_size, 3), np.uint8
     )
-    first, *others = model.contributions(images)
+    first, *others = model.after_each_block(images)
     for other in others:
         np.testing.assert_allclose(other.prediction, first.prediction, atol=1e-6)
 
 
 def test_a_model_with_an_aggregator_has_no_such_parts(models, images):
     with pytest.raises(ValueError, match="no sum over blocks"):
-        models["prmim"].contributions(images)
+        models["prmim"].after_each_block(images)
     with pytest.raises(ValueError, match="use reconstruct"):
         models["prmim"].predict(images, np.array([3]))
 
@@ -133,10 +136,28 @@ def test_a_model_without_mixture_has_no_inter_block_weights(models):
         models["mae"].inter_block_weights()
 
 
+def test_files_come_in_a_list_and_grey_arrays_with_a_channel(models, images, tmp_path):
+    model, path = models["cross"], tmp_path / "grey.png"
+    Image.fromarray(images[0, :, :, 0]).save(path)
+    np.testing.assert_array_equal(model.prepare([path, str(path)])[0], images[0])
+    with pytest.raises(ValueError, match="is one file; give a list"):
+        model.encode(path)
+    with pytest.raises(ValueError, match=r"Of a grey one: image\[:, :, None\]"):
+        model.encode([images[0, :, :, 0]])
+
+
+def test_positions_of_an_aggregator_stay_at_their_size(tmp_path):
+    run = save_run(
+        tmp_path / "run", "digits_cross_prmim", "model.aggregator.kind=transformer"
+    )
+    with pytest.raises(ConversionError, match="cannot be resized to"):
+        crossmae_jax.load(run, image_size=(24, 24))
+
+
 def test_an_encoder_alone_says_that_the_decoder_is_missing():
     model = crossmae_jax.load(GOLDEN / "ckpt_encoder_only.pth", num_heads=2)
     images = np.zeros((1, *model.card.image_size, 3), np.uint8)
-    for method in (model.reconstruct, model.contributions):
+    for method in (model.reconstruct, model.after_each_block):
         with pytest.raises(ConversionError, match="has no decoder, only encoder; this"):
             method(images)
 
@@ -203,10 +224,20 @@ class TestPartialReconstruction:
         with pytest.raises(ValueError, match="are visible in some of these images"):
             model.predict(image, np.array([visible[0], masked[0]]))
 
-    @pytest.mark.parametrize("ids", [[16], [-1], [[1, 2]], []])
+    @pytest.mark.parametrize("ids", [[16], [-1], [[1, 2]], [], [True] * 16, [0.5]])
     def test_numbers_of_no_patch_are_refused(self, models, images, ids):
         with pytest.raises(ValueError, match="expected numbers of patches, 0 to 15"):
-            models["cross"].predict(images, np.array(ids, int))
+            models["cross"].predict(images, ids)
+
+    def test_targets_are_what_predictions_are_measured_by(self, models, images):
+        model = models["cross"]
+        pictures = model.reconstruct(images[:1], seed=3)
+        masked = np.flatnonzero(pictures.mask[0])
+        pred = model.predict(images[:1], masked, seed=3)
+        error = (pred - model.targets(images[:1])[:, masked]) ** 2
+        np.testing.assert_allclose(
+            error.mean(-1)[0], pictures.error[0, masked], rtol=1e-4
+        )
 
     def test_the_loss_of_random_parts_is_unbiased(self, models, images):
         """Its mean over parts is the loss of all masked patches, within 4 errors."""

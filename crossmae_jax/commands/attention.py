@@ -32,29 +32,34 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--dir", help="a folder of images")
     images.add_argument("--tfds", help="a TFDS data set in ArrayRecord form")
     parser.add_argument("--data_dir", help="where TFDS sets lie")
-    parser.add_argument("--split", default="validation", help="of the TFDS set")
+    parser.add_argument("--split", help="of the TFDS set; default: validation")
     parser.add_argument("--num_images", type=int, help="default: all")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--workers", type=int, default=0, help="to decode images")
     parser.add_argument("--seed", type=int, default=0, help="of the masks")
     parser.add_argument(
-        "--masked", type=float, help="share of patches to mask; default: of training"
+        "--mask_ratio", type=float, help="of patches to mask; default: of training"
     )
-    convert.add_facts(parser)
+    parser.add_argument(
+        "--image_size", type=convert.numbers(int), help="height,width to work at"
+    )
+    convert.add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Measures what `argv` describes; `argv` follows `attention`."""
-    options = vars(_parser().parse_args(argv))
+    parser = _parser()
+    options = vars(parser.parse_args(argv))
+    if options["dir"] is not None and (options["data_dir"] or options["split"]):
+        parser.error("--data_dir and --split are of --tfds, and not of --dir.")
     path, to = options.pop("checkpoint"), Path(options.pop("to"))
     directory, name = options.pop("dir"), options.pop("tfds")
     data_dir, split = options.pop("data_dir"), options.pop("split")
     how = {
         name: options.pop(name)
-        for name in ("num_images", "batch_size", "workers", "seed")
+        for name in ("num_images", "batch_size", "workers", "seed", "mask_ratio")
     }
-    how["mask_ratio"] = options.pop("masked")
     options = {name: value for name, value in options.items() if value is not None}
 
     import crossmae_jax
@@ -66,20 +71,27 @@ def main(argv: list[str]) -> int:
         if directory is not None:
             source = sources.FolderSource(directory)
         else:
-            source = sources.TfdsSource(name, data_dir=data_dir, split=split)
+            source = sources.TfdsSource(
+                name, data_dir=data_dir, split=split or "validation"
+            )
+        to.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         found = decoder_analysis.attention(model, source, **how)
         parts = [found.table()]
-        if model.card.model["decoder"] == "mae":
+        if model.card.model["decoder"] == "mae" and (
+            "aggregator" not in model.card.parts
+        ):
             scores = decoder_analysis.ablations(model, source, **how)
             parts.append(decoder_analysis.table(scores))
+        count = min(how["num_images"] or len(source), len(source))
+        title = f"{path}: {count} images, {found.num_masked or 'no'} masked keys"
+        text = "\n\n".join([f"# Attention of {title}", *parts]) + "\n"
+        picture = visualize.attention_magnitudes(
+            found, to / "attention.png", title=title
+        )
+        (to / "attention.md").write_text(text)
     except (ValueError, checkpoint.RestoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    count = min(how["num_images"] or len(source), len(source))
-    title = f"{path}: {count} images, {found.num_masked or 'no'} masked keys"
-    text = "\n\n".join([f"# Attention of {title}", *parts]) + "\n"
-    picture = visualize.attention_magnitudes(found, to / "attention.png", title=title)
-    (to / "attention.md").write_text(text)
     print(f"{text}\npicture  {picture}")
     return 0
 

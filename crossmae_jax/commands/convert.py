@@ -12,6 +12,7 @@ Exit status 2 if the command line is wrong, 1 if the weights could not be conver
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from crossmae_jax import checkpoint, convert
@@ -51,11 +52,14 @@ FACTS = {
 }
 
 
-def add_facts(parser: argparse.ArgumentParser) -> None:
+def add_facts(
+    parser: argparse.ArgumentParser, *, without: Sequence[str] = ()
+) -> None:
     """Adds a flag for each fact that a file may not tell."""
     group = parser.add_argument_group("what the file may not tell")
     for name, (kind, text) in FACTS.items():
-        group.add_argument(f"--{name}", type=kind, help=text)
+        if name not in without:
+            group.add_argument(f"--{name}", type=kind, help=text)
 
 
 def _parser() -> argparse.ArgumentParser:

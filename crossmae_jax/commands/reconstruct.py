@@ -36,13 +36,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=convert.numbers(int), default=(0,), help="of masks; default: 0"
     )
-    convert.add_facts(parser)
+    parser.add_argument(
+        "--image_size", type=convert.numbers(int), help="height,width to work at"
+    )
+    convert.add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
     return parser
 
 
 def main(argv: list[str]) -> int:
     """Writes the panel that `argv` describes; `argv` follows `reconstruct`."""
-    options = vars(_parser().parse_args(argv))
+    parser = _parser()
+    options = vars(parser.parse_args(argv))
+    for name in ("mask_ratios", "seeds"):
+        if not options[name]:
+            parser.error(f"--{name} is empty; give one or several, such as 0,1.")
     images, to = options.pop("images"), Path(options.pop("to"))
     ratios, seeds = options.pop("mask_ratios"), options.pop("seeds")
     checkpoint_path = options.pop("checkpoint")
@@ -62,23 +69,22 @@ def main(argv: list[str]) -> int:
             (ratio, seed): model.reconstruct(images, mask_ratio=ratio, seed=seed)
             for ratio, seed in itertools.product(ratios, seeds)
         }
+        rows, names = [], []
+        for number, path in enumerate(images):
+            for (_, seed), pictures in drawn.items():
+                one = type(pictures)(*(array[[number]] for array in pictures))
+                masked = f"{100 * one.mask.mean():.0f} % masked, seed {seed}"
+                rows.append(one)
+                names.append(f"{Path(path).name}\n{masked}")
+                print(f"{path}: {masked}: PSNR {reconstruction.psnr(one)[0]:.2f} dB")
+        caption = visualize.caption(normalize=model.card.normalize)
+        written = visualize.reconstruction_panel(
+            type(one)(*(np.concatenate(arrays) for arrays in zip(*rows))), to,
+            caption=caption, names=names,
+        )
     except (ValueError, checkpoint.RestoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    rows, names = [], []
-    for number, path in enumerate(images):
-        for (_, seed), pictures in drawn.items():
-            rows.append([array[number : number + 1] for array in pictures])
-            one = type(pictures)(*rows[-1])
-            masked = f"{100 * one.mask.mean():.0f} % masked"
-            names.append(f"{Path(path).name}\n{masked}, seed {seed}")
-            ratio = reconstruction.psnr(one)[0]
-            print(f"{path}: {masked}, seed {seed}: PSNR {ratio:.2f} dB")
-    together = type(one)(*(np.concatenate(arrays) for arrays in zip(*rows)))
-    caption = visualize.caption(normalize=model.card.normalize)
-    written = visualize.reconstruction_panel(
-        together, to, caption=caption, names=names
-    )
     print(f"{written}\n{caption}")
     return 0
 

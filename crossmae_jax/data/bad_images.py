@@ -15,7 +15,13 @@ _UNIT = 10_000  # samples
 
 
 class TooManyBadImages(RuntimeError):
-    """More images than the configuration allows cannot be decoded."""
+    """More images than the configuration allows cannot be decoded.
+
+    Attributes:
+      reason: what is wrong with the last one, and its name.
+    """
+
+    reason = ""
 
 
 class Bad(NamedTuple):
@@ -74,13 +80,15 @@ class BadImages:
         single = len(self._noted) == 1 and self._max_share > 0
         if self.count > allowed and not single:
             where = self._path or "the warnings above"
-            raise TooManyBadImages(
+            error = TooManyBadImages(
                 f"{self.count} of {self._seen} samples met images that cannot be "
                 f"decoded ({len(self._noted)} files); data.max_bad_share="
                 f"{self._max_share:g} allows {allowed:g} in {judged} samples. The last "
                 f"one is {bad[-1].reason}. All are listed in {where}. Repair or remove "
                 "them, or raise data.max_bad_share."
             )
+            error.reason = bad[-1].reason
+            raise error
 
     def _note(self, image: Bad) -> None:
         logging.warning("Replaced an image that cannot be decoded: %s", image.reason)

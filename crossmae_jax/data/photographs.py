@@ -37,8 +37,9 @@ def prepare(directory: str | Path, *, num_train: int = 128, num_test: int = 8) -
             for i in range(num):
                 square = crop(random, photograph, smallest=smallest, size=160)
                 path = place / f"{Path(name).stem}_{i:03}.jpg"
-                if not path.exists():
-                    square.save(path, quality=92)
+                if not path.exists():  # whole or not at all
+                    square.save(part := path.with_suffix(".part"), "JPEG", quality=92)
+                    part.rename(path)
 
 
 def read(name: str) -> np.ndarray:
@@ -48,7 +49,7 @@ def read(name: str) -> np.ndarray:
     except ImportError:
         raise ImportError(
             "The photographs come from scikit-image, which is not installed: pip "
-            "install 'crossmae-jax[photographs]'."
+            "install 'crossmae-jax[notebooks]'."
         ) from None
     path = Path(skimage.__file__).parent / "data" / name
     with Image.open(path) as image:

@@ -233,12 +233,14 @@ def whole_images(
     Raises:
       ValueError: if they are no uint8 images, or an array of another size.
     """
+    if isinstance(images, (str, Path)):
+        raise ValueError(f"images={str(images)!r} is one file; give a list: [path].")
     if isinstance(images, Sequence):
         if not images:
             raise ValueError("The list of images is empty.")
         return np.stack([
             eval_image(
-                Path(image).read_bytes() if is_file else _uint8(image),
+                Path(image).read_bytes() if is_file else _with_channels(image, number),
                 image_size=image_size, channels=channels, crop_ratio=EVAL_CROP_RATIO,
                 name=str(image) if is_file else f"image {number}",
             ) for number, image in enumerate(images)
@@ -252,6 +254,16 @@ def whole_images(
             "and cropped, or load(path, image_size=...) for another size."
         )
     return images
+
+
+def _with_channels(image: Any, number: int) -> np.ndarray:
+    image = _uint8(image)
+    if image.ndim != 3:
+        raise ValueError(
+            f"Image {number} has the shape {image.shape}; expected (height, width, "
+            "channels). Of a grey one: image[:, :, None]."
+        )
+    return image
 
 
 def _uint8(image: Any) -> np.ndarray:

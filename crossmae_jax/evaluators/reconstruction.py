@@ -24,7 +24,8 @@ def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:
     patches, as CrossMAE counts (arXiv 2401.14391, table 13; whether it averages ratios
     or errors over images it does not say, here ratios are). With standardised targets
     predictions take mean and deviation from the true patch, which flatters them all.
-    A perfect prediction is infinite.
+    A perfect prediction is infinite: that of an image of one flat colour, for example,
+    whose patches have no deviation.
     """
     original, predicted = (
         np.rint(255 * np.clip(np.asarray(image, np.float64), 0, 1))
@@ -34,6 +35,18 @@ def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:
     share = np.asarray(pictures.mask, np.float64).mean(1)
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 * share / squared.mean((1, 2, 3)))
+
+
+def mean_psnr(ratios: Float[np.ndarray, "n"]) -> dict[str, float]:
+    """Returns the mean over images that were not predicted to the last level.
+
+    Under "psnr"; without one there is none. "psnr_left_out" counts the others.
+    """
+    finite = ratios[np.isfinite(ratios)]
+    found = {"psnr": float(finite.mean())} if len(finite) else {}
+    if len(finite) < len(ratios):
+        found["psnr_left_out"] = float(len(ratios) - len(finite))
+    return found
 
 
 def evaluate(
@@ -48,7 +61,7 @@ def evaluate(
 
     "mse" is the mean squared error of ALL hidden patches of the valid images, in the
     space of the targets; where some were thrown, "mse_retained" and "mse_thrown" tell
-    them apart. "psnr" is the mean of `psnr` over images. The first process writes the
+    them apart. "psnr" is that of `mean_psnr`. The first process writes the
     picture; all must call this.
     """
     pictures, errors, ratios, num_shown = [], [], [], 0
@@ -70,4 +83,4 @@ def evaluate(
         groups |= {"mse_retained": mask & ~thrown, "mse_thrown": thrown}
     error = error.astype(np.float64)
     found = {name: float(error[group].mean()) for name, group in groups.items()}
-    return found | {"psnr": float(np.concatenate(ratios).mean())}
+    return found | mean_psnr(np.concatenate(ratios))
