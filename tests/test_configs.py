@@ -107,7 +107,8 @@ def test_the_experiments_of_the_papers_are_all_there():
     others = {
         "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
         "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
-        "folder_cross_knn", "photographs_cross", "photographs_mae", "finetune_vits", "finetune_vitb", "finetune_vitl",
+        "folder_cross_knn", "photographs_cross", "photographs_mae", "finetune_vits",
+        "finetune_vitb", "finetune_vitl",
         "finetune_vith", "finetune_vitb_448", "finetune_folder", "finetune_digits",
         "partialft_vitb", "linprobe_vitb", "transfer_inat18_vitb",
         "transfer_inat19_vitb", "transfer_places365_vitb", "transfer_vitb",
