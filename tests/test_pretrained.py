@@ -85,6 +85,11 @@ def test_a_classifier_gives_its_logits(images):
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     assert encoder.logits(images).shape == (2, 9)
     assert encoder(images).shape == (2, 16)
+    maps, attention = (
+        encoder.feature_maps(images), encoder.attention_maps(images, part="encoder")
+    )
+    assert maps.shape[1:] == attention.queries.shape + (16,)
+    assert len(maps) == 1 + len(attention.weights)
 
 
 def test_an_encoder_has_no_logits(run, images):
