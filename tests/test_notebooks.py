@@ -53,7 +53,7 @@ def test_committed_outputs_are_of_one_run_from_top_to_bottom(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_first_cell_installs_what_the_notebook_needs(path):
     first = _code(path)[0].source
-    assert '%pip install --quiet "..[notebooks]"' in first
+    assert '%pip install --quiet "./crossmae_jax[notebooks]"' in first
     assert "\nnotebooks =\n" in (ROOT / "setup.cfg").read_text()
 
 
