@@ -30,7 +30,8 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     shutil.copytree(path.parent, folder, ignore=shutil.ignore_patterns("out"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as a reader has
+    # One device, as a reader has.
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
     made = nbformat.read(folder / path.name, 4)
     nbclient.NotebookClient(
         made, timeout=300, kernel_name="python3",
