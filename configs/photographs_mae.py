@@ -1,5 +1,5 @@
 """MAE, small, on the photographs that come with scikit-image: what its decoder attends
-to is looked at in the notebooks. Ten minutes on two CPU cores.
+to is looked at in the notebooks. 13 minutes on two CPU cores.
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, at a
 width of 96; 14 x 14 patches as in the paper.

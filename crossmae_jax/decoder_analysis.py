@@ -70,11 +70,11 @@ def attention(
 def ablations(
     model: Pretrained, source: sources.Source, *, num_images: int | None = None,
     batch_size: int = 32, mask_ratio: float | None = None, seed: int = 0,
-    workers: int = 0, keep_own: bool = False, progress: bool = True,
+    workers: int = 0, progress: bool = True,
 ) -> dict[str, Score]:
     """Scores an MAE as it is and without either attention of its masked patches.
 
-    Args: as of `attention`; `keep_own` as of `attention_weights.without`.
+    Args: as of `attention`.
 
     Returns:
       Scores of "full", "without masked" and "without visible", on the same masks.
@@ -92,7 +92,7 @@ def ablations(
         for name, kind in kinds.items():
             pictures = model.reconstruct(
                 images, mask_ratio=mask_ratio, seed=seed, without=kind,
-                keep_own=keep_own and kind == "masked", numbers=numbers,
+                numbers=numbers,
             )
             ratios = reconstruction.psnr(pictures)
             finite = np.isfinite(ratios)

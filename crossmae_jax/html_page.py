@@ -143,7 +143,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def chart(title: str, svg: str, *, caption: str) -> str:
-    """Puts a picture of `visualize.strips.curves` on a card."""
+    """Puts a picture of `visualize.svg.curves` on a card."""
     said = element("figcaption", caption) if caption else ""
     return f"<figure>{element('h3', title)}{svg}{said}</figure>"
 

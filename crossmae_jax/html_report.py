@@ -26,7 +26,7 @@ from crossmae_jax import (
 from crossmae_jax.html_page import Section
 from crossmae_jax.remote import AnyPath
 from crossmae_jax.run_files import Run, Series
-from crossmae_jax.visualize import strips
+from crossmae_jax.visualize import svg
 
 FILE = "report.html"
 # A panel of more bytes becomes a JPEG of so many pixels at most, and the page stays
@@ -207,7 +207,7 @@ def _curves(run: Run) -> str:
     for number, (title, lines, caption, options) in enumerate(charts):
         lines = {label: values for label, values in lines.items() if len(values) > 1}
         if lines:
-            drawn.append(html_page.chart(title, strips.curves(
+            drawn.append(html_page.chart(title, svg.curves(
                 lines, alt=_alt(title, lines), name=f"chart{number}", **options
             ), caption=caption))
     return f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""

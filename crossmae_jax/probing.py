@@ -30,12 +30,11 @@ from crossmae_jax.objectives import pretrain
 class Pretrained:
     """A model with its weights: `features = model.encode(images)`.
 
-    Features are of whole images, without a mask; the same images give the same ones.
-    What a decoder makes of masked images depends on a `mask_ratio`, that of training
-    if not given, and a `seed`: image number i of a call has the i-th mask of the seed,
-    or the one of its number in `numbers`.
-    Images are normalised as the card says. Computation is float32, on one device, and
-    compiled once per method and number of images; what comes back are numpy arrays.
+    Images in, numpy arrays out. Features are of whole images, without a mask.
+    What a decoder makes of masked images depends on a `mask_ratio`, that of training if
+    not given, and a `seed`: image i of a call has the i-th mask of the seed, or the one
+    of its number in `numbers`. Images are normalised as the card says. Computation is
+    float32, on one device, and compiled once per method and number of images.
 
     Images are uint8, `[b height width c]` of the model's size, or a list of files or
     uint8 arrays `[height width c]` of any size, which are resized to 256/224 of the
@@ -67,6 +66,7 @@ class Pretrained:
         self._model = structure.build(card)
         self._mesh = parallel.make_mesh(jax.local_devices()[:1])  # of new arrays
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._objectives: dict[float | None, pretrain.Pretrain] = {}
 
     def __call__(self, images: Any) -> Float[np.ndarray, "b d"]:
         """Is `encode`."""
@@ -340,8 +340,11 @@ class Pretrained:
         return attention_weights.of_whole_images(found)
 
     def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
-        """Returns the objective with this share of patches masked."""
+        """Returns the objective with this share of patches masked, made once."""
         self._need_decoder()
+        if mask_ratio in self._objectives:
+            return self._objectives[mask_ratio]
+        given = mask_ratio
         config = structure.config_of(self.card)
         if mask_ratio is not None:
             mask_ratio = float(mask_ratio)
@@ -349,7 +352,8 @@ class Pretrained:
             config.masking.mask_ratio = mask_ratio
             for name in ("pred_ratio", "throw_ratio"):
                 config.masking[name] = min(config.masking[name] * scale, mask_ratio)
-        return pretrain.Pretrain(config)
+        self._objectives[given] = pretrain.Pretrain(config)
+        return self._objectives[given]
 
     def _need_decoder(self) -> None:
         if self.card.kind != "pretrain":

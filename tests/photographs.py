@@ -8,8 +8,8 @@ neighbouring parts of a photograph have the same light, colours and textures.
 from pathlib import Path
 
 import numpy as np
-import skimage
-from PIL import Image
+
+from crossmae_jax.data import photographs
 
 NAMES = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png",
@@ -30,22 +30,13 @@ def write(
     folders = directory / "train", directory / "test"
     for number, name in enumerate(NAMES):
         random = np.random.default_rng(number)
-        path = Path(skimage.__file__).parent / "data" / name
-        photograph = np.asarray(Image.open(path).convert("RGB"))
+        photograph = photographs.read(name)
         middle = round(_TRAIN_SHARE * photograph.shape[1])
         parts = photograph[:, :middle], photograph[:, middle:]
         for folder, part, count in zip(folders, parts, (num_train, num_test)):
-            images = folder / path.stem
+            images = folder / Path(name).stem
             images.mkdir(parents=True)
             for i in range(count):
-                _crop(random, part, size).save(images / f"{i:03}.jpg", quality=90)
+                square = photographs.crop(random, part, smallest=1 / 3, size=size)
+                square.save(images / f"{i:03}.jpg", quality=90)
     return folders
-
-
-def _crop(random, part: np.ndarray, size: int) -> Image.Image:
-    """Returns a square of a third to all of the shorter side, in the given size."""
-    height, width, _ = part.shape
-    side = int(random.uniform(1 / 3, 1) * min(height, width))
-    top, left = (random.integers(0, edge - side + 1) for edge in (height, width))
-    square = Image.fromarray(part[top : top + side, left : left + side])
-    return square.resize((size, size), Image.Resampling.BICUBIC)

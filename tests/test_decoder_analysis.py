@@ -9,7 +9,7 @@ from PIL import Image
 import crossmae_jax
 from crossmae_jax import __main__ as front_door
 from crossmae_jax import decoder_analysis
-from crossmae_jax.data import sources
+from crossmae_jax.data import digits, sources
 from crossmae_jax.evaluators import reconstruction
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN
@@ -133,6 +133,16 @@ def test_a_decoder_without_self_attention_has_no_ablations(
     ], capsys)
     assert status == 0 and "no masked keys" in out and "| without" not in out
     assert re.search(r"\| sum \| [\d.]+ \| 0.000 \| 100.0 % \|", out)
+
+
+def test_a_prepared_data_set_is_read_by_workers(runs, digits_dir, tmp_path, capsys):
+    digits.prepare(digits_dir)
+    status, out, _ = run_command([
+        "attention", f"--checkpoint={runs['cross']}", "--tfds=sklearn_digits",
+        f"--data_dir={digits_dir}", "--split=test", f"--to={tmp_path}",
+        "--num_images=6", "--workers=1",
+    ], capsys)
+    assert status == 0 and "6 images" in out
 
 
 def test_the_reconstruct_command_draws_a_row_per_image_ratio_and_seed(

@@ -24,7 +24,7 @@ from crossmae_jax import (
     workdir,
 )
 from crossmae_jax.commands import report as command
-from crossmae_jax.visualize import strips
+from crossmae_jax.visualize import svg
 from tests import test_train
 
 ROOT = Path(__file__).parents[1]
@@ -271,6 +271,6 @@ def test_the_command_of_a_run_is_noted_if_it_is_one_of_ours(monkeypatch):
 def test_curves_of_a_long_run_stay_small():
     random = np.random.default_rng(0)
     line = dict(enumerate(random.random(100_000).tolist()))
-    assert len(strips.curves({"loss": line}, alt="noise", name="a")) < 250_000
+    assert len(svg.curves({"loss": line}, alt="noise", name="a")) < 250_000
     with pytest.raises(ValueError, match="Curves 'a, b' have no values"):
-        strips.curves({"a": {}, "b": {}}, alt="", name="a")
+        svg.curves({"a": {}, "b": {}}, alt="", name="a")

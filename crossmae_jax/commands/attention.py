@@ -25,8 +25,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m crossmae_jax attention", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
-    parser.add_argument("--checkpoint", required=True, help="a run or weights")
-    parser.add_argument("--step", type=int, help="of a run; default: the newest")
     parser.add_argument("--to", required=True, help="the folder to write to")
     images = parser.add_mutually_exclusive_group(required=True)
     images.add_argument("--dir", help="a folder of images")
@@ -40,10 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mask_ratio", type=float, help="of patches to mask; default: of training"
     )
-    parser.add_argument(
-        "--image_size", type=convert.numbers(int), help="height,width to work at"
-    )
-    convert.add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
+    convert.add_model(parser)
     return parser
 
 

@@ -52,14 +52,23 @@ FACTS = {
 }
 
 
-def add_facts(
+def _add_facts(
     parser: argparse.ArgumentParser, *, without: Sequence[str] = ()
 ) -> None:
-    """Adds a flag for each fact that a file may not tell."""
     group = parser.add_argument_group("what the file may not tell")
     for name, (kind, text) in FACTS.items():
         if name not in without:
             group.add_argument(f"--{name}", type=kind, help=text)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a model that a command looks into: `crossmae_jax.load`'s."""
+    parser.add_argument("--checkpoint", required=True, help="a run or weights")
+    parser.add_argument("--step", type=int, help="of a run; default: the newest")
+    parser.add_argument(
+        "--image_size", type=numbers(int), help="height,width to work at"
+    )
+    _add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
             "--no_check", dest="check", action="store_false",
             help="do not send images through both sides",
         )
-        add_facts(action)
+        _add_facts(action)
     return parser
 
 

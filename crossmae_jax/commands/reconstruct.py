@@ -26,9 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )
     parser.add_argument("images", metavar="IMG", nargs="+", help="image files")
-    parser.add_argument("--checkpoint", required=True, help="a run or weights")
     parser.add_argument("--to", required=True, help="the PNG to write")
-    parser.add_argument("--step", type=int, help="of a run; default: the newest")
     parser.add_argument(
         "--mask_ratios", type=convert.numbers(float), default=(None,),
         help="shares of patches to mask; default: that of training",
@@ -36,10 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", type=convert.numbers(int), default=(0,), help="of masks; default: 0"
     )
-    parser.add_argument(
-        "--image_size", type=convert.numbers(int), help="height,width to work at"
-    )
-    convert.add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
+    convert.add_model(parser)
     return parser
 
 
