@@ -27,7 +27,9 @@ from tests import attention_cases  # noqa: E402
 KERNELS = {"tpu": "tpu_custom_call", "cudnn": "__cudnn$fmha"}
 
 
-def compile_case(case, *, dtype, mesh, images: int) -> jax.stages.Compiled:
+def compile_case(
+    case, *, dtype, mesh, images: int, attend=attention.attention
+) -> jax.stages.Compiled:
     """Compiles output and gradients of a case, its images cut over the mesh."""
     batch = images * mesh.size
     q, k = ((batch, n, case.num_heads, case.dim) for n in (case.queries, case.keys))
@@ -42,7 +44,7 @@ def compile_case(case, *, dtype, mesh, images: int) -> jax.stages.Compiled:
 
     def gradients(q, k, v, g, bias):
         out, transposed = jax.vjp(
-            lambda q, k, v, bias: attention.attention(q, k, v, bias=bias), q, k, v, bias
+            lambda q, k, v, bias: attend(q, k, v, bias=bias), q, k, v, bias
         )
         return out, transposed(g)
 

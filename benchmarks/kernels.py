@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from benchmarks import step
+from benchmarks import attention_triton, step
 from crossmae_jax.ops import attention
 from tests import attention_cases
 
@@ -141,7 +141,10 @@ def _tokamax(impl: str):
 
 def implementations() -> dict[str, Callable]:
     """Returns the implementations to compare; those of tokamax if it is installed."""
-    found = {"cudnn": _ours("cudnn"), "xla": _ours("xla")}
+    found = {
+        "cudnn": _ours("cudnn"), "xla": _ours("xla"),
+        "triton": attention_triton.attention,
+    }
     if importlib.util.find_spec("tokamax") is not None:
         found |= {
             f"tokamax {impl}": _tokamax(impl) for impl in ("mosaic", "triton")

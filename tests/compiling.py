@@ -10,6 +10,7 @@ test-gpu-compile` does the same with NVIDIA's packages.
 prints a line of JSON for each job, which is
 
     {"case": "decoder 0.25", "dtype": "bfloat16", "images": 2}
+    {"candidate": true, "case": ..., ...}   by benchmarks/attention_triton.py
     {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
     {"groups": true}                        what layout says of the target's devices
     {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
@@ -75,16 +76,16 @@ def _kernels(text: str) -> dict[str, int]:
     """Returns how often a program calls each kernel of attention."""
     names = re.findall(
         r'%attention_(forward|backward)[.\d]* = .*custom_call_target="tpu_custom_call"'
-        r'|custom_call_target="(__cudnn\$fmha\w+)"', text,
+        r'|custom_call_target="(__cudnn\$fmha\w+|__gpu\$xla\.gpu\.triton)"', text,
     )
-    names = [tpu or cudnn for tpu, cudnn in names]
+    names = [tpu or gpu for tpu, gpu in names]
     return {name: names.count(name) for name in sorted(set(names))}
 
 
 def _compile(job, target, mesh):
     from jax.experimental.pallas import tpu as pltpu
 
-    from benchmarks import attention, step
+    from benchmarks import attention, attention_triton, step
     from crossmae_jax import estimate, hardware
     from tests import attention_cases
 
@@ -99,8 +100,9 @@ def _compile(job, target, mesh):
         if "memory" in job:
             options = {"vmem_limit_bytes": job["memory"]}
             patch.setattr(pltpu, "CompilerParams", lambda **_: params(**options))
+        candidate = {"attend": attention_triton.attention} if "candidate" in job else {}
         return attention.compile_case(
-            case, dtype=job["dtype"], mesh=mesh, images=job["images"]
+            case, dtype=job["dtype"], mesh=mesh, images=job["images"], **candidate
         )
 
 

@@ -9,6 +9,7 @@ import atexit
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -22,6 +23,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the se
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
+
+# Behind nohup, or in a script's background, signals are ignored, and what tests start
+# inherits that.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 import jax  # noqa: E402  the flags above must be set first
 import pytest  # noqa: E402

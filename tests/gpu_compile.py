@@ -1,4 +1,4 @@
-"""cuDNN's attention and a training step, compiled for an H200 that need not be there.
+"""Kernels of attention and a training step, compiled for an H200 that need not be there.
 
     make test-gpu-compile
 
@@ -18,9 +18,13 @@ STEP = {"step": "configs/vitb_cross_prmim.py", "overrides": compiling.NARROW}
 
 @functools.cache
 def _compiled():
+    """Returns what became of the step, and by name of cases; of the candidate's too."""
     jobs = [{"case": c.name, "dtype": "bfloat16", "images": 2} for c in CASES]
-    step, *cases = compiling.compile_for("h200", [STEP, *jobs])
-    return step, {case.name: found for case, found in zip(CASES, cases, strict=True)}
+    candidates = [{"candidate": True, **job} for job in jobs]
+    step, *found = compiling.compile_for("h200", [STEP, *jobs, *candidates])
+    names = [case.name for case in CASES]
+    taken, tried = found[:len(CASES)], found[len(CASES):]
+    return step, dict(zip(names, taken)), dict(zip(names, tried))
 
 
 def _directions(kernels):
@@ -38,7 +42,16 @@ def test_cudnn_takes_every_shape(case):
     assert (case.bias is not None) == any("Bias" in name for name in found["kernels"])
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_candidate_compiles_at_short_shapes(case):
+    found = _compiled()[2][case.name]
+    if case.bias is not None or case.keys > 256:
+        assert found["error"].startswith("NotImplementedError: The Triton kernels take")
+    else:
+        assert found["kernels"] == {"__gpu$xla.gpu.triton": 2}, found["error"]
+
+
 def test_a_step_compiles_with_cudnn_in_it():
-    step, _ = _compiled()
+    step, *_ = _compiled()
     assert step["error"] == ""
     assert _directions(step["kernels"]) == (2, 2)  # a block of encoder and of decoder

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import attention_triton
 from crossmae_jax import parallel
 from crossmae_jax.models import layers
-from crossmae_jax.ops import attention, attention_cudnn, attention_tpu
+from crossmae_jax.ops import attention, attention_cudnn, attention_tpu, attention_xla
 from tests import attention_cases
 
 # Of the largest number of an output or gradient. In bfloat16 the weights and their
@@ -67,7 +68,7 @@ def test_norm_statistics_survive_a_large_mean(dtype, tolerance):
 
 
 IMPLEMENTATIONS = {
-    "xla": attention._xla,
+    "xla": attention_xla.attention,
     "tpu": functools.partial(attention_tpu.attention, interpret=True),
 }
 
@@ -130,6 +131,23 @@ def test_every_implementation_is_attention_at_every_shape(case, dtype):
     expected = _run(_reference, *arrays)
     for function in IMPLEMENTATIONS.values():
         _assert_close(_run(function, *arrays), expected, dtype)
+
+
+@pytest.mark.parametrize("case", [
+    case for case in attention_cases.SMALL if case.keys <= 256 and case.bias is None
+], ids=lambda case: case.name)
+def test_the_candidate_for_gpus_is_attention_at_short_shapes(case):
+    arrays = _arrays(case, 2, jnp.bfloat16)
+    candidate = functools.partial(attention_triton.attention, interpret=True)
+    _assert_close(_run(candidate, *arrays), _run(_reference, *arrays), jnp.bfloat16)
+
+
+def test_the_candidate_for_gpus_says_what_it_does_not_take():
+    q = _random(1, 257, 1, 32).astype(jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="up to 256 keys, not 257"):
+        attention_triton.attention(q, q, q)
+    with pytest.raises(NotImplementedError, match="no bias"):
+        attention_triton.attention(q[:, :8], q[:, :8], q[:, :8], jnp.zeros((1, 1, 8, 8)))
 
 
 def test_sums_go_over_all_programs_of_a_kernel(monkeypatch):
@@ -228,7 +246,7 @@ def test_kernels_need_the_mesh_of_several_devices(libtpu):
 
 def test_with_no_other_compiler_attention_is_plain_xla():
     q = _random(2, 50, 2, 64)
-    plain = jax.make_jaxpr(attention._xla)(q, q, q, None)
+    plain = jax.make_jaxpr(attention_xla.attention)(q, q, q, None)
     assert str(jax.make_jaxpr(attention.attention)(q, q, q)) == str(plain)
 
 

@@ -19,10 +19,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from crossmae_jax.ops import attention_cudnn, attention_tpu
+from crossmae_jax.ops import attention_cudnn, attention_tpu, attention_xla
 
 
 def attention(
@@ -58,8 +57,10 @@ def attention(
         for platform, choice in chosen.items() if choice.impl != "xla"
     }
     if not others:
-        return _xla(q, k, v, bias)
-    return jax.lax.platform_dependent(q, k, v, bias, default=_xla, **others)
+        return attention_xla.attention(q, k, v, bias)
+    return jax.lax.platform_dependent(
+        q, k, v, bias, default=attention_xla.attention, **others
+    )
 
 
 class Choice(NamedTuple):
@@ -130,7 +131,7 @@ def _choose(platform, arrays):
 
 def _forced(impl, q, k, v, bias):
     if impl == "xla":
-        return _xla(q, k, v, bias)
+        return attention_xla.attention(q, k, v, bias)
     if impl == "tpu":
         attention_tpu.check(q, k, v, bias)
         _find_tpu_compiler()
@@ -139,16 +140,6 @@ def _forced(impl, q, k, v, bias):
     # Without a default JAX refuses other platforms, with a NotImplementedError.
     only = {{"tpu": "tpu", "cudnn": "cuda"}[impl]: IMPLEMENTATIONS[impl]}
     return jax.lax.platform_dependent(q, k, v, bias, **only)
-
-
-def _xla(q, k, v, bias):
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias.astype(jnp.float32)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
 
 
 def _find_tpu_compiler():
@@ -167,7 +158,7 @@ def _check_tpu(q, k, v, bias):
 
 
 IMPLEMENTATIONS = {
-    "xla": _xla,
+    "xla": attention_xla.attention,
     "tpu": attention_tpu.attention,
     "cudnn": attention_cudnn.attention,
 }
