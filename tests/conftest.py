@@ -1,6 +1,6 @@
 """Every test sees eight fake CPU devices, and shapes that must match in rank.
 
-Programs are compiled with little optimisation: most tests compile more than they run.
+Programs are compiled without optimisation: most tests compile more than they run.
 What one test has compiled others of the same session read back, and so do the processes
 that they start.
 """
@@ -16,7 +16,7 @@ import tempfile
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=1"
+    " --xla_backend_optimization_level=0"
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the session
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled")

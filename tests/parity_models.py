@@ -257,7 +257,12 @@ def follow(
     reference = json.loads(str(data["config"]))
     rates = jnp.asarray(reference["lr_per_step"])
     tx = optim.make_optimizer(config, lambda step: rates[step])
-    evaluate = jax.jit(jax.value_and_grad(loss))
+    # With no optimisation at all, as most tests compile, one entry whose gradient is
+    # nearly zero rounds to another direction of Adam's step.
+    evaluate = jax.jit(
+        jax.value_and_grad(loss),
+        compiler_options={"xla_backend_optimization_level": 1},
+    )
     opt_state = tx.init(params)
     for step, expected in enumerate(data["losses"]):
         value, gradients = evaluate(params, step)

@@ -75,15 +75,15 @@ def test_every_variant_takes_oblong_images_of_any_channels(changes, dtype):
         data__mean=(0.5,) * 5, data__std=(1.0,) * 5,
     )
     objective = Pretrain(config)
-    variables = objective.init(jax.random.key(0))
+    variables = jax.jit(objective.init)(jax.random.key(0))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
     images, ids = _images(config), _ids(objective)
-    pred = objective.model.apply(variables, images, ids)
+    pred = jax.eval_shape(objective.model.apply, variables, images, ids)
     assert pred.shape == (2, objective.counts.num_pred, 4 * 4 * 5)
     assert pred.dtype == jnp.dtype(dtype)
-    gradient = jax.grad(
+    gradient = jax.jit(jax.grad(
         lambda p: objective.masked_loss({**variables, "params": p}, images, ids)[0]
-    )(variables["params"])
+    ))(variables["params"])
     moved = {
         path: bool(jnp.abs(value).max() > 0)
         for path, value in traverse_util.flatten_dict(gradient, sep="/").items()
