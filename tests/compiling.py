@@ -14,7 +14,7 @@ prints a line of JSON for each job, which is
     {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
     {"groups": true}                        what layout says of the target's devices
     {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
-    {"unrolled": 1, "step": ..., ...}       with so many images in a TPU kernel's program
+    {"unrolled": 1, "step": ..., ...}       with so many images in a TPU's program
 """
 
 import json

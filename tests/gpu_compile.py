@@ -1,4 +1,4 @@
-"""Kernels of attention and a training step, compiled for an H200 that need not be there.
+"""Attention's kernels and a training step, compiled for an H200 that is not there.
 
     make test-gpu-compile
 
