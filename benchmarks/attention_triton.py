@@ -13,7 +13,8 @@ Written in Pallas for Triton, whose blocks have powers of two for extents: 50 ke
 the room of 64, 197 that of 256, and what is outside is masked. bfloat16 only, no bias.
 
 It is no part of the library: benchmarks.gpu compares it with cuDNN on a GPU, and it
-joins crossmae_jax/ops only if it is faster there. Tests run it step by step
+joins crossmae_jax/ops only if it is faster there; then it must also be shared over the
+devices of a mesh, as the TPU's kernels are. Tests run it step by step
 ("interpret"), and `make test-gpu-compile` compiles it for an H200.
 """
 
@@ -27,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, BFloat16
 
-_KEYS = 256  # most keys of a program: logits of 64 queries and 256 keys take 64 KiB
+_KEYS = 256  # most keys of a program: with 64 queries, logits of 64 KiB; sums of 2 x 64
 _QUERIES = 64  # most queries of a block
 
 
@@ -72,6 +73,10 @@ def attention(
     """
     if bias is not None:
         raise NotImplementedError("The Triton kernels take no bias.")
+    if {x.dtype for x in (q, k, v)} != {jnp.dtype(jnp.bfloat16)}:
+        raise NotImplementedError(
+            f"The Triton kernels take bfloat16, not {q.dtype}, {k.dtype}, {v.dtype}."
+        )
     if k.shape[1] > _KEYS:
         raise NotImplementedError(
             f"The Triton kernels take up to {_KEYS} keys, not {k.shape[1]}."

@@ -25,10 +25,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the se
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 # Behind nohup, or in a script's background, signals are ignored, and what tests start
-# inherits that.
+# would inherit that. A signal with a handler is a new program's to be ended by.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, lambda *_: None)
 
 import jax  # noqa: E402  the flags above must be set first
 import pytest  # noqa: E402

@@ -33,7 +33,7 @@ class Group:
         address = f"127.0.0.1:{free_port()}"
         self.processes = []
         for i, given in enumerate(arguments):
-            # The tests' own flags ask for eight devices, and for little optimisation.
+            # The tests' own flags ask for eight devices, and for no optimisation.
             flags = os.environ["XLA_FLAGS"].replace(
                 "device_count=8", f"device_count={DEVICES // number}"
             )

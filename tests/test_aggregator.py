@@ -142,8 +142,8 @@ def test_every_masked_patch_is_predicted_and_everything_learns(changes):
     predicted = objective.model.predicted(ids)
     hidden = masking.mask_of(predicted, num_patches=24)
     assert (hidden == ~masking.mask_of(ids.keep, num_patches=24)).all()
-    predicted = jax.eval_shape(objective.model.apply, variables, images, ids)
-    assert predicted.shape == (2, 18, 48)
+    pred = jax.eval_shape(objective.model.apply, variables, images, ids)
+    assert pred.shape == (2, 18, 48)
 
     @jax.jit
     def gradient(params):

@@ -100,7 +100,7 @@ def _run(function, q, k, v, g, bias):
         out, transposed = jax.vjp(function, *arrays)
         return out, transposed(g.astype(out.dtype))
 
-    run = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    run = jax.jit(run)
     out, (dq, dk, dv, dbias) = first = run(q, k, v, bias)
     jax.tree.map(np.testing.assert_array_equal, first, run(q, k, v, bias))
     named = {"out": out, "dq": dq, "dk": dk, "dv": dv}
@@ -133,6 +133,36 @@ def test_every_implementation_is_attention_at_every_shape(case, dtype):
         _assert_close(_run(function, *arrays), expected, dtype)
 
 
+@pytest.mark.parametrize("shape, dtype", [
+    ((1, 1, 5, 7), "float32"), ((3, 1, 5, 7), "float32"), ((1, 2, 5, 7), "bfloat16"),
+    ((3, 2, 5, 7), "float32"),
+])
+def test_a_bias_may_be_shared_by_images_and_heads(shape, dtype):
+    case = attention_cases.Case("", 5, 7, 2, 8)
+    *arrays, _ = _arrays(case, 3, jnp.float32)
+    bias = _random(*shape, seed=5).astype(dtype)
+    bias = bias.at[..., 1, :].set(jnp.finfo(dtype).min)  # equal weights for all keys
+    bias = bias.at[..., 2, 3:].set(-jnp.inf)
+    found = _run(attention_xla.attention, *arrays, bias)
+    expected = _run(_reference, *arrays, bias)
+    assert found["dbias"].dtype == dtype
+    for part, exact in expected.items():
+        tolerance = 2e-6 if part != "dbias" else 2 * float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(
+            found[part].astype(jnp.float32), exact.astype(jnp.float32),
+            rtol=0, atol=tolerance * float(jnp.abs(exact).max()), err_msg=part,
+        )
+
+
+def test_gradients_have_the_types_of_their_arrays():
+    q, k = _random(1, 3, 1, 8).astype(jnp.bfloat16), _random(1, 4, 1, 8)
+    v = k.astype(jnp.float16)
+    gradients = jax.grad(
+        lambda *x: attention_xla.attention(*x).astype(jnp.float32).sum(), (0, 1, 2)
+    )(q, k, v)
+    assert [x.dtype for x in gradients] == [jnp.bfloat16, jnp.float32, jnp.float16]
+
+
 @pytest.mark.parametrize("case", [
     case for case in attention_cases.SMALL if case.keys <= 256 and case.bias is None
 ], ids=lambda case: case.name)
@@ -147,6 +177,8 @@ def test_the_candidate_for_gpus_says_what_it_does_not_take():
     with pytest.raises(NotImplementedError, match="up to 256 keys, not 257"):
         attention_triton.attention(q, q, q)
     few, bias = q[:, :8], jnp.zeros((1, 1, 8, 8))
+    with pytest.raises(NotImplementedError, match="bfloat16, not float32"):
+        attention_triton.attention(*[q[:, :8].astype(jnp.float32)] * 3)
     with pytest.raises(NotImplementedError, match="no bias"):
         attention_triton.attention(few, few, few, bias)
 

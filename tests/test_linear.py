@@ -13,6 +13,15 @@ from tests import test_features
 PROBABILITY_ATOL = 1e-3  # both solvers stop at a small gradient, not at the minimum
 
 
+@pytest.fixture(autouse=True)
+def compiled_with_optimisation(monkeypatch):
+    """As users compile it, not as tests do: unoptimised sums of float32 are coarser."""
+    monkeypatch.setattr(linear, "_minimise", jax.jit(
+        linear._minimise.__wrapped__,
+        compiler_options={"xla_backend_optimization_level": 3},
+    ))
+
+
 @pytest.fixture(scope="module")
 def digits():
     return test_features.digits()

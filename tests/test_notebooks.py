@@ -30,7 +30,7 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     folder = tmp_path / "notebooks"
     shutil.copytree(path.parent, folder, ignore=shutil.ignore_patterns("out"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    # One device, as a reader has.
+    # One device, as a reader has; optimised a little, for they compute more than tests.
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=1")
     made = nbformat.read(folder / path.name, 4)
     nbclient.NotebookClient(

@@ -1,9 +1,10 @@
 """Attention as plain XLA, for every platform, type and shape, with its own gradient.
 
 Heads come before tokens here, so that every product is one of matrices that lie as they
-are needed. The backward pass computes the weights P again from the inputs and the
-log-sum-exp of each query's logits, as FlashAttention does (arXiv 2205.14135, section
-3.1), instead of keeping them: with G the gradient of the output O = P V,
+are needed. The backward pass computes the weights P again, instead of keeping them,
+from the inputs and each query's largest logit and sum of exponentials, as does
+FlashAttention (arXiv 2205.14135, section 3.1): with G the gradient of the output
+O = P V,
 
     dV = P^T G,   dS = P * (G V^T - rowsum(G * O)),   dQ = dS K,   dK = dS^T Q,
 
@@ -35,14 +36,15 @@ def _forward(q, k, v, bias):
     total = weights.sum(-1, keepdims=True)
     out = _product("bhqk,bhkd->bhqd", weights.astype(v.dtype), _swap(v)) / total
     out = _swap(out.astype(q.dtype))
-    return out, (q, k, v, bias, out, largest + jnp.log(total))
+    return out, (q, k, v, bias, out, largest, total)
 
 
 def _backward(saved, g):
-    *arrays, bias, out, log_sum = saved
+    *arrays, bias, out, largest, total = saved
     q, k, v, out, g = (_swap(x) for x in (*arrays, out, g))
     scale = q.shape[-1] ** -0.5
-    weights = jnp.exp(_logits(q, k, bias) - log_sum)
+    # Not exp(logits - log-sum-exp): beside a large logit the logarithm is rounded away.
+    weights = jnp.exp(_logits(q, k, bias) - largest) * (1 / total)
     dv = _product("bhqk,bhqd->bhkd", weights.astype(g.dtype), g)
     dweights = _product("bhqd,bhkd->bhqk", g, v)
     shared = (g.astype(jnp.float32) * out).sum(-1, keepdims=True)
@@ -54,7 +56,9 @@ def _backward(saved, g):
     if bias is not None:
         repeated = tuple(axis for axis in (0, 1) if bias.shape[axis] == 1)
         dbias = dlogits.sum(repeated, keepdims=True).astype(bias.dtype)
-    return *(_swap(x.astype(q.dtype)) for x in (dq, dk, dv)), dbias
+    gradients = (_swap(x) for x in (dq, dk, dv))
+    dq, dk, dv = (x.astype(a.dtype) for x, a in zip(gradients, arrays, strict=True))
+    return dq, dk, dv, dbias
 
 
 attention.defvjp(_forward, _backward)

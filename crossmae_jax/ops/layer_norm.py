@@ -1,11 +1,10 @@
-"""Layer norm with a gradient of its own, which keeps nothing but the input.
+"""Layer norm with a gradient of its own, which keeps the input and two numbers a row.
 
     y = (x - mean) / sqrt(variance + epsilon) * scale + bias      over the last axis
 
 Statistics and arithmetic are float32. The variance is that of centred values, since
-E[x^2] - E[x]^2 cancels when activations have a mean. Differentiated step by step, the
-centred and the scaled values are kept, or written out once more, in float32; the
-closed form needs the input and two numbers a token.
+E[x^2] - E[x]^2 cancels when activations have a mean. Differentiated step by step, it
+is the compiler's choice whether centred and scaled values are kept, in float32.
 """
 
 import functools
