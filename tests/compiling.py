@@ -14,7 +14,6 @@ prints a line of JSON for each job, which is
     {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
     {"groups": true}                        what layout says of the target's devices
     {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
-    {"unrolled": 1, "step": ..., ...}       with so many images in a TPU's program
 """
 
 import json
@@ -88,19 +87,16 @@ def _compile(job, target, mesh):
 
     from benchmarks import attention, attention_triton, step
     from crossmae_jax import estimate, hardware
-    from crossmae_jax.ops import attention_tpu
     from tests import attention_cases
 
     params = pltpu.CompilerParams
 
+    if "step" in job:
+        config = step.load_config(job["step"], overrides=job["overrides"])
+        lowered = estimate.lower_step(config, list(mesh.devices.flat)).step
+        return lowered.compile(compiler_options=hardware.compiler_options(target))
+    case = next(c for c in attention_cases.CASES if c.name == job["case"])
     with pytest.MonkeyPatch.context() as patch:
-        if "unrolled" in job:
-            patch.setattr(attention_tpu, "_IMAGES", job["unrolled"])
-        if "step" in job:
-            config = step.load_config(job["step"], overrides=job["overrides"])
-            lowered = estimate.lower_step(config, list(mesh.devices.flat)).step
-            return lowered.compile(compiler_options=hardware.compiler_options(target))
-        case = next(c for c in attention_cases.CASES if c.name == job["case"])
         if "memory" in job:
             options = {"vmem_limit_bytes": job["memory"]}
             patch.setattr(pltpu, "CompilerParams", lambda **_: params(**options))
