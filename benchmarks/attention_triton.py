@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, BFloat16
 
-_KEYS = 256  # most keys of a program: with 64 queries, logits of 64 KiB; sums of 2 x 64
+_KEYS = 256  # most keys: logits of 64 queries take 64 KiB, as does the sum for dK or dV
 _QUERIES = 64  # most queries of a block
 
 

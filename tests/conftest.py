@@ -25,7 +25,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the first process of the se
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 
 # Behind nohup, or in a script's background, signals are ignored, and what tests start
-# would inherit that. A signal with a handler is a new program's to be ended by.
+# would inherit that. Handlers are not inherited: a new program has the default again.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
