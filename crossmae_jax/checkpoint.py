@@ -172,9 +172,9 @@ class Checkpoints:
             for path, leaf in _read(self.directory / str(step) / name, leaves).items()
         }
         self._put_aside(damaged)
-        paths = [_names(path) for path, _ in _leaves(abstract_state)]
+        names = [_names(path) for path, _ in _leaves(abstract_state)]
         return step, jax.tree.unflatten(
-            jax.tree.structure(abstract_state), [restored[path] for path in paths]
+            jax.tree.structure(abstract_state), [restored[name] for name in names]
         )
 
     def _write_digests(self) -> None:

@@ -45,10 +45,10 @@ def specs(*overrides, **kwargs):
 @pytest.mark.parametrize("path", ["configs/vitb_cross.py", "configs/vitb_mae_prmim.py"])
 def test_kernels_and_their_moments_are_cut_and_nothing_else(path):
     cut = 0
-    for name, (leaf, sharding) in specs("mesh.fsdp=4", path=path).items():
+    for name, (leaf, lies) in specs("mesh.fsdp=4", path=path).items():
         matrix = name.endswith("/kernel") and leaf.ndim == 2 and "fusion" not in name
         expected = PartitionSpec("fsdp") if matrix else PartitionSpec()
-        assert sharding.spec == expected, name
+        assert lies.spec == expected, name
         cut += matrix
     # Weights and two moments of: a block 4, a cross-block 5, patches and prediction;
     # MAE's blocks have 4, and the embedding of the decoder.
@@ -64,7 +64,7 @@ def test_inputs_that_do_not_divide_leave_the_outputs_to_be_cut():
 
 def test_one_copy_for_each_device_is_whole_everywhere():
     found = specs("mesh.fsdp=1").values()
-    assert all(sharding.spec == PartitionSpec() for _, sharding in found)
+    assert all(lies.spec == PartitionSpec() for _, lies in found)
 
 
 @pytest.mark.parametrize("overrides", [

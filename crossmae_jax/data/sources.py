@@ -51,16 +51,16 @@ class FolderSource:
     def __init__(self, directory: str, *, classes: tuple[str, ...] | None = None):
         if remote.is_remote(directory):
             self.directory = str(remote.path(directory))
-            paths, others = _list(self.directory)
+            images, others = _list(self.directory)
         else:
             self.directory = os.path.abspath(os.path.expanduser(directory))
-            paths, others = _walk(self.directory)
-        if not paths:
+            images, others = _walk(self.directory)
+        if not images:
             raise ValueError(_nothing_found(self.directory, others))
         # One blob and offsets instead of a list: a million paths travel to each worker.
-        self._blob = b"".join(paths)
-        self._ends = np.cumsum([len(path) for path in paths], dtype=np.int64)
-        folders = [p.split(b"/", 1)[0] if b"/" in p else None for p in paths]
+        self._blob = b"".join(images)
+        self._ends = np.cumsum([len(path) for path in images], dtype=np.int64)
+        folders = [p.split(b"/", 1)[0] if b"/" in p else None for p in images]
         found = tuple(sorted({f for f in folders if f is not None}))
         if None in folders or len(found) < 2:
             found = ()
@@ -260,7 +260,7 @@ def _list(directory: str) -> tuple[list[bytes], collections.Counter]:
     """Returns what `_walk` returns, of a folder in a bucket."""
     bucket = remote.system(directory)
     root = directory.removeprefix("gs://") + "/"
-    paths, others = [], collections.Counter()
+    images, others = [], collections.Counter()
     names = bucket.find(directory)
     if not names or names == [root[:-1]]:
         what = "is an object" if names else "does not exist"
@@ -270,10 +270,10 @@ def _list(directory: str) -> tuple[list[bytes], collections.Counter]:
         if any(part.startswith(b".") for part in below.split(b"/")):
             continue
         if _is_image(below):
-            paths.append(below)
+            images.append(below)
         else:
             others[os.path.splitext(os.fsdecode(below))[1].lower()] += 1
-    return sorted(paths), others
+    return sorted(images), others
 
 
 def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
@@ -282,7 +282,7 @@ def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
         what = "is a file" if os.path.exists(directory) else "does not exist"
         raise ValueError(f"{directory} {what}; expected a directory of images.")
     root = os.fsencode(directory)
-    paths, others = [], collections.Counter()
+    images, others = [], collections.Counter()
     seen: set[tuple[int, int]] = set()
     pending, links = [b""], []
     while pending or links:
@@ -302,10 +302,10 @@ def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
             if entry.is_dir():
                 (links if entry.is_symlink() else pending).append(path)
             elif _is_image(entry.name):
-                paths.append(path)
+                images.append(path)
             else:
                 others[os.fsdecode(os.path.splitext(entry.name)[1].lower())] += 1
-    return sorted(paths), others
+    return sorted(images), others
 
 
 def _nothing_found(directory: str, others: collections.Counter) -> str:

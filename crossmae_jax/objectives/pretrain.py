@@ -234,7 +234,7 @@ class Pretrain:
         predicted = self.model.predicted(ids)
         values = patches.patchify(images, patch_size=self.patch_size)
         target = patches.take_tokens(self.target(images), predicted)
-        pixels = targets.to_pixels(
+        pictures = targets.to_pixels(
             pred, patches.take_tokens(values, predicted),
             normalize=self.config.target.normalize,
         )
@@ -242,8 +242,8 @@ class Pretrain:
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
         return Reconstruction(
             image=self._picture(values),
-            prediction=self._picture(patches.put_tokens(mean_patch, predicted, pixels)),
-            pasted=self._picture(patches.put_tokens(values, predicted, pixels)),
+            prediction=self._picture(patches.put_tokens(mean_patch, predicted, pictures)),
+            pasted=self._picture(patches.put_tokens(values, predicted, pictures)),
             mask=masking.mask_of(predicted, num_patches=self.num_patches),
             thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
             error=patches.put_tokens(
