@@ -21,7 +21,8 @@ import statistics
 from pathlib import Path
 
 from benchmarks import step
-from crossmae_jax import train, workdir
+from crossmae_jax import train
+from crossmae_jax.runs import workdir
 
 
 def _cell(

@@ -11,7 +11,7 @@ package libtpu, GPU targets jax[cuda13].
 import argparse
 import time
 
-from crossmae_jax import hardware
+from crossmae_jax.distributed import hardware
 
 if __name__ == "__main__":
     hardware.without_devices()
@@ -20,7 +20,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import step  # noqa: E402
-from crossmae_jax import collectives, parallel  # noqa: E402
+from crossmae_jax.cost import collectives
+from crossmae_jax.distributed import parallel  # noqa: E402
 from crossmae_jax.ops import attention  # noqa: E402
 from tests import attention_cases  # noqa: E402
 

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from benchmarks import step
-from crossmae_jax.convert import names, torch_file
-from crossmae_jax.convert.tensor import Tensor
+from crossmae_jax.convert import names
+from crossmae_jax.convert.files import torch_file
+from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.models import vit
 from crossmae_jax.objectives import OBJECTIVES
 

@@ -7,7 +7,7 @@ prints (33 minutes in all, on two busy CPU cores), compares them with the refere
 the library, and draws docs/images/curve_*.png.
 
     python -m benchmarks.curves --workdir=runs/curves \\
-        --references=crossmae_jax/reference_runs/digits_cross
+        --references=crossmae_jax/runs/references/digits_cross
 
 writes the healthy runs as the references of the library, too: their losses and
 evaluations, six digits, with configuration, data and environment.
@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmae_jax import compare, logged, workdir
 from crossmae_jax.commands import compare as command
+from crossmae_jax.runs import logged, workdir
 from crossmae_jax.visualize import bands
 
 CONFIG = "configs/digits_cross.py"

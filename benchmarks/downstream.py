@@ -22,7 +22,9 @@ from pathlib import Path
 import jax
 
 from benchmarks import ablation, step
-from crossmae_jax import evaluate, objectives, visualize, workdir
+from crossmae_jax import objectives, visualize
+from crossmae_jax.evals import of_checkpoint
+from crossmae_jax.runs import workdir
 
 PICTURES = Path(__file__).parents[1] / "docs" / "images"
 FINETUNE = "configs/finetune_digits.py"
@@ -91,7 +93,7 @@ def frozen(
         if weights:
             config = workdir.read_config(weights)
             config.data.split = split(percent, seed)
-            made = evaluate.open_checkpoint(weights, config)
+            made = of_checkpoint.open_checkpoint(weights, config)
         else:
             path, overrides = METHODS["CrossMAE 0.25"]
             overrides = [f"seed={seed}", *changes, *overrides]
@@ -99,9 +101,11 @@ def frozen(
             config.data.split = split(percent, seed)
             objective = objectives.make(config)
             variables = objective.init(jax.random.key(seed))
-            made = evaluate.Checkpoint("random", None, "", config, objective, variables)
+            made = of_checkpoint.Checkpoint(
+                "random", None, "", config, objective, variables
+            )
         options = dict(knn=dict(k=(NEIGHBOURS,)))
-        evaluate.run(made, ("knn", "linear"), directory, options=options)
+        of_checkpoint.run(made, ("knn", "linear"), directory, options=options)
     return json.loads(done.read_text())["metrics"]
 
 

@@ -33,8 +33,9 @@ if __name__ == "__main__":  # before JAX looks for devices: the others need memo
 import jax  # noqa: E402
 
 from benchmarks import kernels, peer, step, turns  # noqa: E402
-from crossmae_jax import cost, environment  # noqa: E402
 from crossmae_jax import main as train_main  # noqa: E402
+from crossmae_jax.cost import counting
+from crossmae_jax.distributed import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu.md"
 PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "tokamax")
@@ -97,13 +98,14 @@ def cells(
     if player.fallen:
         return [name, str(batch), player.fallen.replace("|", "/"), *[""] * 7]
     median = statistics.median(player.seconds)
-    done = cost.count(config).train_flops * batch / median / 1e12 / jax.device_count()
+    flops = counting.count(config).train_flops * batch
+    done = flops / median / 1e12 / jax.device_count()
     low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
     compared = ["", ""]
     if player is not first and not first.fallen:
         compared = [f"{turns.ratio(player.seconds, first.seconds):.3f}"]
         base = step.load_config(first.name, overrides=overrides)
-        flops = cost.count(config).train_flops / cost.count(base).train_flops
+        flops = counting.count(config).train_flops / counting.count(base).train_flops
         compared.append(f"{flops:.3f}")
     return [
         name, str(batch), f"{batch / median:.1f}",

@@ -5,7 +5,7 @@
 
 On a run's weights, and on images of its training set, the encoder's gradient is
 compared with that of the same model without throwing, for random and furthest choice
-(`crossmae_jax.gradients.deviation`). A run that threw nothing has no aggregator:
+(`gradient_deviation.deviation`). A run that threw nothing has no aggregator:
 on it plain throwing is compared, at three ratios. On a run with an aggregator plain
 throwing and progressive reconstruction are, at the run's own ratio; its decoder has
 never met all masked patches at once, so the gradient compared with is a stranger to it.
@@ -21,10 +21,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks import step
-from crossmae_jax import checkpoint, gradients, workdir
+from benchmarks import gradient_deviation, step
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.runs import workdir
 
 
 def _variant(config: ConfigDict, *, ratio: float, kind: str, retain: str) -> Pretrain:
@@ -43,7 +44,7 @@ def _whole(batches):
 
 def compare(
     directory: Path, *, num_images: int
-) -> dict[tuple[str, float], dict[str, gradients.GradientDeviation]]:
+) -> dict[tuple[str, float], dict[str, gradient_deviation.GradientDeviation]]:
     """Returns the deviations of every way to throw, by training and ratio."""
     config = workdir.read_config(directory)
     ratio, kind = config.masking.throw_ratio, config.model.aggregator.kind
@@ -69,21 +70,23 @@ def compare(
         batch_size=config.data.batch_size, num_images=num_images, process_index=0,
         process_count=1, workdir=str(directory),
     ) as batches:
-        found = gradients.deviation(
+        found = gradient_deviation.deviation(
             _variant(config, ratio=0.0, kind="none", retain="random"), variants,
-            checkpoint.restore_variables(directory / "checkpoints"),
+            checkpointer.restore_variables(directory / "checkpoints"),
             _whole(batches),
             jax.random.key(config.seed, impl="threefry2x32"),
         )
-    floor = found.pop(gradients.ANOTHER_MASK)
-    rows = {(trained, 0.0): {gradients.ANOTHER_MASK: floor}}
+    floor = found.pop(gradient_deviation.ANOTHER_MASK)
+    rows = {(trained, 0.0): {gradient_deviation.ANOTHER_MASK: floor}}
     for (part, name), deviation in found.items():
         rows.setdefault((trained, part), {})[name] = deviation
     return rows
 
 
 def table(
-    found: dict[tuple[str, float], list[dict[str, gradients.GradientDeviation]]],
+    found: dict[
+        tuple[str, float], list[dict[str, gradient_deviation.GradientDeviation]]
+    ],
 ) -> str:
     """Returns a row per training, ratio and way to throw: mean and spread."""
     lines = [

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from benchmarks import step, turns
-from crossmae_jax.evaluators import knn
+from crossmae_jax.evals import knn
 
 RESULTS = Path(__file__).parent / "results" / "knn.md"
 _BLOCK = 8192

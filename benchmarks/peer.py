@@ -8,7 +8,8 @@
 The reference is the code that CrossMAE's authors published (arXiv 2401.14391), which
 contains MAE's as well. It is run from a clone and is no part of this project: its
 licence, CC BY-NC 4.0, is its own. Its models are built as the configuration says, and
-their numbers of parameters must agree with those that crossmae_jax/cost.py counts.
+their numbers of parameters must agree with those that crossmae_jax/cost/counting.py
+counts.
 
 Each library's step runs in a process of its own, on the same kind of device, and the
 two take turns (benchmarks/turns.py). A step is forward, backward and AdamW. Ours also
@@ -42,8 +43,9 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from benchmarks import step as our_step  # noqa: E402
 from benchmarks import turns  # noqa: E402
-from crossmae_jax import cost, environment  # noqa: E402
 from crossmae_jax import main as train_main  # noqa: E402
+from crossmae_jax.cost import counting
+from crossmae_jax.distributed import environment  # noqa: E402
 from crossmae_jax.models import vit  # noqa: E402
 
 FILES = ("models_cross.py", "models_mae.py", "transformer_utils.py")
@@ -146,7 +148,7 @@ def build(config: ConfigDict, directory: Path):
         )
     built = module.MaskedAutoencoderViT(**options)
     found = sum(parameter.numel() for parameter in built.parameters())
-    expected = cost.count(config).params
+    expected = counting.count(config).params
     if found != expected:
         raise ValueError(
             f"The reference's model has {found} parameters, ours {expected}; another "

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from benchmarks import step
-from crossmae_jax import parallel
+from crossmae_jax.distributed import parallel
 from crossmae_jax.objectives import OBJECTIVES
 
 

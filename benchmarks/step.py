@@ -11,9 +11,9 @@ process: what slows the machine down slows all of them, and a ratio is the media
 ratios of neighbouring steps. The step is the one that training runs, on every device;
 images are random and lie on the devices, so that no loader is measured.
 
-GFLOPs are counted (crossmae_jax/cost.py): 3 forward passes, 2 a multiply-add. Memory is
-what the compiler reserves on a device for arguments, results and temporaries. Times are
-taken per step, from the call until its results are there.
+GFLOPs are counted (crossmae_jax/cost/counting.py): 3 forward passes, 2 a multiply-add.
+Memory is what the compiler reserves on a device for arguments, results and temporaries.
+Times are taken per step, from the call until its results are there.
 """
 
 import argparse
@@ -32,9 +32,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import profiling
-from crossmae_jax import cost, environment, hardware, layout, optim, parallel, train
 from crossmae_jax import main as train_main
+from crossmae_jax import train_step
+from crossmae_jax.cost import counting
+from crossmae_jax.distributed import environment, hardware, parallel, sharding
 from crossmae_jax.objectives import OBJECTIVES
+from crossmae_jax.optim import optimizers
 
 RESULTS = Path(__file__).parent / "results" / "step.md"
 PROFILED_STEPS = 3
@@ -102,12 +105,12 @@ def prepare(name: str, config: ConfigDict) -> Run:
     parallel.check_batch_size(
         data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
     )
-    schedule = optim.make_schedule(config, steps_per_epoch=1000.0)
-    tx = optim.make_optimizer(config, schedule)
+    schedule = optimizers.make_schedule(config, steps_per_epoch=1000.0)
+    tx = optimizers.make_optimizer(config, schedule)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    state = train.abstract_state(objective, tx, init_key)
-    mesh, _ = layout.make_mesh(config, state)
-    init, step = train.compile_steps(
+    state = train_step.abstract_state(objective, tx, init_key)
+    mesh, _ = sharding.make_mesh(config, state)
+    init, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=step_key,
         accum_steps=config.optim.accum_steps,
     )
@@ -157,7 +160,7 @@ def share_of_peak(run: Run, peak: float | None) -> str:
     """Returns counted operations over the peak of all devices; bf16 models only."""
     if peak is None or run.config.model.dtype != "bfloat16":
         return "unknown"
-    flops = cost.count(run.config).train_flops * run.config.data.batch_size
+    flops = counting.count(run.config).train_flops * run.config.data.batch_size
     done = flops / statistics.median(run.seconds)
     return f"{done / (peak * 1e12 * jax.device_count()):.1%}"
 
@@ -179,7 +182,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
     lines = [row(head), row(["---"] * len(head))]
     for run in runs:
         median = statistics.median(run.seconds)
-        flops = cost.count(run.config).train_flops
+        flops = counting.count(run.config).train_flops
         cells = [
             run.name,
             f"{run.config.data.batch_size / median:.1f}",
@@ -194,7 +197,8 @@ def table(runs: list[Run], baseline: Run | None) -> str:
             pairs = zip(run.seconds, baseline.seconds, strict=True)
             ratio = statistics.median(ours / theirs for ours, theirs in pairs)
             cells += [
-                f"{ratio:.3f}", f"{flops / cost.count(baseline.config).train_flops:.3f}"
+                f"{ratio:.3f}",
+                f"{flops / counting.count(baseline.config).train_flops:.3f}"
             ]
         lines.append(row(cells))
     return "\n".join(lines)

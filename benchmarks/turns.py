@@ -25,7 +25,6 @@ import jax
 from benchmarks import step as our_step
 
 
-
 class Fallen(RuntimeError):
     """A process that was to take turns has ended."""
 

@@ -32,13 +32,13 @@ __version__ = "0.1.0"
 def load(path: Any, **options: Any) -> Any:
     """Returns a model to look into: features, reconstructions, attention.
 
-    Takes a run of ours or weights of any format; see `crossmae_jax.pretrained.load` for
-    the options and `crossmae_jax.probing.Pretrained` for what comes back.
+    Takes a run of ours or weights of any format; see `probing.loading.load` for
+    the options and `probing.pretrained.Pretrained` for what comes back.
 
     Example:
       model = crossmae_jax.load("runs/mine")
       features = model.encode(images)  # images: u8 [b height width c]
     """
-    from crossmae_jax import pretrained
+    from crossmae_jax.probing import loading
 
-    return pretrained.load(path, **options)
+    return loading.load(path, **options)

@@ -19,6 +19,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from crossmae_jax import errors
+
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None,
     "File in configs/ that describes the experiment. Any of its values can be set: "
@@ -195,17 +197,9 @@ def known_errors() -> Iterator[None]:
 
     Other errors are bugs, and keep their traceback.
     """
-    from crossmae_jax import checkpoint, cluster, environment, train
-    from crossmae_jax.data import bad_images, transforms
-    from crossmae_jax.ops import attention_check
-
     try:
         yield
-    except (
-        train.SetupError, cluster.ClusterError, environment.AcceleratorError,
-        checkpoint.RestoreError, bad_images.TooManyBadImages,
-        transforms.ChannelMismatch, attention_check.KernelError,
-    ) as error:
+    except errors.UserError as error:
         sys.exit(f"error: {error}")
 
 
@@ -218,7 +212,7 @@ def session(
     Errors end the program as in `known_errors`. To be entered before JAX is used.
     Arguments are those of `cluster.join`.
     """
-    from crossmae_jax import cluster
+    from crossmae_jax.distributed import cluster
 
     with cluster.leaving(heartbeat_seconds), known_errors():
         cluster.join(

@@ -18,8 +18,10 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import layerwise, train, visualize, workdir
+from crossmae_jax import errors, train, visualize
 from crossmae_jax.models import vit
+from crossmae_jax.optim import layerwise
+from crossmae_jax.runs import workdir
 
 RESULT = "sweep.json"
 PICTURE = "accuracy_by_blocks.png"
@@ -45,7 +47,7 @@ def run(config: ConfigDict, directory: Path, *, blocks: Sequence[float]) -> Curv
       SetupError: if the configuration is not one of fine-tuning, the encoder does not
         have so many blocks, or the directory holds another sweep.
     """
-    with train.setting_up():
+    with errors.setting_up():
         _check(config, blocks)
         found = _begun(directory, config)
     for count in sorted(blocks):
@@ -98,7 +100,7 @@ def read(directory: Path) -> Curve:
     """
     path = Path(directory) / RESULT
     if not path.is_file():
-        raise train.SetupError(
+        raise errors.SetupError(
             f"{path} does not exist; give the --workdir of a sweep that has finished a "
             "run."
         )
@@ -121,7 +123,7 @@ def names(directories: Sequence[Path]) -> list[str]:
     """
     whole = [os.path.abspath(directory) for directory in directories]
     if len(set(whole)) < len(whole):
-        raise train.SetupError(
+        raise errors.SetupError(
             f"A sweep is compared with itself: {', '.join(map(str, directories))}; "
             "give other directories."
         )

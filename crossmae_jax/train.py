@@ -9,148 +9,26 @@ for bit, as if it had never stopped: the data order and the masks are functions 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import (
-    best,
-    checkpoint,
-    cluster,
-    environment,
-    evaluation,
-    goodput,
-    interruption,
-    layout,
-    metrics,
-    mirror,
-    objectives,
-    optim,
-    parallel,
-    remote,
-    workdir,
-)
+from crossmae_jax import errors, objectives, paths, train_step
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
+from crossmae_jax.distributed import (
+    cluster,
+    environment,
+    parallel,
+    preemption,
+    sharding,
+)
+from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
-
-
-class SetupError(ValueError):
-    """Settings, data and directory do not fit each other; nothing was trained."""
-
-
-@flax.struct.dataclass
-class TrainState:
-    """Everything that changes from step to step."""
-
-    step: Any  # i32[]; like the rest, an array or what stands for one in a tree
-    variables: dict[str, Any]
-    opt_state: optax.OptState
-
-
-def init_state(
-    objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
-) -> TrainState:
-    """Draws the parameters and makes an empty optimiser state."""
-    variables = objective.init(key)
-    return TrainState(jnp.zeros((), jnp.int32), variables, tx.init(variables["params"]))
-
-
-def abstract_state(
-    objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
-) -> TrainState:
-    """Returns the shapes of the state that `init_state` draws."""
-    return jax.eval_shape(lambda key: init_state(objective, tx, key), key)
-
-
-def _split(batch: dict[str, Array], parts: int) -> dict[str, Array]:
-    """Cuts a batch into micro-batches, each spread over all devices like the batch."""
-
-    def split(x):
-        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-
-    return jax.tree.map(split, batch)
-
-
-def make_train_step(
-    objective: Any,
-    tx: optax.GradientTransformation,
-    *,
-    schedule: Callable[[Array], Array],
-    key: Key[Array, ""],
-    accum_steps: int = 1,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
-    """Returns `step(state, batch) -> (state, metrics)`: one update of the parameters.
-
-    With `accum_steps` the batch is worked through in that many parts, one after the
-    other, whose gradients are averaged in float32. It is still one step: schedule,
-    logs and checkpoints do not change their meaning.
-    """
-
-    def step(state, batch):
-        def loss(params, part):
-            value, aux = objective.loss(
-                {**state.variables, "params": params}, part, key
-            )
-            return value, {"loss": value, **aux}
-
-        def part_gradient(total, part):
-            gradient, aux = jax.grad(loss, has_aux=True)(params, part)
-            return jax.tree.map(jnp.add, total, (gradient, aux)), None
-
-        params = state.variables["params"]
-        if accum_steps == 1:
-            gradient, logged = jax.grad(loss, has_aux=True)(params, batch)
-        else:
-            parts = _split(batch, accum_steps)
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(jax.grad(loss, has_aux=True), params, first)
-            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-            total, _ = jax.lax.scan(part_gradient, zeros, parts)
-            gradient, logged = jax.tree.map(lambda x: x / accum_steps, total)
-        updates, opt_state = tx.update(gradient, state.opt_state, params)
-        variables = {**state.variables, "params": optax.apply_updates(params, updates)}
-        if "batch_stats" in logged:
-            variables["batch_stats"] = logged.pop("batch_stats")
-        logged |= {
-            "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
-        }
-        return TrainState(state.step + 1, variables, opt_state), logged
-
-    return step
-
-
-def compile_steps(
-    objective: Any,
-    tx: optax.GradientTransformation,
-    mesh: jax.sharding.Mesh,
-    *,
-    schedule: Callable[[Array], Array],
-    key: Key[Array, ""],
-    accum_steps: int = 1,
-) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
-    """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
-
-    The state lies on the mesh as `layout` says. A step takes the memory of the state
-    that it is given, which cannot be used any more.
-    """
-    lies = layout.shardings(mesh, abstract_state(objective, tx, key))
-    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=lies)
-    step = make_train_step(
-        objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
-    )
-    step = jax.jit(
-        parallel.within(mesh, step), donate_argnums=0,
-        out_shardings=(lies, parallel.replicated(mesh)),
-    )
-    return init, step
+from crossmae_jax.optim import optimizers
+from crossmae_jax.runs import best, metrics, mirror, walltime, workdir
 
 
 def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
@@ -163,16 +41,7 @@ def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
         )
 
 
-@contextlib.contextmanager
-def setting_up() -> Iterator[None]:
-    """Marks a ValueError as the user's to cure; anywhere else it is a bug."""
-    try:
-        yield
-    except ValueError as error:
-        raise SetupError(str(error)) from error
-
-
-def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]:
+def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
     Goes on from the newest checkpoint in the directory if there is one. SIGTERM and
@@ -186,8 +55,8 @@ def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]
       FloatingPointError: if the loss is no longer finite.
     """
     begun = time.time()
-    with setting_up():
-        directory = remote.path(directory)
+    with errors.setting_up():
+        directory = paths.path(directory)
     environment.check_accelerator()
     parallel.announce()
     with mirror.opened(directory) as home:
@@ -196,7 +65,7 @@ def run(config: ConfigDict, directory: str | remote.AnyPath) -> dict[str, float]
 
 def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, float]:
     directory = home.local
-    with setting_up():
+    with errors.setting_up():
         cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
         opened = {"train": sources.make_source(config.data, "train")}
         config = objectives.with_classes(config, opened["train"].num_classes)
@@ -215,22 +84,22 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 f"log_every_steps={config.log_every_steps} must be 1 or more."
             )
         total, steps_per_epoch = _duration(config, len(opened["train"]))
-        schedule = optim.make_schedule(config, steps_per_epoch=steps_per_epoch)
-        tx = optim.make_optimizer(config, schedule)
-        wanted = abstract_state(objective, tx, init_key)
-        mesh, layout_line = layout.make_mesh(config, wanted)
-        evaluations = evaluation.Evaluations(
+        schedule = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
+        tx = optimizers.make_optimizer(config, schedule)
+        wanted = train_step.abstract_state(objective, tx, init_key)
+        mesh, layout_line = sharding.make_mesh(config, wanted)
+        evaluations = while_training.Evaluations(
             config, objective, opened, mesh=mesh, directory=directory,
             panel_key=panel_key,
         )
-    init, train_step = compile_steps(
+    init, step_fn = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=mask_key,
         accum_steps=config.optim.accum_steps,
     )
 
     with contextlib.ExitStack() as stack:
-        with setting_up():
-            checkpoints = checkpoint.Checkpoints(
+        with errors.setting_up():
+            checkpoints = checkpointer.Checkpoints(
                 home.path / "checkpoints", keep=config.checkpoint.keep,
                 before_save=home.push,
             )
@@ -251,7 +120,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
         if home.local == home.path:
             cluster.check_shared(directory / "config.json")
         restored = checkpoints.restore_latest(
-            parallel.with_sharding(wanted, layout.shardings(mesh, wanted))
+            parallel.with_sharding(wanted, sharding.shardings(mesh, wanted))
         )
         if restored is None:
             parallel.say(f"FRESH START in {home.path}")
@@ -267,19 +136,19 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
             f"mesh: {layout_line}\n"
             f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "
             f"of {config.data.batch_size} images, peak learning rate "
-            f"{optim.peak_lr(config):.3g}"
+            f"{optimizers.peak_lr(config):.3g}"
         )
 
         blank = pipeline.blank_batch(config.data, batch_size=config.data.batch_size)
         with attention.recording() as choices:  # JAX keeps the traces for what follows
             if start < total:
-                jax.eval_shape(train_step, state, parallel.with_sharding(
+                jax.eval_shape(step_fn, state, parallel.with_sharding(
                     blank, parallel.batch_sharding(mesh)
                 ))
             evaluations.trace(state.variables)
         attention_check.check(choices, mesh=mesh)
 
-        with setting_up():
+        with errors.setting_up():
             writer = metrics.MetricWriter(
                 directory, resume_step=start if restored else None
             )
@@ -292,7 +161,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 num_steps=total - start, process_index=jax.process_index(),
                 process_count=jax.process_count(), workdir=str(directory),
             ))
-        stop = stack.enter_context(interruption.stop_requests())
+        stop = stack.enter_context(preemption.stop_requests())
         evaluate = functools.partial(
             evaluations.run, writer=writer, progress=progress, stop=stop
         )
@@ -300,7 +169,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
         latest: dict[str, float] = {}
         shown: dict[str, float] = {}
         saved = finite_at = start
-        wall_time = goodput.WallTime(directory, begun=begun, resuming=bool(restored))
+        wall_time = walltime.WallTime(directory, begun=begun, resuming=bool(restored))
         try:
             wall_time.until_now("start")
             if restored and start < total:  # an evaluation may have been interrupted
@@ -309,7 +178,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 wall_time.until_now("evaluate")
             begin = time.perf_counter()
             for step, batch in enumerate(batches, start=start + 1):
-                state, logged = train_step(state, parallel.place_batch(mesh, batch))
+                state, logged = step_fn(state, parallel.place_batch(mesh, batch))
                 if step == start + 1:
                     jax.block_until_ready(logged)
                     seconds = time.perf_counter() - begin
@@ -347,7 +216,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                         saved = step
                         wall_time.saved()
                     if stop.is_set():
-                        raise interruption.Interrupted
+                        raise preemption.Interrupted
                     if due:
                         with wall_time.spent("evaluate", waited=waited):
                             latest |= evaluate(due, state.variables, step)
@@ -361,7 +230,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 latest |= evaluations.baselines(initial, stop=stop)
             wall_time.until_now("evaluate")
             wall_time.write(finished=True)
-        except interruption.Interrupted:
+        except preemption.Interrupted:
             wall_time.until_now("steps", waited=batches.wait_seconds)
             if saved < (now := int(state.step)):
                 _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
@@ -373,7 +242,7 @@ def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, fl
                 f"stopped: step {now} is saved in {home.path}; run the same command "
                 "again to go on"
             )
-            raise SystemExit(interruption.REQUEUE) from None
+            raise SystemExit(preemption.REQUEUE) from None
     parallel.say(str(wall_time))
     if jax.process_index() == 0:
         evaluations.report(latest, name=home.name)

@@ -86,7 +86,8 @@ def _compile(job, target, mesh):
     from jax.experimental.pallas import tpu as pltpu
 
     from benchmarks import attention, attention_triton, step
-    from crossmae_jax import estimate, hardware
+    from crossmae_jax.cost import estimate
+    from crossmae_jax.distributed import hardware
     from tests import attention_cases
 
     params = pltpu.CompilerParams
@@ -110,13 +111,14 @@ def main(argv: list[str]) -> None:
     """Compiles the jobs named on the command line for the target before them."""
     import jax
 
-    from crossmae_jax import collectives, hardware, layout, parallel
+    from crossmae_jax.cost import collectives
+    from crossmae_jax.distributed import hardware, parallel, sharding
 
     target, *jobs = argv
     mesh = parallel.make_mesh(hardware.target_devices(target))
     for job in map(json.loads, jobs):
         if "groups" in job:
-            sizes = layout._compact(hardware.target_devices(target))
+            sizes = sharding._compact(hardware.target_devices(target))
             print(json.dumps({"groups": sizes}), flush=True)
             continue
         found = {"kernels": {}, "collectives": {}, "error": ""}

@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, optim, patches, targets
+from crossmae_jax import masking, patches
 from crossmae_jax.models import posemb, vit
+from crossmae_jax.optim import optimizers
+from crossmae_jax.targets import pixels
 from tests.parity_report import OUTPUT, Report
 
 Data = dict[str, np.ndarray]
@@ -38,7 +40,7 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
         back = patches.unpatchify(values, grid=grid, patch_size=patch_size)
         report.exact(f"imgs/{key} put together again", back, images)
         if f"norm_target/{key}" in data:
-            mean, std = targets.patch_statistics(values)
+            mean, std = pixels.patch_statistics(values)
             # An ulp of the largest pixel. The tolerances hold for values up to ten,
             # and a patch of almost one value magnifies the rounding of its own mean
             # by the inverse of its deviation.
@@ -52,7 +54,7 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
                 report.output(f"std/{key}", std, root, max(OUTPUT, 4 * ulp))
             report.output(
                 f"norm_target/{key}",
-                targets.pixels(images, patch_size=patch_size, normalize=True),
+                pixels.pixels(images, patch_size=patch_size, normalize=True),
                 data[f"norm_target/{key}"],
                 max(OUTPUT, 2 * ulp / float(np.asarray(std).min())),
             )
@@ -123,13 +125,13 @@ def check_schedules(data: dict, report: Report) -> None:
                 mask_ratio=case["mask_ratio"], pred_ratio=case["kept_mask_ratio"]
             ),
         ))
-        report.loss(f"peak rate {kind}", optim.peak_lr(config), case["lr"])
+        report.loss(f"peak rate {kind}", optimizers.peak_lr(config), case["lr"])
     for case in data.get("lr_sched", ()):
         steps = np.arange(len(case["lr_per_data_step"]))
         epoch, step = np.divmod(steps, case["steps_per_epoch"])
         # The reference refreshes the rate at the first step of an accumulation group.
         first = step - step % case["accum_iter"]
-        ours = optim.warmup_cosine(
+        ours = optimizers.warmup_cosine(
             jnp.asarray(epoch + first / case["steps_per_epoch"], jnp.float32),
             peak=case["lr"], min_lr=case["min_lr"],
             warmup_epochs=float(case["warmup_epochs"]), epochs=float(case["epochs"]),

@@ -7,14 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from crossmae_jax import layerwise, losses, optim
-from crossmae_jax.convert import names, tensor
+from crossmae_jax import losses
+from crossmae_jax.convert import names
+from crossmae_jax.convert.files import tensor
 from crossmae_jax.models import vit
 from crossmae_jax.models.classifier import Classifier
+from crossmae_jax.optim import layerwise, optimizers
 from tests.parity_files import Data, nhwc
 from tests.parity_models import (
     by_their_name,
@@ -194,7 +195,7 @@ def check_lars(_path: Path, data: Data, report: Report) -> None:
         reference, name="lars", b1=reference["momentum"]
     )))
     rates = jnp.asarray(reference["lr_per_step"])
-    tx = optim.make_optimizer(config, lambda step: rates[step])
+    tx = optimizers.make_optimizer(config, lambda step: rates[step])
     params = jax.tree.map(jnp.asarray, prefixed(data, "init/"))
     gradients = jax.tree.map(jnp.asarray, prefixed(data, "grad/"))
     report.exact("parameters", sorted(params), sorted(reference["param_names"]))
@@ -227,7 +228,7 @@ def check_layer_decay(cases: list[dict], report: Report) -> None:
         scales = by_their_name(layerwise.lr_scales(
             params, decay=case["layer_decay"], depth=size.depth
         ))
-        decays = by_their_name(optim.decay_mask(params, tokens=False))
+        decays = by_their_name(optimizers.decay_mask(params, tokens=False))
         what = f"decay {case['layer_decay']}"
         report.exact(f"{what}, names", sorted(scales), sorted(case["params"]))
         for name, theirs in case["params"].items():

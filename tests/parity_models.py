@@ -14,9 +14,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import masking, optim, patches
-from crossmae_jax.convert import names, tensor
+from crossmae_jax import masking, patches
+from crossmae_jax.convert import names
+from crossmae_jax.convert.files import tensor
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.optim import optimizers
 from tests.parity_files import Data, nhwc, token_counts
 from tests.parity_report import LOSS, TRAJECTORY, Report
 
@@ -252,11 +254,11 @@ def follow(
 
     Args:
       loss: of parameters and the number of the step.
-      config: its `optim` and `model` are those of the optimiser.
+      config: its `optimizers` and `model` are those of the optimiser.
     """
     reference = json.loads(str(data["config"]))
     rates = jnp.asarray(reference["lr_per_step"])
-    tx = optim.make_optimizer(config, lambda step: rates[step])
+    tx = optimizers.make_optimizer(config, lambda step: rates[step])
     # Where a gradient is nearly zero, rounding decides the direction of Adam's step: an
     # entry of blocks.0.attn.qkv.weight in adamw_vit_lrd_traj.npz is off by 7.8e-5 with
     # no optimisation, as most tests compile, by 2.6e-5 with this, 2.4e-5 with all.
@@ -280,7 +282,7 @@ def follow(
         last = step == len(rates) - 1
         _compare_parameters(params, data, step, last, report)
     decays = by_their_name(
-        optim.decay_mask(params, tokens=config.optim.decay_tokens)
+        optimizers.decay_mask(params, tokens=config.optim.decay_tokens)
     )
     if "decayed" in reference:
         ours = sorted(name for name, decayed in decays.items() if decayed)

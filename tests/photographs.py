@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmae_jax.data import photographs
+from crossmae_jax.data.sets import photographs
 
 NAMES = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png",

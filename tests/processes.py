@@ -85,7 +85,7 @@ def main(heartbeat_seconds: int) -> None:
     """Fails in process 1; asks the others in process 0, as long as they answer."""
     from jax.experimental import multihost_utils
 
-    from crossmae_jax import cluster
+    from crossmae_jax.distributed import cluster
 
     with cluster.leaving(heartbeat_seconds):
         cluster.join(heartbeat_seconds=heartbeat_seconds)

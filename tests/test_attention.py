@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_triton
-from crossmae_jax import parallel
+from crossmae_jax.distributed import parallel
 from crossmae_jax.models import layers
-from crossmae_jax.ops import attention, attention_cudnn, attention_tpu, attention_xla
+from crossmae_jax.ops import attention, attention_tpu, attention_xla
 from tests import attention_cases
 
 # Of the largest number of an output or gradient. In bfloat16 the weights and their

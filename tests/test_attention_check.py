@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from configs import digits_cross
-from crossmae_jax import parallel, train
+from crossmae_jax import train
+from crossmae_jax.distributed import parallel
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import attention, attention_check, attention_cudnn, attention_tpu
 from tests import attention_cases

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import crossmae_jax
-from crossmae_jax import attention_weights, probing
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.probing import attention_weights, pretrained
 from tests.saved_runs import save_run
 
 CASES = {
@@ -185,7 +185,7 @@ def test_an_encoder_alone_has_no_decoder_attention(models, images):
         name: tree["encoder"] for name, tree in models["mae"].variables.items()
         if "encoder" in tree
     }
-    encoder = probing.Pretrained(card, variables)
+    encoder = pretrained.Pretrained(card, variables)
     with pytest.raises(ConversionError, match="has no decoder, only encoder"):
         encoder.attention_maps(images)
     assert encoder.attention_maps(images, part="encoder").weights.shape[0] == 1

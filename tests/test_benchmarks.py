@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import gpu, kernels, profiling, step, turns
-from crossmae_jax import cost
+from crossmae_jax.cost import counting
 from crossmae_jax.ops import attention
 from tests import attention_cases, fake_reference
 
@@ -84,7 +84,7 @@ def test_the_share_of_peak_is_of_all_devices_and_of_bf16_only():
         "configs/digits_cross.py", overrides=["data.batch_size=8", *TINY]
     )
     run = step.Run("x", config, 1.0, 1, lambda: None, seconds=[0.5, 1.0, 9.0])
-    operations = cost.count(config).train_flops * 8
+    operations = counting.count(config).train_flops * 8
     peak = operations / 1e12 / jax.device_count() * 4  # TFLOP/s: a quarter is used
     assert step.share_of_peak(run, peak) == "25.0%"
     assert step.share_of_peak(run, None) == "unknown"
@@ -135,7 +135,7 @@ def test_the_table_is_appended_to_the_results(monkeypatch, tmp_path, capsys):
         step.main(["--config=configs/digits_cross.py", "--batch=8", "--write"])
     printed = capsys.readouterr().out
     assert (tmp_path / "results" / "step.md").read_text() == printed
-    flops = cost.count(config).train_flops / 1e9
+    flops = counting.count(config).train_flops / 1e9
     assert len(re.findall(rf"\| digits_cross \| .* \| {flops:.2f} \| ", printed)) == 2
 
 
@@ -251,7 +251,7 @@ def test_everything_for_a_gpu_runs_on_tiny_sizes(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results" / "gpu.md")
     config = step.load_config("configs/vitb_mae.py", overrides=list(gpu.TINY))
     reference = fake_reference.write(
-        tmp_path / "fake", num_params=cost.count(config).params
+        tmp_path / "fake", num_params=counting.count(config).params
     )
     gpu.main(["--quick", "--write", f"--reference={reference}"])
     printed = capfd.readouterr().out
@@ -292,7 +292,7 @@ def test_a_step_is_compared_with_the_first_of_its_group():
         gpu.Row("vitb_cross"), second, first, args=args, tflops=1e-3
     )
     flops = {
-        name: cost.count(
+        name: counting.count(
             step.load_config(f"configs/{name}.py", overrides=list(gpu.TINY))
         ).train_flops
         for name in ("vitb_cross", "vitb_mae")

@@ -17,7 +17,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from crossmae_jax import checkpoint, digests, parallel
+from crossmae_jax.checkpoints import checkpointer, digests
+from crossmae_jax.distributed import parallel
 
 
 @flax.struct.dataclass
@@ -66,7 +67,7 @@ def assert_same(a, b):
 @pytest.fixture
 def saved(tmp_path):
     """Steps 10 and 20 of a run that has ended."""
-    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2)
     for value in (1, 2):
         checkpoints.save(value * 10, make_state(value))
     checkpoints.close()
@@ -74,7 +75,7 @@ def saved(tmp_path):
 
 
 def reopen(directory):
-    return checkpoint.Checkpoints(directory, keep=2)
+    return checkpointer.Checkpoints(directory, keep=2)
 
 
 def payload(step_directory, item="variables"):
@@ -104,18 +105,18 @@ def test_nothing_saved_is_none(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    checkpoints = checkpointer.Checkpoints(tmp_path, keep=2)
     for step in (1, 2, 3, 4):
         checkpoints.save(step, make_state(step))
     checkpoints.close()
     assert checkpoints.steps() == [3, 4]
     with pytest.raises(ValueError, match="keep=0"):
-        checkpoint.Checkpoints(tmp_path, keep=0)
+        checkpointer.Checkpoints(tmp_path, keep=0)
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
     everywhere = parallel.replicated(parallel.make_mesh())
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpointer.Checkpoints(tmp_path, keep=1)
     advance = jax.jit(
         lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0
     )
@@ -151,7 +152,7 @@ def test_step_is_never_visible_without_its_digests(tmp_path, monkeypatch):
         write(path)
 
     monkeypatch.setattr(digests, "write", spy)
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpointer.Checkpoints(tmp_path, keep=1)
     checkpoints.save(7, make_state(), wait=True)
     assert names == ["7.orbax-checkpoint-tmp"]
     assert (tmp_path / "7" / digests.LIST).exists()
@@ -214,7 +215,7 @@ def test_no_single_flipped_byte_anywhere_gives_other_values(saved, tmp_path):
 def test_all_damaged_is_an_error_that_lists_each_and_touches_nothing(saved):
     flip(payload(saved / "10"))
     shutil.rmtree(saved / "20" / "variables")
-    with pytest.raises(checkpoint.RestoreError) as caught:
+    with pytest.raises(checkpointer.RestoreError) as caught:
         reopen(saved).restore_latest(abstract(make_state()))
     message = str(caught.value)
     assert "2 checkpoint(s), and none can be restored" in message
@@ -227,7 +228,7 @@ def test_all_damaged_is_an_error_that_lists_each_and_touches_nothing(saved):
 def test_lost_digests_can_be_written_again_on_purpose(saved):
     for step in ("10", "20"):
         (saved / step / digests.LIST).unlink()
-    with pytest.raises(checkpoint.RestoreError, match="digests.write"):
+    with pytest.raises(checkpointer.RestoreError, match="digests.write"):
         reopen(saved).restore_latest(abstract(make_state()))
     digests.write(saved / "20")
     step, _ = reopen(saved).restore_latest(abstract(make_state()))
@@ -277,7 +278,7 @@ MISMATCHES = {
 @pytest.mark.parametrize("mismatch", MISMATCHES)
 def test_other_model_is_an_error_that_prints_the_difference(saved, mismatch):
     changes, texts = MISMATCHES[mismatch]
-    with pytest.raises(checkpoint.MismatchError) as caught:
+    with pytest.raises(checkpointer.MismatchError) as caught:
         reopen(saved).restore_latest(abstract(make_state(**changes)))
     for text in texts:
         assert text in str(caught.value)
@@ -290,19 +291,19 @@ def test_tensors_only_in_the_checkpoint_are_named(saved):
     smaller = state.replace(
         variables={"params": state.variables["params"]}, opt_state=()
     )
-    with pytest.raises(checkpoint.MismatchError) as caught:
+    with pytest.raises(checkpointer.MismatchError) as caught:
         reopen(saved).restore_latest(abstract(smaller))
     assert "only in the checkpoint" in str(caught.value)
     assert "constants/pos_embed  (6,)" in str(caught.value)
 
 
 def test_changed_optimiser_is_told_from_a_changed_model(saved):
-    with pytest.raises(checkpoint.MismatchError, match="optimiser changed"):
+    with pytest.raises(checkpointer.MismatchError, match="optimiser changed"):
         reopen(saved).restore_latest(abstract(make_state().replace(opt_state=())))
 
 
 def test_state_without_variables_or_with_other_leaves_is_refused(tmp_path):
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    checkpoints = checkpointer.Checkpoints(tmp_path, keep=1)
     with pytest.raises(ValueError, match="needs a field `variables`"):
         checkpoints.save(1, {"params": jnp.ones(2)})
     with pytest.raises(ValueError, match="optimizer: step is of type int"):
@@ -315,46 +316,51 @@ def test_state_without_variables_or_with_other_leaves_is_refused(tmp_path):
 
 def test_variables_are_read_without_config_or_optimiser(saved):
     shutil.rmtree(saved / "20" / "optimizer")  # weights alone are enough
-    variables = checkpoint.restore_variables(saved)
+    variables = checkpointer.restore_variables(saved)
     assert_same(variables, make_state(2).variables)
-    assert_same(checkpoint.restore_variables(saved, step=10), make_state(1).variables)
+    assert_same(checkpointer.restore_variables(saved, step=10), make_state(1).variables)
     target = abstract(make_state().variables)
-    assert_same(checkpoint.restore_variables(saved, target), make_state(2).variables)
-    with pytest.raises(checkpoint.MismatchError, match="encoder/kernel"):
-        checkpoint.restore_variables(saved, abstract(make_state(width=5).variables))
+    assert_same(checkpointer.restore_variables(saved, target), make_state(2).variables)
+    with pytest.raises(checkpointer.MismatchError, match="encoder/kernel"):
+        checkpointer.restore_variables(saved, abstract(make_state(width=5).variables))
 
 
 def test_variables_of_a_damaged_step_are_not_returned(saved, capsys):
     flip(payload(saved / "20"))
-    assert_same(checkpoint.restore_variables(saved), make_state(1).variables)
+    assert_same(checkpointer.restore_variables(saved), make_state(1).variables)
     assert "Skipping checkpoint 20" in capsys.readouterr().out
     assert (saved / "20").exists()  # reading changes nothing on disk
-    with pytest.raises(checkpoint.RestoreError, match="Step 20 .* is damaged: digest"):
-        checkpoint.restore_variables(saved, step=20)
+    with pytest.raises(
+        checkpointer.RestoreError, match="Step 20 .* is damaged: digest"
+    ):
+        checkpointer.restore_variables(saved, step=20)
 
 
 def test_reading_from_a_directory_without_checkpoints_says_what_is_there(saved):
-    with pytest.raises(checkpoint.RestoreError, match="found checkpoints instead"):
-        checkpoint.restore_variables(saved.parent)
-    with pytest.raises(checkpoint.RestoreError, match="no such directory"):
-        checkpoint.restore_variables(saved / "nowhere")
-    with pytest.raises(checkpoint.RestoreError, match=r"No step 5 .* steps \[10, 20\]"):
-        checkpoint.restore_variables(saved, step=5)
+    with pytest.raises(checkpointer.RestoreError, match="found checkpoints instead"):
+        checkpointer.restore_variables(saved.parent)
+    with pytest.raises(checkpointer.RestoreError, match="no such directory"):
+        checkpointer.restore_variables(saved / "nowhere")
+    with pytest.raises(
+        checkpointer.RestoreError, match=r"No step 5 .* steps \[10, 20\]"
+    ):
+        checkpointer.restore_variables(saved, step=5)
 
 
 ONE_DEVICE = """
     import json, os, sys, jax, jax.numpy as jnp, numpy as np
-    from crossmae_jax import checkpoint, digests, parallel
+    from crossmae_jax.checkpoints import checkpointer, digests
+    from crossmae_jax.distributed import parallel
     source, target = sys.argv[1:]
     assert jax.device_count() == 1
     def place(shape):
         sharding = parallel.replicated(parallel.make_mesh())
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
-    step, state = checkpoint.Checkpoints(source, keep=2).restore_latest(
+    step, state = checkpointer.Checkpoints(source, keep=2).restore_latest(
         {"variables": {"rows": place((16, 3)), "all": place((5,))}}
     )
     print(json.dumps([step, jax.tree.map(lambda x: x.tolist(), state)]), flush=True)
-    checkpoints = checkpoint.Checkpoints(target, keep=2)
+    checkpoints = checkpointer.Checkpoints(target, keep=2)
     checkpoints.save(step, state, wait=True)
     # Killed while the next one is being written, right before it is committed.
     digests.write = lambda path: os.kill(os.getpid(), 9)
@@ -372,7 +378,7 @@ def test_devices_may_change_and_a_kill_while_saving_costs_one_step(tmp_path, cap
                               parallel.replicated(mesh)),
     }}
     source, target = tmp_path / "eight", tmp_path / "one"
-    checkpoint.Checkpoints(source, keep=2).save(4, state, wait=True)
+    checkpointer.Checkpoints(source, keep=2).save(4, state, wait=True)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ONE_DEVICE), source, target],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
@@ -382,7 +388,7 @@ def test_devices_may_change_and_a_kill_while_saving_costs_one_step(tmp_path, cap
     assert json.loads(done.stdout) == [4, jax.tree.map(lambda x: x.tolist(), state)]
     assert (target / "5.orbax-checkpoint-tmp").exists()
 
-    checkpoints = checkpoint.Checkpoints(target, keep=2)
+    checkpoints = checkpointer.Checkpoints(target, keep=2)
     assert "5.orbax-checkpoint-tmp was never completed" in capsys.readouterr().out
     step, restored = checkpoints.restore_latest(abstract(state))
     assert step == 4

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import losses, parallel
+from crossmae_jax import losses
+from crossmae_jax.distributed import parallel
 from crossmae_jax.models import layers, vit
 from tests.test_layerwise import make_classifier
 

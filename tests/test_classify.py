@@ -9,10 +9,12 @@ import pytest
 
 import crossmae_jax
 from configs import digits_cross, finetune_digits
-from crossmae_jax import evaluate, optim, train
+from crossmae_jax import errors, train, train_step
 from crossmae_jax.convert.names import without_collections
+from crossmae_jax.evals import of_checkpoint
 from crossmae_jax.objectives.classify import Classify
-from crossmae_jax.workdir import read_config
+from crossmae_jax.optim import optimizers
+from crossmae_jax.runs.workdir import read_config
 from tests import image_files
 
 TINY = {
@@ -109,8 +111,10 @@ def test_a_linear_probe_trains_its_head_and_nothing_else(
     config.evals.accuracy.every_epochs = 16.0
     found = train.run(config, tmp_path / "run")
     assert found["eval/accuracy/top1"] > 0.2  # a tenth by chance
-    made = evaluate.open_checkpoint(tmp_path / "run", read_config(tmp_path / "run"))
-    again = evaluate.run(made, ["accuracy"], tmp_path / "report").metrics
+    made = of_checkpoint.open_checkpoint(
+        tmp_path / "run", read_config(tmp_path / "run")
+    )
+    again = of_checkpoint.run(made, ["accuracy"], tmp_path / "report").metrics
     assert again["accuracy/top1"] == found["eval/accuracy/top1"]
     after = weights_of(tmp_path / "run")
     before = weights_of(pretrained)
@@ -130,11 +134,11 @@ def test_a_step_changes_the_tuned_blocks_and_no_others(tune_blocks, tuned):
     objective, config = objective_of(
         tune_blocks=tune_blocks, model__pool="cls", model__head_std=0.1
     )
-    tx = optim.make_optimizer(config, lambda step: 1e-2)
-    step = jax.jit(train.make_train_step(
+    tx = optimizers.make_optimizer(config, lambda step: 1e-2)
+    step = jax.jit(train_step.make_train_step(
         objective, tx, schedule=lambda step: 1e-2, key=jax.random.key(0)
     ))
-    before = train.init_state(objective, tx, jax.random.key(1))
+    before = train_step.init_state(objective, tx, jax.random.key(1))
     after, _ = step(before, batch_of(16, config))
     before, after = (
         without_collections(state.variables) for state in (before, after)
@@ -252,7 +256,7 @@ def test_a_persons_own_class_folders(tmp_path):
 
 
 def refused(config, directory):
-    with pytest.raises(train.SetupError) as error:
+    with pytest.raises(errors.SetupError) as error:
         train.run(config, directory)
     return str(error.value)
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from crossmae_jax import cluster, environment
+from crossmae_jax.distributed import cluster, environment
 
 HAND = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:9876", "JAX_NUM_PROCESSES": "4",

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from crossmae_jax import collectives
+from crossmae_jax.cost import collectives
 
 HLO = """HloModule jit_step, is_scheduled=true
 

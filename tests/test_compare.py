@@ -13,7 +13,7 @@ import pytest
 
 from configs import digits_cross
 from crossmae_jax import __main__ as front_door
-from crossmae_jax import compare, logged, workdir
+from crossmae_jax.runs import compare, logged, workdir
 
 ROOT = Path(__file__).parents[1]
 STEPS = np.arange(10, 610, 10)

@@ -9,8 +9,10 @@ import pytest
 
 import crossmae_jax
 from crossmae_jax import __main__ as front_door
-from crossmae_jax import checkpoint, convert
-from crossmae_jax.convert import cards, names, safetensors_file, sources, tensor
+from crossmae_jax import convert
+from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.convert import cards, names, sources
+from crossmae_jax.convert.files import safetensors_file, tensor
 from crossmae_jax.convert.names import ConversionError
 from tests.interop import timm, torch, transformers
 from tests.saved_runs import STEP, save_run
@@ -140,7 +142,7 @@ def test_a_run_comes_back_the_same_from_forms_that_hold_all_of_it(
     back = sources.open_weights(tmp_path / name)
     assert back.card.model == done.card.model
     assert back.card.step == STEP
-    variables = checkpoint.restore_variables(run / "checkpoints")
+    variables = checkpointer.restore_variables(run / "checkpoints")
     _same(
         {name: value.read() for name, value in back.tensors.items()},
         {k: np.asarray(v) for k, v in names.without_collections(variables).items()},
@@ -216,7 +218,7 @@ def test_a_step_of_a_run_can_be_named(run, tmp_path):
         run, tmp_path / "s.safetensors", format="safetensors", step=STEP
     )
     assert done.card.step == STEP
-    with pytest.raises(checkpoint.RestoreError, match="No step 7"):
+    with pytest.raises(checkpointer.RestoreError, match="No step 7"):
         convert.export_weights(
             run, tmp_path / "t.safetensors", format="safetensors", step=7
         )
@@ -315,7 +317,7 @@ def test_a_card_survives_json():
 def test_a_damaged_run_is_not_exported(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    step_number = checkpoint.newest_step(copy / "checkpoints")
+    step_number = checkpointer.newest_step(copy / "checkpoints")
     folder = copy / "checkpoints" / str(step_number) / "variables"
     largest = max(
         (p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
@@ -323,7 +325,7 @@ def test_a_damaged_run_is_not_exported(run, tmp_path):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(bytes(data))
-    with pytest.raises(checkpoint.RestoreError):
+    with pytest.raises(checkpointer.RestoreError):
         convert.export_weights(copy, tmp_path / "out", format="timm")
 
 

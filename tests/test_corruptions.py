@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from crossmae_jax.data import corruptions, pipeline, sources, transforms
+from crossmae_jax.data import pipeline, sources, transforms
+from crossmae_jax.data.sets import corruptions
 from tests.image_files import config, encode, pixels, write
 
 SIZE = (64, 64)

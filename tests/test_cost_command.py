@@ -9,7 +9,7 @@ import pytest
 
 from configs import vitb_mae
 from crossmae_jax import __main__ as front_door
-from crossmae_jax import cost
+from crossmae_jax.cost import counting
 
 ROOT = Path(__file__).parents[1]
 MAE = "configs/vitb_mae.py"
@@ -69,7 +69,7 @@ def test_the_documentation_shows_what_is_printed(run):
 def test_every_row_is_the_counted_one(run):
     config = vitb_mae.get_config()
     config.masking.throw_ratio, config.model.aggregator.kind = 0.5, "conv"
-    counted = cost.count(config)
+    counted = counting.count(config)
     _, printed, _ = run(*PROGRESSIVE)
     expected = {
         "encoder": (counted.encoder_macs, counted.encoder_params),

@@ -8,10 +8,21 @@ import jax.numpy as jnp
 import pytest
 
 from configs import (
-    digits_cross, digits_mae, vitb_cross, vitb_cross75, vitb_cross_448, vitb_mae,
-    vith_cross, vith_mae, vitl_cross, vitl_mae, vits_cross, vits_cross75, vits_mae,
+    digits_cross,
+    digits_mae,
+    vitb_cross,
+    vitb_cross75,
+    vitb_cross_448,
+    vitb_mae,
+    vith_cross,
+    vith_mae,
+    vitl_cross,
+    vitl_mae,
+    vits_cross,
+    vits_cross75,
+    vits_mae,
 )
-from crossmae_jax import cost
+from crossmae_jax.cost import counting
 from crossmae_jax.models import aggregator, vit
 from crossmae_jax.objectives import OBJECTIVES
 
@@ -31,7 +42,7 @@ def leaf_counts(config):
 
 
 def counted_params(config):
-    counted = cost.count(config)
+    counted = counting.count(config)
     return (
         counted.encoder_params, counted.decoder_params, counted.aggregator_params,
         counted.table_params,
@@ -137,7 +148,7 @@ def model_macs(config):
 
 def expected_macs(config):
     """Returns the counted cost without the work that this library leaves out."""
-    counted = cost.count(config)
+    counted = counting.count(config)
     size, patch_size = vit.parse_size(config.model.size)
     patch_dim = patch_size**2 * config.data.channels
     hidden = counted.num_patches - counted.num_keep
@@ -177,7 +188,7 @@ def test_multiply_adds_of_every_variant_equal_the_real_model(changes):
 @pytest.mark.parametrize("module, changes", AGGREGATORS, ids=str)
 def test_every_aggregator_equals_the_real_model(module, changes):
     config = tiny_throwing(module, changes)
-    counted = cost.count(config)
+    counted = counting.count(config)
     assert (counted.num_keep, counted.num_pred, counted.num_thrown) == (6, 9, 5)
     assert counted_params(config) == leaf_counts(config)
     assert expected_macs(config) == model_macs(config)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import curves, step
-from crossmae_jax import logged
+from crossmae_jax.runs import logged
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reading_the_curve.md").read_text()

@@ -8,9 +8,10 @@ from PIL import Image
 
 import crossmae_jax
 from crossmae_jax import __main__ as front_door
-from crossmae_jax import decoder_analysis
-from crossmae_jax.data import digits, sources
-from crossmae_jax.evaluators import reconstruction
+from crossmae_jax.data import sources
+from crossmae_jax.data.sets import digits
+from crossmae_jax.evals import reconstruction
+from crossmae_jax.probing import decoder_analysis
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN
 from tests.test_visualize import pictures

@@ -10,8 +10,9 @@ import jax
 import pytest
 
 import crossmae_jax
-from crossmae_jax import environment, train
+from crossmae_jax import train
 from crossmae_jax.commands import doctor
+from crossmae_jax.distributed import environment
 
 DRIVER = (
     "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Tue Sep  9 10:00:00 UTC 2025\n"

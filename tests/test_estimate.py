@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks import step
 from crossmae_jax import __main__ as front_door
-from crossmae_jax import collectives, cost, estimate, hardware
 from crossmae_jax.commands import estimate as estimate_command
+from crossmae_jax.cost import collectives, counting, estimate
+from crossmae_jax.distributed import hardware
 from tests.test_benchmarks import TINY
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def make(total, *, batch_size=64, sure=100, most=None, accum_steps=1, **changes)
 
 
 def test_weights_moments_and_images_are_those_of_the_config(found):
-    counted = cost.count(load(16))
+    counted = counting.count(load(16))
     trained = counted.params - counted.table_params
     assert found.memory.weights == 4 * counted.params
     assert found.memory.moments == 2 * 4 * trained + 3 * 4  # and three counters
@@ -106,7 +107,7 @@ def test_temporaries_grow_with_the_batch_and_the_state_does_not(found, larger):
 def test_every_gradient_is_exchanged_in_every_micro_batch(found):
     (kind,) = found.exchanged
     assert kind.kind == "all-reduce" and kind.exact
-    counted = cost.count(load(16))
+    counted = counting.count(load(16))
     trained = counted.params - counted.table_params
     assert 2 * 4 * trained <= kind.num_bytes <= 2 * 4 * (trained + 8)  # and losses
     assert found.sent == pytest.approx(2 * 7 / 8 * kind.num_bytes)

@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from crossmae_jax import digests, evaluate, evaluation, train, workdir
+from crossmae_jax import errors, train
+from crossmae_jax.checkpoints import digests
 from crossmae_jax.commands import convert
 from crossmae_jax.commands import evaluate as command
-from crossmae_jax.data import corruptions, imagenet_variants, sources
-from crossmae_jax.evaluators import robustness
+from crossmae_jax.data import sources
+from crossmae_jax.data.sets import corruptions, imagenet_variants
+from crossmae_jax.evals import of_checkpoint, robustness, while_training
+from crossmae_jax.runs import workdir
 from tests import image_files
 from tests.test_classify import TINY, make_config, make_pretraining
 from tests.test_robustness import lay_out, true_classes
@@ -175,22 +178,22 @@ def test_robustness_is_the_mean_over_corruptions_and_severities(
         ratios.append(data.eval_crop_ratio)
         return whole(opened, data, *args, **kwargs)
 
-    ratios, whole = [], evaluation.of_sources
-    monkeypatch.setattr(evaluation, "of_sources", of_sources)
+    ratios, whole = [], while_training.of_sources
+    monkeypatch.setattr(while_training, "of_sources", of_sources)
 
     monkeypatch.setattr(corruptions, "Corrupted", corrupted)
     config = workdir.read_config(run)
     config.data.eval_split = "test[:20%]"
-    made = evaluate.open_checkpoint(run, config)
-    found = evaluate.run(made, ["robustness"], tmp_path / "robustness")
+    made = of_checkpoint.open_checkpoint(run, config)
+    found = of_checkpoint.run(made, ["robustness"], tmp_path / "robustness")
     metrics = found.metrics
     assert found.images == {"corrupted/all": [75 * 71, 75 * 71]}
     assert len({tuple(one.items()) for one in opened}) == 75
     # Corrupted images are cropped already.
     assert ratios == [0.875] + [1.0] * 75
     config.data.eval_crop_ratio = 1.0
-    made = evaluate.open_checkpoint(run, config)
-    whole_images = evaluate.run(made, ["accuracy"], tmp_path / "accuracy").metrics
+    made = of_checkpoint.open_checkpoint(run, config)
+    whole_images = of_checkpoint.run(made, ["accuracy"], tmp_path / "accuracy").metrics
     error = 1 - whole_images["accuracy/top1"]
     np.testing.assert_allclose(list(metrics.values()), error, rtol=1e-6)
     assert set(metrics) == {"corrupted/mean_error"} | {
@@ -240,9 +243,10 @@ def test_data_of_other_classes_and_images_too_small_to_corrupt_are_refused(
     folder = image_files.write_folder(tmp_path / "images", 9)
     config = workdir.read_config(run)
     config.data.update(source="folder", dir=folder, eval_dir=folder)
-    with pytest.raises(train.SetupError, match="3 classes, the head 10"):
-        evaluate.run(
-            evaluate.open_checkpoint(run, config), ["accuracy"], tmp_path / "report"
+    with pytest.raises(errors.SetupError, match="3 classes, the head 10"):
+        of_checkpoint.run(
+            of_checkpoint.open_checkpoint(run, config), ["accuracy"],
+            tmp_path / "report",
         )
     tiny = make_config(digits_dir, epochs=0.1, optim__warmup_epochs=0.0)
     tiny.evals, tiny.checkpoint.best = {}, ""
@@ -262,8 +266,8 @@ def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path):
     config.data.update(
         source="folder", dir=str(folder), eval_dir=str(folder), max_bad_share=0.5
     )
-    made = evaluate.open_checkpoint(run, config)
-    (note,) = evaluate.run(made, ["accuracy"], tmp_path / "report").notes
+    made = of_checkpoint.open_checkpoint(run, config)
+    (note,) = of_checkpoint.run(made, ["accuracy"], tmp_path / "report").notes
     assert note.startswith("1 images of eval could not be decoded")
     (line,) = (tmp_path / "report" / "bad_images.jsonl").read_text().splitlines()
     assert "3/7.png" in line
@@ -271,7 +275,7 @@ def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path):
 
 def test_weights_lie_on_all_devices(pretrained):
     run, _ = pretrained
-    made = evaluate.open_checkpoint(run, workdir.read_config(run))
+    made = of_checkpoint.open_checkpoint(run, workdir.read_config(run))
     leaf = jax.tree.leaves(made.variables)[0]
     assert len(leaf.sharding.device_set) == jax.device_count() == 8
 

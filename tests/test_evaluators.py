@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import evaluators, representation, visualize
-from crossmae_jax.evaluators import features
+from crossmae_jax import visualize
+from crossmae_jax.evals import evaluator, features, representation
+from crossmae_jax.runs import results
 from tests.test_features import PIXELS, batches, images_of, placer
 from tests.test_knn import brute_force
 
@@ -51,7 +52,7 @@ def evaluation_of(
         log.append((split, num_images))
         return batches(images[:num_images], labels[:num_images], 8)
 
-    return evaluators.Evaluation(**dict(
+    return evaluator.Evaluation(**dict(
         batches=split_batches,
         num_images=dict.fromkeys(splits, len(images)),
         place=placer(8),
@@ -65,14 +66,14 @@ def evaluation_of(
 def test_knn_and_linear_share_the_features_of_both_splits(tmp_path):
     log = []
     evaluation = evaluation_of(*images_of(120), tmp_path, log=log)
-    knn_result = evaluators.run(
+    knn_result = evaluator.run(
         "knn", evaluation, dict(every_epochs=5.0, k=1, temperature=0.07)
     )
-    linear_result = evaluators.run(
+    linear_result = evaluator.run(
         "linear", evaluation, dict(every_epochs=0.0, l2s=(0.01,))
     )
     assert sorted(log) == [("eval", None), ("train", None)]
-    assert knn_result == evaluators.Result({"top1": 1.0})  # its own nearest neighbour
+    assert knn_result == evaluator.Result({"top1": 1.0})  # its own nearest neighbour
     assert set(linear_result.metrics) == {"top1", "l2"}
 
 
@@ -80,9 +81,9 @@ def test_fewer_train_images_are_asked_for_not_thrown_away(tmp_path):
     log = []
     evaluation = evaluation_of(*images_of(50), tmp_path, log=log)
     options = dict(k=1, temperature=0.07)
-    evaluators.run("knn", evaluation, dict(options, max_train_images=20))
+    evaluator.run("knn", evaluation, dict(options, max_train_images=20))
     assert log == [("train", 20), ("eval", None)]
-    evaluators.run("knn", evaluation, dict(options, max_train_images=10**6))
+    evaluator.run("knn", evaluation, dict(options, max_train_images=10**6))
     assert log == [("train", 20), ("eval", None), ("train", None)]
 
 
@@ -116,10 +117,10 @@ def test_everything_wanted_of_a_split_is_extracted_in_one_pass(tmp_path):
     )
     evaluation = evaluation_of(
         images, labels, tmp_path, log=log, predict=encode,
-        wanted=evaluators.wanted(evals),
+        wanted=evaluator.wanted(evals),
     )
     found = {
-        name: evaluators.run(name, evaluation, options).metrics
+        name: evaluator.run(name, evaluation, options).metrics
         for name, options in evals.items()
     }
     assert sorted(log) == [("eval", None), ("train", None)]
@@ -143,10 +144,10 @@ def test_only_what_is_wanted_of_the_same_images_is_extracted_with_them(tmp_path)
     )
     evaluation = evaluation_of(
         *images_of(50), tmp_path, log=log, predict=encode,
-        wanted=evaluators.wanted(evals),
+        wanted=evaluator.wanted(evals),
     )
     for name, options in evals.items():
-        evaluators.run(name, evaluation, options)
+        evaluator.run(name, evaluation, options)
     assert log == [("train", 20), ("eval", None), ("train", None)]
     assert set(evaluation._extracted) == {
         ("train", 20, "class_token"), ("train", 50, "features"),
@@ -164,9 +165,9 @@ def test_the_rank_is_that_of_the_real_images_and_needs_no_labels(
     log, evals = [], dict(rank=dict(every_epochs=1.0, max_images=limit))
     evaluation = evaluation_of(
         images, labels, tmp_path, splits=splits, log=log,
-        wanted=evaluators.wanted(evals),
+        wanted=evaluator.wanted(evals),
     )
-    found = evaluators.run("rank", evaluation, evals["rank"]).metrics
+    found = evaluator.run("rank", evaluation, evals["rank"]).metrics
     assert log == [(splits[-1], None if taken == 60 else taken)]
     rows = views(images, labels)["mean"].values[:taken].astype(np.float64)
     assert found == {"effective": pytest.approx(
@@ -181,10 +182,10 @@ def test_the_rank_shares_the_pass_of_other_evaluators(tmp_path):
     )
     evaluation = evaluation_of(
         *images_of(40), tmp_path, log=log, predict=encode,
-        wanted=evaluators.wanted(evals),
+        wanted=evaluator.wanted(evals),
     )
     for name, options in evals.items():
-        evaluators.run(name, evaluation, options)
+        evaluator.run(name, evaluation, options)
     assert sorted(log) == [("eval", None), ("train", None)]
 
 
@@ -192,13 +193,13 @@ def test_one_pool_and_one_k_are_reported_as_one_number(tmp_path):
     evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode)
     for k in (1, (1,)):
         options = dict(k=k, temperature=0.07, pools=("cls",))
-        assert evaluators.run("knn", evaluation, options).metrics == {"top1": 1.0}
+        assert evaluator.run("knn", evaluation, options).metrics == {"top1": 1.0}
 
 
 def test_a_pool_that_the_model_does_not_have_is_an_error(tmp_path):
     evaluation = evaluation_of(*images_of(40), tmp_path)
     with pytest.raises(ValueError, match="No output class_token .* has features"):
-        evaluators.run("knn", evaluation, dict(k=1, temperature=0.1, pools=("cls",)))
+        evaluator.run("knn", evaluation, dict(k=1, temperature=0.1, pools=("cls",)))
 
 
 def errors_of(found):
@@ -215,7 +216,7 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
 ):
     log = []
     evaluation = evaluation_of(*images_of(30), tmp_path, splits=splits, log=log)
-    result = evaluators.run(
+    result = evaluator.run(
         "reconstruction", evaluation, dict(every_epochs=10.0, num_images=5)
     )
     assert log == [(shown, 5)]
@@ -227,7 +228,7 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
 @pytest.mark.parametrize("thrown", [(4,), (1, 3, 4)])
 def test_errors_of_thrown_and_decoded_patches_are_told_apart(tmp_path, thrown):
     evaluation = evaluation_of(*images_of(30), tmp_path, thrown=thrown)
-    found = evaluators.run("reconstruction", evaluation, dict(num_images=5)).metrics
+    found = evaluator.run("reconstruction", evaluation, dict(num_images=5)).metrics
     found = errors_of(found)
     sample = np.mean(np.arange(5))
     assert found == pytest.approx({
@@ -240,7 +241,7 @@ def test_errors_of_thrown_and_decoded_patches_are_told_apart(tmp_path, thrown):
 def test_the_panel_shows_8_images_and_the_error_is_that_of_all(tmp_path):
     images, labels = images_of(30)
     evaluation = evaluation_of(images, labels, tmp_path, thrown=(2,))
-    result = evaluators.run("reconstruction", evaluation, dict(num_images=19))
+    result = evaluator.run("reconstruction", evaluation, dict(num_images=19))
     assert result.metrics["mse_retained"] == np.mean(np.arange(19))
     eight = next(batches(images, labels, 8))
     expected = visualize.reconstruction_panel(
@@ -262,13 +263,13 @@ def test_what_can_be_evaluated_passes_the_check():
     every = dict(
         accuracy=accuracy, knn=KNN, linear=LINEAR, rank=RANK, reconstruction=PANELS
     )
-    assert set(every) == set(evaluators.EVALUATORS)
-    evaluators.check(every, num_images=BOTH, num_classes=10)
+    assert set(every) == set(evaluator.EVALUATORS)
+    evaluator.check(every, num_images=BOTH, num_classes=10)
     only_images = {"train": 100}
     unlabelled = dict(rank=RANK, reconstruction=PANELS)
-    evaluators.check(unlabelled, num_images=only_images, num_classes=0)
+    evaluator.check(unlabelled, num_images=only_images, num_classes=0)
     optional = dict(max_train_images=None, l2s=(0.1,), max_iterations=9, tolerance=0.1)
-    evaluators.check(dict(linear=optional), num_images=BOTH, num_classes=10)
+    evaluator.check(dict(linear=optional), num_images=BOTH, num_classes=10)
 
 
 @pytest.mark.parametrize("evals, message", [
@@ -303,18 +304,18 @@ def test_evaluations_that_cannot_be_made_are_refused_before_the_training(
     evals, message
 ):
     with pytest.raises(ValueError, match=message):
-        evaluators.check(evals, num_images=BOTH, num_classes=10)
+        evaluator.check(evals, num_images=BOTH, num_classes=10)
 
 
 def test_classifiers_need_labels_and_images_to_test_on():
     with pytest.raises(ValueError, match="evals.linear needs labels"):
-        evaluators.check(dict(linear=LINEAR), num_images=BOTH, num_classes=0)
+        evaluator.check(dict(linear=LINEAR), num_images=BOTH, num_classes=0)
     with pytest.raises(ValueError, match="no evaluation split. Set data.eval_split"):
-        evaluators.check(dict(knn=KNN), num_images={"train": 100}, num_classes=10)
+        evaluator.check(dict(knn=KNN), num_images={"train": 100}, num_classes=10)
 
 
 def test_the_table_is_aligned_and_shows_what_was_not_evaluated():
-    table = evaluators.table({
+    table = results.markdown({
         "raw pixels": {"knn/top1": 0.98125, "linear/top1": 1.0, "linear/l2": 0.1},
         "pre-trained": {"knn/top1": 0.5},
     })

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from crossmae_jax.evaluators import features
+from crossmae_jax.evals import features
 
 F32_ATOL = 1e-5
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from crossmae_jax import convert
-from crossmae_jax.convert import safetensors_file, sources, tensor
+from crossmae_jax.convert import sources
+from crossmae_jax.convert.files import safetensors_file, tensor
 from crossmae_jax.convert.names import ConversionError
 from tests.interop import timm, torch, transformers
 from tests.test_convert import GOLDEN, HEADS

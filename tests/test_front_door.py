@@ -152,7 +152,9 @@ def test_settings_that_contradict_each_other_end_without_a_traceback(program, tm
 # The train loop ends with each of the errors that the first argument names.
 FAILING = """
 import sys
-from crossmae_jax import checkpoint, environment, main, train
+from crossmae_jax import errors, main, train
+from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.distributed import environment
 from crossmae_jax.data import bad_images, transforms
 from crossmae_jax.ops import attention_check
 
@@ -172,7 +174,8 @@ for name in names:
 
 def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
     for_users = [
-        "train.SetupError", "environment.AcceleratorError", "checkpoint.MismatchError",
+        "errors.SetupError", "environment.AcceleratorError",
+        "checkpointer.MismatchError",
         "bad_images.TooManyBadImages", "transforms.ChannelMismatch",
         "attention_check.KernelError",
     ]

@@ -12,18 +12,13 @@ import numpy as np
 import pytest
 
 import crossmae_jax
-from crossmae_jax import (
-    checkpoint,
-    digests,
-    html_report,
-    mirror,
-    objectives,
-    remote,
-    train,
-    workdir,
-)
+from crossmae_jax import errors, objectives, paths, train
+from crossmae_jax.checkpoints import checkpointer, digests
 from crossmae_jax.convert import ConversionError, starting
-from crossmae_jax.data import digits, imagenet, pipeline, sources
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data.sets import digits, imagenet
+from crossmae_jax.report import run_page
+from crossmae_jax.runs import mirror, workdir
 from tests import bucket as buckets
 from tests import test_train
 from tests.image_files import config as settings
@@ -58,7 +53,7 @@ def bucket(served):
 @pytest.fixture
 def saved(bucket):
     """Steps 10 and 20 of a run that has ended."""
-    checkpoints = checkpoint.Checkpoints(STEPS, keep=2)
+    checkpoints = checkpointer.Checkpoints(STEPS, keep=2)
     for value in (1, 2):
         checkpoints.save(value * 10, make_state(value))
     checkpoints.close()
@@ -66,7 +61,7 @@ def saved(bucket):
 
 
 def reopen():
-    return checkpoint.Checkpoints(STEPS, keep=2)
+    return checkpointer.Checkpoints(STEPS, keep=2)
 
 
 def object_of(bucket, step, part):
@@ -85,13 +80,13 @@ def test_state_comes_back_bit_for_bit(saved):
     step, restored = reopen().restore_latest(abstract(make_state(2)))
     assert step == 20
     assert_same(restored, make_state(2))
-    variables = checkpoint.restore_variables(STEPS, step=10)
+    variables = checkpointer.restore_variables(STEPS, step=10)
     assert bits(variables) == bits(make_state(1).variables)
     assert any("/d/" in call for call in saved.received)  # tensorstore's
 
 
 def test_nothing_saved_is_none_and_only_the_newest_are_kept(bucket):
-    checkpoints = checkpoint.Checkpoints(STEPS, keep=2)
+    checkpoints = checkpointer.Checkpoints(STEPS, keep=2)
     assert checkpoints.steps() == []
     assert checkpoints.restore_latest(abstract(make_state())) is None
     for step in (1, 2, 3):
@@ -108,7 +103,7 @@ def test_the_digests_are_written_before_what_commits_the_step(saved):
     of_step = [
         name.removeprefix(place) for name in saved.written if name.startswith(place)
     ]
-    assert of_step[-1] == remote.COMMITTED
+    assert of_step[-1] == paths.COMMITTED
     assert of_step.index(digests.LIST) > max(
         number for number, name in enumerate(of_step)
         if name.startswith(("variables/", "optimizer/"))
@@ -152,20 +147,20 @@ def test_if_all_are_damaged_nothing_is_started_over(saved):
     for step in (10, 20):
         flip(saved, object_of(saved, step, "optimizer"))
     there = saved.names()
-    with pytest.raises(checkpoint.RestoreError, match="2 checkpoint.*none can be"):
+    with pytest.raises(checkpointer.RestoreError, match="2 checkpoint.*none can be"):
         reopen().restore_latest(abstract(make_state(2)))
     assert saved.names() == there
 
 
 def test_a_save_that_ends_before_the_commit_is_no_step(saved, capsys):
-    saved.refused = f"/30/{remote.COMMITTED}"
+    saved.refused = f"/30/{paths.COMMITTED}"
     checkpoints = reopen()
     with pytest.raises(Exception, match="(?i)forbidden|not allowed"):
         checkpoints.save(30, make_state(3), wait=True)
     saved.refused = None
     assert saved.names("runs/one/checkpoints/30/variables/")
     assert checkpoints.steps() == [10, 20]
-    assert checkpoint.newest_step(STEPS) == 20
+    assert checkpointer.newest_step(STEPS) == 20
     again = reopen()
     assert f"{STEPS}/30 was never completed" in capsys.readouterr().out
     assert again.restore_latest(abstract(make_state(2)))[0] == 20
@@ -180,7 +175,7 @@ def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
     def fail(path):
         raise OSError(f"{path}: the host died")
 
-    monkeypatch.setattr(remote.system(RUN), "rm_file", fail)
+    monkeypatch.setattr(paths.system(RUN), "rm_file", fail)
     with pytest.raises(OSError, match="the host died"):
         reopen().restore_latest(abstract(make_state(2)))
     monkeypatch.undo()
@@ -189,7 +184,7 @@ def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
 
 
 def test_another_model_is_a_mismatch(saved):
-    with pytest.raises(checkpoint.MismatchError, match="other shape"):
+    with pytest.raises(checkpointer.MismatchError, match="other shape"):
         reopen().restore_latest(abstract(make_state(2, width=5)))
 
 
@@ -212,7 +207,7 @@ def test_files_of_a_run_come_and_go(bucket, capsys):
     bucket.write("runs/one/best/best.json", b"[]")
     bucket.write("runs/one/checkpoints/1/large.json", b"")
     with pytest.raises(KeyError), mirror.opened(RUN) as home:
-        found = sorted(map(home.name, remote.files(home.local)))
+        found = sorted(map(home.name, paths.files(home.local)))
         assert [str(path) for path in found] == [
             f"{RUN}/{name}" for name in ("best/best.json", "config.json",
                                          "metrics.jsonl")
@@ -224,7 +219,7 @@ def test_files_of_a_run_come_and_go(bucket, capsys):
 
 def put(bucket, folder, directory):
     """Copies a directory's files to a folder of the bucket."""
-    for path in remote.files(Path(directory)):
+    for path in paths.files(Path(directory)):
         bucket.write(f"{folder}/{path.relative_to(directory)}", path.read_bytes())
 
 
@@ -245,7 +240,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     printed = capsys.readouterr().out
     assert f"FRESH START in {RUN}\n" in printed
     assert f"metrics      {RUN}/metrics.jsonl\n" in printed
-    written, curve = lines(bucket), checkpoint.restore_variables(STEPS, step=9)
+    written, curve = lines(bucket), checkpointer.restore_variables(STEPS, step=9)
     for name in (
         "config.json", "dataset.json", "environment.json", "time.json", "curve.png",
         "panels/step_00000009.png", "best/best.json", "best/config.json",
@@ -259,7 +254,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     # Whoever reads a checkpoint finds the lines up to it.
     order = bucket.written
     for step in (6, 9):
-        committed = order.index(f"runs/one/checkpoints/{step}/{remote.COMMITTED}")
+        committed = order.index(f"runs/one/checkpoints/{step}/{paths.COMMITTED}")
         assert "runs/one/metrics.jsonl" in order[:committed]
         assert "runs/one/config.json" in order[:committed]
 
@@ -268,20 +263,20 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     assert "Finished: step 9 of 9" in page and f"{RUN}/checkpoints" in page
     assert page.count("data:image/png;base64,") == 1
     bucket.delete("runs/one/report.html")
-    assert os.fspath(html_report.write(RUN)) == f"{RUN}/report.html"
+    assert os.fspath(run_page.write(RUN)) == f"{RUN}/report.html"
     again = bucket.read("runs/one/report.html").decode()
     assert again.partition("<footer>")[0] == page.partition("<footer>")[0]
 
     # As if the host had died while the last step was saved.
-    bucket.delete(f"runs/one/checkpoints/9/{remote.COMMITTED}")
+    bucket.delete(f"runs/one/checkpoints/9/{paths.COMMITTED}")
     again = train.run(config, RUN)
     assert f"RESUMED at step 6 of 9 from {RUN}\n" in capsys.readouterr().out
-    assert bits(checkpoint.restore_variables(STEPS)) == bits(curve)
+    assert bits(checkpointer.restore_variables(STEPS)) == bits(curve)
     assert again["train/loss"] == found["train/loss"]
     steps = [line["step"] for line in lines(bucket) if "train/loss" in line]
     assert steps == [line["step"] for line in written if "train/loss" in line]
 
-    with pytest.raises(train.SetupError, match=f"{RUN} holds checkpoints of another"):
+    with pytest.raises(errors.SetupError, match=f"{RUN} holds checkpoints of another"):
         train.run(test_train._config(digits_dir, seed=5), RUN)
     assert workdir.is_run(RUN) and workdir.read_config(RUN).seed == config.seed
     encoder = crossmae_jax.load(f"{RUN}/best")
@@ -345,8 +340,8 @@ def test_what_is_not_in_the_bucket_is_named(bucket, tmp_path):
     data = settings(source="tfds", name="no_such_set", data_dir=f"{place}/sets")
     with pytest.raises(ValueError, match=f"under {place}/sets: .*Found there: text"):
         sources.make_source(data, "train")
-    with pytest.raises(checkpoint.RestoreError, match="there is no such directory"):
-        checkpoint.newest_step(STEPS)
+    with pytest.raises(checkpointer.RestoreError, match="there is no such directory"):
+        checkpointer.newest_step(STEPS)
     with pytest.raises(ConversionError, match=f"No weights at {place}/none"):
         crossmae_jax.load(f"{place}/none")
     for name in ("weights.safetensors", "folder/model.safetensors"):
@@ -361,7 +356,7 @@ def test_what_must_lie_on_a_disk_says_so(tmp_path):
     with pytest.raises(ValueError, match="gcloud storage cp"):
         imagenet.prepare(str(tmp_path), f"gs://{buckets.NAME}/data")
     with pytest.raises(ValueError, match="names no bucket"):
-        remote.path("gs:///runs")
+        paths.path("gs:///runs")
     for command in (
         ["sweep", "--config=configs/partialft_vitb.py", "--blocks=1"],
         ["evaluate", "--config=configs/vitb_cross.py", "--checkpoint=x", "--suite=knn"],
@@ -374,13 +369,13 @@ def test_what_must_lie_on_a_disk_says_so(tmp_path):
 
 
 def test_without_the_extra_one_line_says_what_to_install(monkeypatch, digits_dir):
-    whole = remote.importlib.util.find_spec
+    whole = paths.importlib.util.find_spec
     monkeypatch.setattr(
-        remote.importlib.util, "find_spec",
+        paths.importlib.util, "find_spec",
         lambda name, *rest: None if name == "gcsfs" else whole(name, *rest),
     )
     message = rf"{RUN}.* gcsfs is needed.*pip install -e '.\[gcs\]'"
-    with pytest.raises(train.SetupError, match=message):
+    with pytest.raises(errors.SetupError, match=message):
         train.run(test_train._config(digits_dir), RUN)
     with pytest.raises(ConversionError, match=message):
         crossmae_jax.load(RUN)

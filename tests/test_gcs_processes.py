@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 
-from crossmae_jax import checkpoint, digests, remote
-from crossmae_jax.data import digits
+from crossmae_jax import paths
+from crossmae_jax.checkpoints import checkpointer, digests
+from crossmae_jax.data.sets import digits
 from tests import bucket as buckets
 from tests import processes, test_processes
 
@@ -48,15 +49,15 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
         )
         order = bucket.written
         assert order.index(f"{place}/{digests.LIST}") < order.index(
-            f"{place}/{remote.COMMITTED}"
+            f"{place}/{paths.COMMITTED}"
         )
-        first = checkpoint.restore_variables(f"{RUN}/checkpoints")
+        first = checkpointer.restore_variables(f"{RUN}/checkpoints")
 
-        bucket.delete(f"{place}/{remote.COMMITTED}")  # as if both had died
+        bucket.delete(f"{place}/{paths.COMMITTED}")  # as if both had died
         with processes.started([whole] * 2, tmp_path / "again") as group:
             assert group.wait() == [0, 0], group.all_said()
             assert f"RESUMED at step 4 of 6 from {RUN}\n" in group.said(0)
-        again = checkpoint.restore_variables(f"{RUN}/checkpoints", step=6)
+        again = checkpointer.restore_variables(f"{RUN}/checkpoints", step=6)
         for a, b in zip(*map(jax.tree.leaves, (first, again)), strict=True):
             np.testing.assert_array_equal(a, b)
         text = bucket.read("run/metrics.jsonl").decode()

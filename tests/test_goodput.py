@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from crossmae_jax import goodput
+from crossmae_jax.runs import walltime
 
 
 class Clock:
@@ -17,7 +17,7 @@ class Clock:
 
 def launch(directory, clock, **changes):
     options = dict(begun=clock.now, resuming=False, clock=clock) | changes
-    return goodput.WallTime(directory, **options)
+    return walltime.WallTime(directory, **options)
 
 
 def seconds(directory):

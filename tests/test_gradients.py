@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import gradients
+from benchmarks import gradient_deviation
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.test_models import MAE, make_config
 
@@ -30,12 +30,12 @@ def trained():
 def test_the_same_objective_does_not_deviate_but_another_mask_does(trained):
     variables, batches = trained
     mae = Pretrain(make_config(**MAE))
-    found = gradients.deviation(
+    found = gradient_deviation.deviation(
         mae, {"itself": mae}, variables, batches, jax.random.key(1)
     )
     for values in found["itself"]:
         np.testing.assert_allclose(values, np.zeros(2), atol=1e-5)
-    assert (found[gradients.ANOTHER_MASK].distance > 0.1).all()
+    assert (found[gradient_deviation.ANOTHER_MASK].distance > 0.1).all()
 
 
 def test_the_measure_is_the_distance_of_encoder_gradients(trained):
@@ -43,7 +43,7 @@ def test_the_measure_is_the_distance_of_encoder_gradients(trained):
     mae = Pretrain(make_config(**MAE))
     variant = Pretrain(make_config(**PROGRESSIVE))
     key = jax.random.key(1)
-    found = gradients.deviation(
+    found = gradient_deviation.deviation(
         mae, {"progressive": variant}, variables, batches, key
     )["progressive"]
     mask_key, _ = jax.random.split(key)
@@ -70,7 +70,7 @@ def test_a_variant_with_another_mask_ratio_is_refused(trained):
     variables, batches = trained
     other = Pretrain(make_config(**MAE, masking__mask_ratio=0.8))
     with pytest.raises(ValueError, match="'other' sees 4 patches, the reference 6"):
-        gradients.deviation(
+        gradient_deviation.deviation(
             Pretrain(make_config(**MAE)), {"other": other}, variables, batches,
             jax.random.key(0),
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crossmae_jax import hardware
+from crossmae_jax.distributed import hardware
 
 ROOT = Path(__file__).parents[1]
 

@@ -16,15 +16,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from crossmae_jax import (
-    environment,
-    html_report,
-    main,
-    train,
-    workdir,
-)
+from crossmae_jax import main, train
 from crossmae_jax.commands import report as command
-from crossmae_jax.visualize import svg
+from crossmae_jax.distributed import environment
+from crossmae_jax.report import run_page, svg
+from crossmae_jax.runs import workdir
 from tests import test_train
 
 ROOT = Path(__file__).parents[1]
@@ -127,7 +123,7 @@ def interrupted(finished, tmp_path):
 
 def test_a_run_ends_with_a_page_of_all_there_is_to_know(finished):
     directory, found = finished
-    page = Page(directory / html_report.FILE)
+    page = Page(directory / run_page.FILE)
     assert list(page.text) == [
         "", "results", "curves", "reconstructions", "numbers", "time", "resume",
         "configuration", "data", "environment",
@@ -160,7 +156,7 @@ def test_a_run_ends_with_a_page_of_all_there_is_to_know(finished):
 
 def test_the_picture_is_the_newest_panel(finished):
     directory, _ = finished
-    image, = Page(directory / html_report.FILE).images
+    image, = Page(directory / run_page.FILE).images
     start = "data:image/png;base64,"
     data = base64.b64decode(image.removeprefix(start), validate=True)
     assert image.startswith(start)
@@ -172,7 +168,7 @@ def test_a_large_panel_becomes_a_smaller_picture(interrupted):
     noise = np.random.default_rng(0).integers(0, 256, (2400, 1500, 3), np.uint8)
     path = interrupted / "panels" / "step_00000002.png"
     PIL.Image.fromarray(noise).save(path)
-    page = Page(html_report.write(interrupted))
+    page = Page(run_page.write(interrupted))
     start = "data:image/jpeg;base64,"
     image = PIL.Image.open(io.BytesIO(base64.b64decode(page.images[0][len(start):])))
     assert image.size == (1125, 1800) and page.images[0].startswith(start)
@@ -213,7 +209,7 @@ def test_what_stands_in_files_is_text_and_no_html(interrupted, tmp_path):
             "eval/$a_b$/x/y": 0.5, "eval/$a_b$/<z>/y": 0.7, "train/lr": None,
         }) + "\n" for step in (1, 2, 3)
     ))
-    page = Page(html_report.write(directory))
+    page = Page(run_page.write(directory))
     assert str(directory) in page.text[""] and HOSTILE in page.text[""]
     assert repr(HOSTILE) in page.text["configuration"]
     assert page.text["environment"].count(HOSTILE) == 2
@@ -240,7 +236,7 @@ def test_a_run_that_has_just_begun_has_a_page(name, tmp_path):
     config = main.load_config(ROOT / "configs" / f"{name}.py")
     config.data.dir = "/some/where/photos &/"
     workdir.claim(tmp_path, config, dataset={}, resuming=False)
-    page = Page(html_report.write(tmp_path))
+    page = Page(run_page.write(tmp_path))
     assert TITLES[name] in page.text[""]
     assert "Interrupted, or still running: step 0" in page.text[""]
     assert "No step has been logged yet." in page.text["results"]

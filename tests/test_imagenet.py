@@ -23,7 +23,8 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 
 from crossmae_jax.commands import data as command
-from crossmae_jax.data import imagenet, pipeline, sources
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data.sets import imagenet
 from tests.image_files import config, encode, pixels
 
 VERSION = "imagenet2012/5.1.0"

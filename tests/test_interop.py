@@ -14,7 +14,8 @@ import pytest
 import safetensors.torch
 
 from crossmae_jax import masking
-from crossmae_jax.convert import checks, exporting, names, sources, structure, tensor
+from crossmae_jax.convert import checks, exporting, names, sources, structure
+from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests import interop

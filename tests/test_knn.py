@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax.evaluators import features, knn
+from crossmae_jax.evals import features, knn
 from tests.test_features import blobs, digits
 
 F32_ATOL = 1e-5

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import knn, turns
-from crossmae_jax.evaluators import knn as evaluator
+from crossmae_jax.evals import knn as evaluator
 
 F32_ATOL = 1e-6
 

@@ -12,19 +12,15 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
-    ("ops", "patches", "losses", "models.posemb", "metrics", "parallel", "layout",
-     "augment", "visualize", "digests", "environment", "workdir", "hardware",
-     "collectives", "interruption", "report", "cluster", "remote", "steps", "mirror",
-     "goodput", "representation", "html_page", "logged"),
-    ("masking", "models.layers", "checkpoint", "layerwise", "targets", "best"),
-    ("models.vit", "models.fusion", "models.decoder_mae", "models.decoder_cross",
-     "models.aggregator"),
-    ("models.mim", "models.classifier"),
-    ("data", "cost", "gradients", "optim", "attention_weights", "block_contributions"),
-    ("objectives", "evaluators", "results", "run_files", "html_report"),
-    ("evaluation", "convert", "robustness_sets"),
+    ("errors",),
+    ("ops", "patches", "paths", "losses", "augment", "masking", "distributed"),
+    ("checkpoints", "data", "targets"),
+    ("models", "runs", "optim"),
+    ("objectives", "visualize", "train_step"),
+    ("report", "convert", "cost"),
+    ("evals",),
     ("train", "probing"),
-    ("estimate", "evaluate", "sweep", "compare", "pretrained", "decoder_analysis"),
+    ("sweep",),
     ("main", "commands", "__main__"),
 )
 
@@ -71,7 +67,9 @@ def test_imports_point_one_way(path):
 
 
 def test_evaluators_know_neither_objectives_nor_models():
-    for path in (ROOT / "crossmae_jax" / "evaluators").glob("*.py"):
+    for path in (ROOT / "crossmae_jax" / "evals").glob("*.py"):
+        if path.stem == "of_checkpoint":  # which opens one
+            continue
         assert not any(
             name.startswith(("objectives", "models", "train")) for name in _ours(path)
         ), path
@@ -80,7 +78,7 @@ def test_evaluators_know_neither_objectives_nor_models():
 @pytest.mark.parametrize("module", [
     "crossmae_jax", "crossmae_jax.data.sources", "crossmae_jax.data.transforms",
     "configs.vitb_cross", "crossmae_jax.main", "crossmae_jax.visualize",
-    "crossmae_jax.hardware", "crossmae_jax.commands.estimate",
+    "crossmae_jax.distributed.hardware", "crossmae_jax.commands.estimate",
 ])
 def test_these_do_not_import_jax(module):
     code = f"import sys, {module}; print('jax' in sys.modules)"

@@ -6,8 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from crossmae_jax import checkpoint, layerwise, optim, parallel, train
+from crossmae_jax import train_step
+from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.distributed import parallel
 from crossmae_jax.models import classifier, vit
+from crossmae_jax.optim import layerwise, optimizers
 from tests.test_optim import make_config
 
 DEPTH = 3
@@ -45,7 +48,7 @@ def by_name(tree):
 
 def moved(params, gradients=None, **changes):
     """Returns each parameter's update at a rate of 1, and the optimiser's state."""
-    tx = optim.make_optimizer(config_of(**changes), lambda step: 1.0)
+    tx = optimizers.make_optimizer(config_of(**changes), lambda step: 1.0)
     if gradients is None:
         gradients = jax.tree.map(jnp.ones_like, params)
     updates, state = jax.jit(tx.update)(gradients, tx.init(params), params)
@@ -68,8 +71,8 @@ def test_a_layers_update_is_a_power_of_the_decay_times_the_heads(name):
 
 def test_the_smallest_rate_falls_with_the_layer_too():
     config = config_of(layer_decay=0.5, min_lr=1e-4, lr_scale="none")
-    schedule = optim.make_schedule(config, steps_per_epoch=1.0)
-    tx = optim.make_optimizer(config, schedule)
+    schedule = optimizers.make_schedule(config, steps_per_epoch=1.0)
+    tx = optimizers.make_optimizer(config, schedule)
     params = params_of()
     state = jax.tree.map(
         lambda x: jnp.full_like(x, 10) if x.dtype == jnp.int32 else x, tx.init(params)
@@ -167,19 +170,20 @@ def test_no_gradient_flows_to_what_is_frozen():
 ])
 def test_what_the_encoder_cannot_have_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
-        optim.make_optimizer(config_of(**changes), lambda step: 1.0)
+        optimizers.make_optimizer(config_of(**changes), lambda step: 1.0)
     assert message in str(error.value)
 
 
 def test_a_checkpoint_holds_the_state_of_the_tuned_parameters(tmp_path):
     config = config_of(tune_blocks=0.5, layer_decay=0.75, clip_norm=1.0)
-    tx = optim.make_optimizer(config, lambda step: 1.0)
+    tx = optimizers.make_optimizer(config, lambda step: 1.0)
     params = params_of()
     _, opt_state = tx.update(params, tx.init(params), params)
-    state = train.TrainState(jnp.asarray(1, jnp.int32), {"params": params}, opt_state)
+    one = jnp.asarray(1, jnp.int32)
+    state = train_step.TrainState(one, {"params": params}, opt_state)
     here = parallel.replicated(parallel.make_mesh())
     state = jax.device_put(state, here)
-    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=1)
     checkpoints.save(1, state, wait=True)
     step, restored = checkpoints.restore_latest(parallel.with_sharding(state, here))
     checkpoints.close()

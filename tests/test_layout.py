@@ -6,17 +6,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from benchmarks import step as benchmark_step
-from crossmae_jax import (
-    collectives,
-    cost,
-    estimate,
-    hardware,
-    layout,
-    optim,
-    parallel,
-    train,
-)
+from crossmae_jax import train_step
+from crossmae_jax.cost import collectives, counting, estimate
+from crossmae_jax.distributed import hardware, parallel, sharding
 from crossmae_jax.objectives import OBJECTIVES
+from crossmae_jax.optim import optimizers
 
 SMALL = [
     "model.size='W64-D2-H2/16'", "model.decoder_dim=32", "model.decoder_depth=2",
@@ -78,9 +72,10 @@ def test_training_is_the_same_however_the_state_lies(overrides):
         objective = OBJECTIVES[config.objective](config)
         key = jax.random.key(0, impl="threefry2x32")
         schedule = lambda step: jax.numpy.float32(1e-3)  # noqa: E731
-        tx = optim.make_optimizer(config, schedule)
-        mesh, _ = layout.make_mesh(config, train.abstract_state(objective, tx, key))
-        init, step = train.compile_steps(
+        tx = optimizers.make_optimizer(config, schedule)
+        state = train_step.abstract_state(objective, tx, key)
+        mesh, _ = sharding.make_mesh(config, state)
+        init, step = train_step.compile_steps(
             objective, tx, mesh, schedule=schedule, key=key,
             accum_steps=config.optim.accum_steps,
         )
@@ -93,7 +88,7 @@ def test_training_is_the_same_however_the_state_lies(overrides):
             }))
             found.append((float(logged["loss"]), float(logged["grad_norm"])))
         lies = jax.tree.map(lambda x: x.sharding, state)
-        assert lies == layout.shardings(mesh, state)  # where the next step wants it
+        assert lies == sharding.shardings(mesh, state)  # where the next step wants it
         return found
 
     whole = [each for each in overrides if "mesh" not in each]
@@ -115,13 +110,13 @@ def test_the_state_takes_at_most_a_quarter_of_a_device_if_it_can(
     config = load()
     # 62.5 million parameters, two moments and the gradient: a billion bytes.
     params = {"kernel": jax.ShapeDtypeStruct((25, 10**7 // 4), np.float32)}
-    state = train.TrainState(
+    state = train_step.TrainState(
         jax.ShapeDtypeStruct((), np.int32), {"params": params}, (params, params)
     )
     monkeypatch.setattr(
         hardware, "memory", lambda device: memory and int(memory * 10**9)
     )
-    mesh, line = layout.make_mesh(config, state)
+    mesh, line = sharding.make_mesh(config, state)
     assert mesh.shape == {"data": 8 // fsdp, "fsdp": fsdp}
     assert text in line
 
@@ -129,21 +124,21 @@ def test_the_state_takes_at_most_a_quarter_of_a_device_if_it_can(
 @pytest.mark.parametrize("fsdp", [3, 16, -1])
 def test_a_number_that_does_not_divide_the_devices_is_refused(fsdp):
     with pytest.raises(ValueError, match="8 devices; give one of 1, 2, 4, 8, or 0"):
-        layout.make_mesh(load(f"mesh.fsdp={fsdp}"), None)
+        sharding.make_mesh(load(f"mesh.fsdp={fsdp}"), None)
 
 
 def test_groups_that_straddle_are_said_to(monkeypatch):
-    monkeypatch.setattr(layout, "_compact", lambda devices: [1, 4, 8])
-    _, line = layout.make_mesh(load("mesh.fsdp=2"), None)
+    monkeypatch.setattr(sharding, "_compact", lambda devices: [1, 4, 8])
+    _, line = sharding.make_mesh(load("mesh.fsdp=2"), None)
     assert "copies lie across hosts" in line
-    _, line = layout.make_mesh(load("mesh.fsdp=4"), None)
+    _, line = sharding.make_mesh(load("mesh.fsdp=4"), None)
     assert "across" not in line
 
 
 def test_whole_weights_cost_exactly_one_sum_of_the_gradients():
     step = lowered("mesh.fsdp=1")
     (only,) = collectives.read(step.step.compile().as_text(), 8)
-    counted = cost.count(load())
+    counted = counting.count(load())
     trained = counted.params - counted.table_params
     assert (only.kind, only.count) == ("all-reduce", 1)
     assert 0 <= only.num_bytes - 4 * trained < 64  # the loss, and what is logged

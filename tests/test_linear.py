@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sklearn.linear_model
 
-from crossmae_jax.evaluators import features, linear
+from crossmae_jax.evals import features, linear
 from tests import test_features
 
 PROBABILITY_ATOL = 1e-3  # both solvers stop at a small gradient, not at the minimum

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from crossmae_jax import logged, metrics
+from crossmae_jax.runs import logged, metrics
 
 
 def read_lines(workdir):
@@ -110,7 +110,7 @@ def test_tensorboard_files_need_no_tensorflow(tmp_path):
     code = f"""
         import sys
         sys.modules["tensorflow"] = None  # as if it were not installed
-        from crossmae_jax import metrics
+        from crossmae_jax.runs import metrics
         writer = metrics.MetricWriter({str(tmp_path)!r})
         writer.write(3, {{"train/loss": 0.5}})
         writer.close()

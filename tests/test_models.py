@@ -11,7 +11,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
-from crossmae_jax import masking, patches
+from crossmae_jax import patches
 from crossmae_jax.convert import names
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from crossmae_jax.convert import names, tensor
+from crossmae_jax.convert import names
+from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.test_models import MAE, make_config

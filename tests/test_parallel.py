@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from crossmae_jax import parallel
+from crossmae_jax.distributed import parallel
 
 
 def test_each_process_says_where_this_process_stands(capsys):

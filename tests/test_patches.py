@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import augment, patches, targets
+from crossmae_jax import augment, patches
+from crossmae_jax.targets import pixels
 
 
 def _normal(*shape):
@@ -51,7 +52,7 @@ def test_image_size_not_a_multiple_names_the_nearest():
 
 def test_standardised_targets_use_the_unbiased_variance():
     values = _normal(1, 4, 4, 3)
-    (target,) = targets.pixels(values, patch_size=4, normalize=True)[0]
+    (target,) = pixels.pixels(values, patch_size=4, normalize=True)[0]
     flat = np.asarray(values, np.float64).reshape(-1)
     expected = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-6)
     np.testing.assert_allclose(target, expected, atol=1e-6)
@@ -61,14 +62,14 @@ def test_predictions_return_to_pixels_with_the_true_statistics():
     images = _normal(2, 8, 8, 3)
     values = patches.patchify(images, patch_size=4)
     for normalize in (True, False):
-        target = targets.pixels(images, patch_size=4, normalize=normalize)
-        back = targets.to_pixels(target, values, normalize=normalize)
+        target = pixels.pixels(images, patch_size=4, normalize=normalize)
+        back = pixels.to_pixels(target, values, normalize=normalize)
         np.testing.assert_allclose(back, values, atol=1e-5)
 
 
 def test_one_value_cannot_be_standardised():
     with pytest.raises(ValueError, match="larger patch or config.target.normalize"):
-        targets.pixels(jnp.ones((1, 2, 2, 1)), patch_size=1, normalize=True)
+        pixels.pixels(jnp.ones((1, 2, 2, 1)), patch_size=1, normalize=True)
 
 
 def test_normalisation_is_undone_and_checked():

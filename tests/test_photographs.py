@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crossmae_jax import evaluators, parallel
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.evaluators import features
+from crossmae_jax.distributed import parallel
+from crossmae_jax.evals import evaluator, features
 from tests import image_files, photographs
 
 CHANCE = 1 / len(photographs.NAMES)
@@ -43,7 +43,7 @@ def test_raw_pixels_of_photographs_tell_classes_above_chance(folders):
         knn=dict(k=(5, 20), temperature=0.07),
         linear=dict(l2s=(0.1,), max_train_images=200),
     )
-    evaluators.check(evals, num_images=num_images, num_classes=12)
+    evaluator.check(evals, num_images=num_images, num_classes=12)
     mesh = parallel.make_mesh(jax.devices()[:2])
 
     def batches(split, num_images):
@@ -52,14 +52,14 @@ def test_raw_pixels_of_photographs_tell_classes_above_chance(folders):
         ) as made:
             yield from made
 
-    evaluation = evaluators.Evaluation(
+    evaluation = evaluator.Evaluation(
         batches=batches, num_images=num_images,
         place=lambda batch: parallel.place_batch(mesh, batch),
         predict=features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
-        wanted=evaluators.wanted(evals),
+        wanted=evaluator.wanted(evals),
     )
     found = {
-        name: evaluators.run(name, evaluation, options).metrics
+        name: evaluator.run(name, evaluation, options).metrics
         for name, options in evals.items()
     }
     # Evenly spread: every class is among the 200 of 288 images for the probe.

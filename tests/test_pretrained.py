@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import crossmae_jax
-from crossmae_jax import checkpoint, workdir
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import attention
+from crossmae_jax.runs import workdir
 from tests.parity_files import load_npz
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN, HEADS
@@ -33,7 +34,7 @@ def images():
 
 def test_features_are_those_of_the_evaluations(run, images):
     objective = Pretrain(workdir.read_config(run))
-    variables = checkpoint.restore_variables(run / "checkpoints")
+    variables = checkpointer.restore_variables(run / "checkpoints")
     expected = objective.predict(variables, {"image": jnp.asarray(images)})["features"]
     encoder = crossmae_jax.load(run)
     np.testing.assert_allclose(encoder(images), expected, atol=2e-6)

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 import crossmae_jax
-from crossmae_jax import masking, workdir
+from crossmae_jax import masking
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.runs import workdir
 from tests.interop import torch
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN, HEADS

@@ -6,8 +6,8 @@ import signal
 import numpy as np
 import pytest
 
-from crossmae_jax import checkpoint
-from crossmae_jax.interruption import REQUEUE
+from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.distributed.preemption import REQUEUE
 from tests import processes
 
 STEPS = 120
@@ -82,7 +82,7 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
         assert group.all_said().count("RESUMED at step") == 1  # process 0 speaks
 
     # What four have written this process alone can read.
-    alone_read = checkpoint.restore_variables(run / "checkpoints")["params"]
+    alone_read = checkpointer.restore_variables(run / "checkpoints")["params"]
     assert alone_read["encoder"]["blocks_1"]["mlp"]["fc1"]["kernel"].shape == (32, 128)
 
     with processes.started([whole] * 2, tmp_path / "two") as group:
@@ -104,7 +104,7 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
     )
     assert evaluated(run) == pytest.approx(evaluated(alone), abs=0.01)
     mine, theirs = (
-        checkpoint.restore_variables(place / "checkpoints")["params"]
+        checkpointer.restore_variables(place / "checkpoints")["params"]
         for place in (run, alone)
     )
     for name in ("qkv", "proj"):

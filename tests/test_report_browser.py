@@ -11,7 +11,9 @@ import subprocess
 import PIL.Image
 import pytest
 
-from crossmae_jax import html_report, results, visualize, workdir
+from crossmae_jax import visualize
+from crossmae_jax.report import run_page
+from crossmae_jax.runs import results, workdir
 from tests import conftest, saved_runs, test_visualize
 
 FLAGS = (
@@ -73,7 +75,7 @@ def page(tmp_path_factory):
         test_visualize.pictures(), directory / "panels" / "step_00011901.png",
         caption=visualize.caption(normalize=True),
     )
-    return html_report.write(directory)
+    return run_page.write(directory)
 
 
 def browse(tmp_path, path, *flags, width):

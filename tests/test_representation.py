@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from crossmae_jax import representation
+from crossmae_jax.evals import representation
 
 F64_RTOL = 1e-9
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from crossmae_jax.data import imagenet_variants, pipeline
-from crossmae_jax.evaluators import accuracy, robustness
+from crossmae_jax.data import pipeline
+from crossmae_jax.data.sets import imagenet_variants
+from crossmae_jax.evals import accuracy, robustness
 from tests.image_files import config, encode, pixels
 
 SETS = {

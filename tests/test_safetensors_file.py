@@ -15,7 +15,7 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from crossmae_jax.convert import safetensors_file, tensor
+from crossmae_jax.convert.files import safetensors_file, tensor
 
 DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16,
@@ -284,7 +284,7 @@ def test_what_the_format_has_no_place_for_is_not_written(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-# crossmae_jax.convert.tensor: what both kinds of files hand out.
+# crossmae_jax.convert.files.tensor: what both kinds of files hand out.
 
 
 def test_a_change_of_a_tensor_is_described_without_reading():

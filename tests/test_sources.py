@@ -15,7 +15,8 @@ import tensorflow_datasets as tfds
 
 import crossmae_jax.data
 from crossmae_jax.commands import data as command
-from crossmae_jax.data import digits, sources, transforms
+from crossmae_jax.data import sources, transforms
+from crossmae_jax.data.sets import digits
 from tests.image_files import config, encode, pixels, write
 
 PNG = encode(pixels(0, 16, 16))
@@ -193,7 +194,8 @@ def test_digits_are_those_of_scikit_learn(digits_dir):
 
 def test_digits_prepared_by_two_processes_at_once(tmp_path):
     code = (
-        "import sys\nfrom crossmae_jax.data import digits, sources\n"
+        "import sys\nfrom crossmae_jax.data import sources\n"
+        "from crossmae_jax.data.sets import digits\n"
         "d = digits.prepare(sys.argv[1])\n"
         "s = sources.TfdsSource(digits.NAME, data_dir=d, split='test')\n"
         "print(len(s), s[0]['label'])\n"

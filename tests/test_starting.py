@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from crossmae_jax import checkpoint, convert, parallel, train
+from crossmae_jax import convert, errors, train
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import names, sources, starting
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.distributed import parallel
 from crossmae_jax.models import posemb
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.saved_runs import save_run, tiny_config
@@ -84,7 +86,7 @@ def test_training_starts_from_the_weights_and_says_so(cross, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "FRESH START" in text and f"weights from {cross}" in text
     assert "loaded   encoder" in text
-    after = checkpoint.restore_variables(tmp_path / "new" / "checkpoints")
+    after = checkpointer.restore_variables(tmp_path / "new" / "checkpoints")
     before = _read(cross)
     for name, value in names.without_collections(after).items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
@@ -256,7 +258,7 @@ def test_foreign_files_are_taken_as_they_are(name, loaded):
 
 def test_a_wrong_path_ends_training_before_it_begins(tmp_path):
     config = _config("digits_cross", f"init_from={tmp_path / 'absent'}")
-    with pytest.raises(train.SetupError, match="No weights at"):
+    with pytest.raises(errors.SetupError, match="No weights at"):
         train.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from configs import digits_cross
-from crossmae_jax import sweep, train
+from crossmae_jax import errors, sweep
 from crossmae_jax.commands import sweep as command
 from tests.test_classify import make_config
 
@@ -67,20 +67,20 @@ def test_sweeps_are_drawn_under_names_that_tell_them_apart(tmp_path, monkeypatch
     assert drawn == {
         "mae/sweep": {0.0: 0.5, 0.5: 0.6}, "crossmae/sweep": {0.0: 0.75, 0.5: 0.85}
     }
-    with pytest.raises(train.SetupError, match="compared with itself"):
+    with pytest.raises(errors.SetupError, match="compared with itself"):
         sweep.names([directories[0], directories[0] / ".." / "sweep"])
 
 
 def test_what_is_no_sweep_is_refused_before_it_trains(digits_dir, tmp_path):
-    with pytest.raises(train.SetupError, match="objective='pretrain'"):
+    with pytest.raises(errors.SetupError, match="objective='pretrain'"):
         sweep.run(digits_cross.get_config(), tmp_path, blocks=[0.0])
-    with pytest.raises(train.SetupError, match=r"blocks=\[1.0, 1.0\]"):
+    with pytest.raises(errors.SetupError, match=r"blocks=\[1.0, 1.0\]"):
         sweep.run(make_config(digits_dir), tmp_path, blocks=[1.0, 1.0])
     for blocks in ([0.0, 1.5], [0.0, 3.0]):
-        with pytest.raises(train.SetupError, match="at most the encoder's 2"):
+        with pytest.raises(errors.SetupError, match="at most the encoder's 2"):
             sweep.run(make_config(digits_dir), tmp_path, blocks=blocks)
     top5 = make_config(digits_dir, checkpoint__best="eval/accuracy/top5")
-    with pytest.raises(train.SetupError, match="checkpoint.best='eval/accuracy/top5'"):
+    with pytest.raises(errors.SetupError, match="checkpoint.best='eval/accuracy/top5'"):
         sweep.run(top5, tmp_path, blocks=[0.0])
     with pytest.raises(SystemExit, match="sweep.json does not exist"):
         command.main([

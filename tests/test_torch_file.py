@@ -8,7 +8,6 @@ import collections
 import os
 import pathlib
 import pickle
-import random
 import struct
 import weakref
 import zipfile
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossmae_jax.convert import tensor, torch_file
+from crossmae_jax.convert.files import tensor, torch_file
 from tests.torch_files import (
     DTYPES,
     FORMS,

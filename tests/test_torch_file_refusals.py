@@ -1,10 +1,8 @@
 """PyTorch checkpoints that would do harm, are damaged, or are of another kind."""
 
 import argparse
-import collections
 import io
 import os
-import pathlib
 import pickle
 import random
 import struct
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from crossmae_jax.convert import tensor, torch_file
+from crossmae_jax.convert.files import tensor, torch_file
 from tests.torch_files import (
     FORMS,
     GOLDEN,
@@ -27,7 +25,6 @@ from tests.torch_files import (
     save,
     stored,
 )
-
 
 # Files that would do harm.
 

@@ -17,10 +17,13 @@ import optax
 import pytest
 
 from configs import digits_cross
-from crossmae_jax import checkpoint, interruption, optim, parallel, train
+from crossmae_jax import errors, train, train_step
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.data import pipeline, sources
+from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.workdir import read_config
+from crossmae_jax.optim import optimizers
+from crossmae_jax.runs.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
 # 96 images a step and 1442 in all: 15.02 steps an epoch.
@@ -44,12 +47,12 @@ def _config(digits_dir, evals=None, **changes):
 
 def _final_state(config, workdir, steps):
     objective = Pretrain(config)
-    schedule = optim.make_schedule(config, steps_per_epoch=1442 / 96)
-    tx = optim.make_optimizer(config, schedule)
+    schedule = optimizers.make_schedule(config, steps_per_epoch=1442 / 96)
+    tx = optimizers.make_optimizer(config, schedule)
     abstract = jax.eval_shape(
-        lambda key: train.init_state(objective, tx, key), jax.random.key(0)
+        lambda key: train_step.init_state(objective, tx, key), jax.random.key(0)
     )
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", keep=2)
+    checkpoints = checkpointer.Checkpoints(workdir / "checkpoints", keep=2)
     everywhere = parallel.replicated(parallel.make_mesh())
     abstract = parallel.with_sharding(abstract, everywhere)
     step, state = checkpoints.restore_latest(abstract)
@@ -124,7 +127,7 @@ def test_a_run_leaves_what_the_readme_promises(finished):
 
 def test_the_rate_logged_is_the_rate_of_the_schedule(finished):
     workdir, config, _ = finished
-    schedule = optim.make_schedule(config, steps_per_epoch=1442 / 96)
+    schedule = optimizers.make_schedule(config, steps_per_epoch=1442 / 96)
     for line in _lines(workdir):
         if "train/lr" in line:  # of the update that led to this step
             expected = float(schedule(line["step"] - 1))
@@ -144,7 +147,7 @@ def test_another_configuration_or_data_set_cannot_go_on_in_a_runs_directory(fini
     workdir, config, _ = finished
     changed = config.copy_and_resolve_references()
     changed.optim.base_lr, changed.log_every_steps = 1e-6, 7
-    with pytest.raises(train.SetupError, match="another run; config.json di") as error:
+    with pytest.raises(errors.SetupError, match="another run; config.json di") as error:
         train.run(changed, workdir)
     assert "optim.base_lr: 0.012 -> 1e-06" in str(error.value)
     assert "log_every_steps" not in str(error.value)
@@ -190,7 +193,7 @@ def test_checkpoints_that_cannot_be_restored_stop_the_run(digits_dir, tmp_path):
     for path in (tmp_path / "checkpoints").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(checkpoint.RestoreError, match="checkpoints"):
+    with pytest.raises(checkpointer.RestoreError, match="checkpoints"):
         train.run(config, tmp_path)
 
 
@@ -227,9 +230,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
         time.sleep(0.02)
     process.send_signal(number)
     output = process.communicate()[0]
-    assert process.returncode == interruption.REQUEUE, output
+    assert process.returncode == preemption.REQUEUE, output
     assert "FRESH START" in output and "run the same command again" in output
-    steps = checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).steps()
+    steps = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2).steps()
     assert 2 <= steps[-1] < 15, "it was stopped on the way"
 
     process = _start(digits_dir, tmp_path, log_every_steps=1)
@@ -280,8 +283,8 @@ def _step(config, accum_steps):
     objective = Pretrain(config)
     tx = optax.sgd(1.0)
     key = jax.random.key(0, impl="threefry2x32")
-    state = train.init_state(objective, tx, key)
-    step = train.make_train_step(
+    state = train_step.init_state(objective, tx, key)
+    step = train_step.make_train_step(
         objective, tx, schedule=lambda step: 1.0, key=key, accum_steps=accum_steps
     )
     source = sources.make_source(config.data, "train")
@@ -301,7 +304,7 @@ def test_compiled_steps_hold_the_state_whole_everywhere_and_reuse_its_memory():
             return jnp.mean((variables["params"]["w"] - batch["x"]) ** 2), {}
 
     mesh, key = parallel.make_mesh(), jax.random.key(0)
-    init, step = train.compile_steps(
+    init, step = train_step.compile_steps(
         Square(), optax.sgd(1.0), mesh, schedule=lambda step: 1.0, key=key
     )
     state = init(key)
@@ -345,7 +348,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     config = _config(digits_dir, optim__base_lr=1e30, optim__warmup_epochs=0.0)
     with pytest.raises(FloatingPointError, match="train/loss not finite at step 4"):
         train.run(config, tmp_path)
-    assert checkpoint.Checkpoints(tmp_path / "checkpoints", keep=2).steps() == []
+    assert checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2).steps() == []
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -367,7 +370,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
 def test_bad_settings_stop_the_run_before_it_trains(
     digits_dir, tmp_path, changes, message
 ):
-    with pytest.raises(train.SetupError, match=message):
+    with pytest.raises(errors.SetupError, match=message):
         train.run(_config(digits_dir, **changes), tmp_path)
     assert _read(tmp_path / "metrics.jsonl") == ""
 

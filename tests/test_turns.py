@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks import peer, step, turns
-from crossmae_jax import cost
+from crossmae_jax.cost import counting
 from tests import fake_reference
 
 TINY = [
@@ -70,7 +70,7 @@ def forgets():
 
 def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
     config = step.load_config(CROSS, overrides=[*TINY, "model.fusion_input=False"])
-    number = cost.count(config).params
+    number = counting.count(config).params
     directory = fake_reference.write(tmp_path / "fake", num_params=number)
     before, paths = sys.modules.get("timm"), list(sys.path)
     options = peer.build(config, directory).options
@@ -91,7 +91,7 @@ def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_ours_and_the_reference_take_turns(dtype, tmp_path, capfd):
     overrides = [*TINY, f"model.dtype={dtype}"]
-    number = cost.count(step.load_config(CROSS, overrides=overrides)).params
+    number = counting.count(step.load_config(CROSS, overrides=overrides)).params
     directory = fake_reference.write(tmp_path / "r", num_params=number, dtype=dtype)
     peer.main([
         f"--reference={directory}", f"--config={CROSS}", "--batch=8", "--steps=2",

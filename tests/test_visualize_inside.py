@@ -5,7 +5,7 @@ import pytest
 from matplotlib import figure
 
 from crossmae_jax import visualize
-from crossmae_jax.attention_weights import AttentionMaps, Magnitudes
+from crossmae_jax.probing.attention_weights import AttentionMaps, Magnitudes
 from crossmae_jax.visualize import canvas
 
 

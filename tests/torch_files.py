@@ -1,6 +1,5 @@
 """PyTorch files for tests: saved by torch, or put together by hand."""
 
-import collections
 import pickle
 import struct
 import zipfile
@@ -10,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from crossmae_jax.convert import tensor
+from crossmae_jax.convert.files import tensor
 
 GOLDEN = Path(__file__).parent / "golden"
 FORMS = ("zip", "legacy")

@@ -58,8 +58,10 @@ def main(argv: list[str]) -> int:
     options = {name: value for name, value in options.items() if value is not None}
 
     import crossmae_jax
-    from crossmae_jax import checkpoint, decoder_analysis, visualize
+    from crossmae_jax import visualize
+    from crossmae_jax.checkpoints import checkpointer
     from crossmae_jax.data import sources
+    from crossmae_jax.probing import decoder_analysis
 
     try:
         model = crossmae_jax.load(path, **options)
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> int:
             found, to / "attention.png", title=title
         )
         (to / "attention.md").write_text(text)
-    except (ValueError, checkpoint.RestoreError, OSError) as error:
+    except (ValueError, checkpointer.RestoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{text}\npicture  {picture}")

@@ -5,8 +5,8 @@
 
 RUN is a workdir or a metrics.jsonl, REFERENCE likewise, or the name of references that
 come with the library: digits_cross, three seeds of configs/digits_cross.py. What the
-band is stands in the output and in crossmae_jax/compare.py. Settings in which the run
-differs from the references are listed: the first place to look for a cause.
+band is stands in the output and in crossmae_jax/runs/compare.py. Settings in which the
+run differs from the references are listed: the first place to look for a cause.
 
 Exit status 0 if the run stays in the band, 1 if it leaves it (3 logged points in a row,
 on either side, whether it comes back or not), 2 if they cannot be compared.
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--metric", default="train/loss", help="a name in RUN's file")
     parser.add_argument("--to", default="compare.png", help="where the picture goes")
     arguments = parser.parse_args(argv)
-    from crossmae_jax import compare
+    from crossmae_jax.runs import compare
     from crossmae_jax.visualize import bands
 
     try:

@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from crossmae_jax import checkpoint, convert
+from crossmae_jax import convert
+from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import exporting, sources
 
 
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
         work = {"import": convert.import_weights, "export": convert.export_weights}
         options = {name: value for name, value in options.items() if value is not None}
         done = work[action](path, options.pop("to"), **options)
-    except (convert.ConversionError, checkpoint.RestoreError, OSError) as error:
+    except (convert.ConversionError, checkpointer.RestoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(done.lines))

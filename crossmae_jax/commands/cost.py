@@ -14,22 +14,22 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from crossmae_jax import cost
 from crossmae_jax import main as train_main
+from crossmae_jax.cost import counting
 from crossmae_jax.objectives import pretrain
 
 
-def _count(config: ConfigDict, path: str) -> cost.Cost:
+def _count(config: ConfigDict, path: str) -> counting.Cost:
     """Counts a configuration, if it is one that can be trained."""
     try:
-        counted = cost.count(config)
+        counted = counting.count(config)
         pretrain.Pretrain(config)
         return counted
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _parts(counted: cost.Cost) -> dict[str, tuple[int, int]]:
+def _parts(counted: counting.Cost) -> dict[str, tuple[int, int]]:
     """Returns the multiply-adds and parameters of each part, and of the whole."""
     return {
         "encoder": (counted.encoder_macs, counted.encoder_params),
@@ -49,7 +49,7 @@ def _table(head: list[str], rows: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def report(counted: cost.Cost, against: cost.Cost | None = None) -> str:
+def report(counted: counting.Cost, against: counting.Cost | None = None) -> str:
     """Returns what was counted in Markdown: a table of the parts, one of the tokens.
 
     Args:

@@ -45,14 +45,14 @@ def main(argv: list[str]) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> int:
     if arguments.name == "digits":
-        from crossmae_jax.data import digits
+        from crossmae_jax.data.sets import digits
 
         data_dir = digits.prepare(arguments.data_dir)
         print(f"The digits lie in {data_dir}. Train on them with\n")
         print("    python -m crossmae_jax.main --config=configs/digits_cross.py \\")
         print(f"        --config.data.data_dir={data_dir} --workdir=runs/digits_cross")
     elif arguments.name == "photographs":
-        from crossmae_jax.data import photographs
+        from crossmae_jax.data.sets import photographs
 
         photographs.prepare(arguments.data_dir)
         print(f"The photographs lie in {arguments.data_dir}. Train on them with\n")
@@ -62,7 +62,7 @@ def _prepare(arguments: argparse.Namespace) -> int:
         print(f"        --config.data.eval_dir={arguments.data_dir}/test \\")
         print("        --workdir=runs/photographs_cross")
     else:
-        from crossmae_jax.data import imagenet
+        from crossmae_jax.data.sets import imagenet
 
         imagenet.prepare(arguments.manual_dir, arguments.data_dir)
         print("\nTrain on it with\n")

@@ -11,6 +11,8 @@ import shutil
 import time
 from pathlib import Path
 
+from crossmae_jax import train_step
+
 _GIB = 2**30
 
 
@@ -53,8 +55,9 @@ def _train_one_step() -> str:
     import jax
     import numpy as np
 
-    from crossmae_jax import optim, parallel, train
+    from crossmae_jax.distributed import parallel
     from crossmae_jax.objectives import pretrain
+    from crossmae_jax.optim import optimizers
 
     mesh = parallel.make_mesh()
     config = _config(4 * mesh.size)
@@ -62,9 +65,11 @@ def _train_one_step() -> str:
     def schedule(step):
         return jax.numpy.float32(1e-3)
 
-    tx = optim.make_optimizer(config, schedule)
+    tx = optimizers.make_optimizer(config, schedule)
     key = jax.random.key(0, impl="threefry2x32")
-    init, step = train.compile_steps(objective, tx, mesh, schedule=schedule, key=key)
+    init, step = train_step.compile_steps(
+        objective, tx, mesh, schedule=schedule, key=key
+    )
     state = init(key)
     size = config.data.batch_size // jax.process_count()
     first = size * jax.process_index()
@@ -121,7 +126,7 @@ def main(argv: list[str]) -> int:
     try:
         import jax
 
-        from crossmae_jax import environment, parallel
+        from crossmae_jax.distributed import environment, parallel
     except (ImportError, RuntimeError) as error:  # jax and jaxlib that do not fit
         print(f"PROBLEM: a package cannot be imported: {error}. Install again: "
               "pip install -e . in the project's directory.")

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from crossmae_jax import hardware
 from crossmae_jax import main as train_main
+from crossmae_jax.distributed import hardware
 
 if TYPE_CHECKING:  # JAX is imported when the target is known
-    from crossmae_jax.estimate import Estimate, LargestBatch, Suggestion
+    from crossmae_jax.cost.estimate import Estimate, LargestBatch, Suggestion
 
 
 def _size(num_bytes: int | float) -> str:
@@ -216,7 +216,7 @@ def main(argv: list[str]) -> int:
         return 1
     if values.target != "this":
         hardware.without_devices()
-    from crossmae_jax import estimate  # now that JAX may be imported
+    from crossmae_jax.cost import estimate  # now that JAX may be imported
 
     config = values.config
     print(f"{title}\nfor {values.target}\n", flush=True)

@@ -30,18 +30,18 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from crossmae_jax import main as train_main
-from crossmae_jax import remote
+from crossmae_jax import paths
 
 _SETS = ("a", "r", "sketch", "c")
 
 
-def _checkpoint(argv: list[str]) -> remote.AnyPath:
+def _checkpoint(argv: list[str]) -> paths.AnyPath:
     """Returns the path of --checkpoint, which decides what --config is."""
     for argument, following in itertools.pairwise([*argv, ""]):
         name, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and name == "checkpoint":
             try:
-                return remote.path(value if equals else following)
+                return paths.path(value if equals else following)
             except ValueError as error:
                 train_main.stop(str(error))
     train_main.stop(
@@ -56,7 +56,8 @@ def _parse(argv: list[str], values: flags.FlagValues) -> None:
     if any(re.fullmatch(r"--?config(=.*)?", argument) for argument in argv):
         train_main.parse_command("evaluate", argv, values, usage=usage)
         return
-    from crossmae_jax import evaluate, workdir
+    from crossmae_jax.evals import of_checkpoint
+    from crossmae_jax.runs import workdir
 
     if not workdir.is_run(path):
         train_main.stop(
@@ -65,7 +66,7 @@ def _parse(argv: list[str], values: flags.FlagValues) -> None:
             "configs/finetune_vitb.py."
         )
     config = workdir.read_config(path)
-    config.evals = evaluate.DEFAULTS  # so that any option can be changed
+    config.evals = of_checkpoint.DEFAULTS  # so that any option can be changed
     train_main.parse_settings("evaluate", argv, values, config, usage=usage)
 
 
@@ -115,12 +116,14 @@ def main(argv: list[str]) -> int:
     # Loader workers import this file anew, and must not import JAX.
     import jax
 
-    from crossmae_jax import cluster, environment, evaluate, parallel, workdir
+    from crossmae_jax.distributed import cluster, environment, parallel
+    from crossmae_jax.evals import of_checkpoint
+    from crossmae_jax.runs import workdir
 
-    path = remote.path(values.checkpoint)
+    path = paths.path(values.checkpoint)
     if values.workdir is None and not workdir.is_run(path):
         train_main.stop("--workdir is missing: where the report goes.")
-    if remote.is_remote(values.workdir or path):
+    if paths.is_remote(values.workdir or path):
         train_main.stop(
             "Reports are not written to a bucket; give a --workdir on a disk."
         )
@@ -129,11 +132,11 @@ def main(argv: list[str]) -> int:
         if jax.process_count() > 1:
             parallel.announce()
             cluster.check_same(repr(argv))
-        made = evaluate.open_checkpoint(path, values.config, step=values.step)
+        made = of_checkpoint.open_checkpoint(path, values.config, step=values.step)
         directory = Path(
             values.workdir or path / "evaluations" / f"step_{made.step:08d}"
         )
-        found = evaluate.run(
+        found = of_checkpoint.run(
             made, values.suite, directory, options=_options(values), imagenet=imagenet
         )
     if jax.process_index() == 0:

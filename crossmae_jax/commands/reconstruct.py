@@ -53,8 +53,9 @@ def main(argv: list[str]) -> int:
     import numpy as np
 
     import crossmae_jax
-    from crossmae_jax import checkpoint, visualize
-    from crossmae_jax.evaluators import reconstruction
+    from crossmae_jax import visualize
+    from crossmae_jax.checkpoints import checkpointer
+    from crossmae_jax.evals import reconstruction
 
     try:
         if to.suffix.lower() != ".png":
@@ -77,7 +78,7 @@ def main(argv: list[str]) -> int:
             type(one)(*(np.concatenate(arrays) for arrays in zip(*rows))), to,
             caption=caption, names=names,
         )
-    except (ValueError, checkpoint.RestoreError, OSError) as error:
+    except (ValueError, checkpointer.RestoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{written}\n{caption}")

@@ -11,7 +11,7 @@ Exit status 2 if the command line is wrong, 1 if RUN is no run or cannot be read
 import argparse
 import sys
 
-from crossmae_jax import html_report
+from crossmae_jax.report import run_page
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN")
     try:
-        print(html_report.write(parser.parse_args(argv).run))
+        print(run_page.write(parser.parse_args(argv).run))
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags, logging
 
 from crossmae_jax import main as train_main
-from crossmae_jax import remote
+from crossmae_jax import paths
 
 
 def _blocks(texts: list[str]) -> list[float]:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
                 f"--{name} is missing; python -m crossmae_jax sweep --help."
             )
     for name in (values.workdir, *values.against):
-        if remote.is_remote(name):
+        if paths.is_remote(name):
             train_main.stop(
                 f"{name} lies in a bucket, where a sweep cannot be; give a directory "
                 "on a disk."
@@ -58,7 +58,8 @@ def main(argv: list[str]) -> int:
     # Loader workers import this file anew, and must not import JAX.
     import jax
 
-    from crossmae_jax import parallel, sweep
+    from crossmae_jax import sweep
+    from crossmae_jax.distributed import parallel
 
     directories = [Path(name) for name in (values.workdir, *values.against)]
     with train_main.session():

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from crossmae_jax import remote
+from crossmae_jax import paths
 from crossmae_jax.convert import checks, exporting, sources
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
@@ -123,7 +123,7 @@ def export_weights(
 
 def _commit(weights: Weights, to: Path, lines: list[str], write: Any) -> Conversion:
     """Writes under a temporary name, and gives the right one to what is complete."""
-    if remote.is_remote(to):
+    if paths.is_remote(to):
         raise ConversionError(f"{to} lies in a bucket; write to a disk and copy that.")
     if os.path.lexists(to):
         raise FileExistsError(

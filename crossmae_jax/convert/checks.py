@@ -26,9 +26,9 @@ from flax import traverse_util
 from crossmae_jax import masking
 from crossmae_jax.convert import exporting, names, packages, sources, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.sources import Weights
-from crossmae_jax.convert.tensor import Tensor, Tensors
 from crossmae_jax.objectives import pretrain
 
 Outputs = dict[str, np.ndarray]

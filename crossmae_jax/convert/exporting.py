@@ -12,17 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crossmae_jax.convert import (
-    names,
-    safetensors_file,
-    sources,
-    structure,
-    torch_file,
-)
+from crossmae_jax.convert import names, sources, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files import safetensors_file, torch_file
+from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.sources import Weights
-from crossmae_jax.convert.tensor import Tensor, Tensors
 from crossmae_jax.models import vit
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}

@@ -21,11 +21,12 @@ import einops
 import numpy as np
 from flax import traverse_util
 
-from crossmae_jax.convert import tensor
-from crossmae_jax.convert.tensor import Tensor, Tensors
+from crossmae_jax import errors
+from crossmae_jax.convert.files import tensor
+from crossmae_jax.convert.files.tensor import Tensor, Tensors
 
 
-class ConversionError(ValueError):
+class ConversionError(errors.UserError, ValueError):
     """A file of weights is not what it should be, or cannot become what was asked."""
 
 

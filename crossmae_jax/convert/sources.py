@@ -16,20 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from crossmae_jax import checkpoint, remote, workdir
-from crossmae_jax.convert import (
-    cards,
-    hints,
-    names,
-    safetensors_file,
-    structure,
-    torch_file,
-)
+from crossmae_jax import paths
+from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.convert import cards, hints, names, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files import safetensors_file, torch_file
+from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.tensor import Tensor, Tensors
-from crossmae_jax.remote import AnyPath
+from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import workdir
 
 FORMATS = ("run", "safetensors", "mae", "timm", "huggingface")
 CARD = "crossmae_jax"  # the card's name in the metadata of our files
@@ -73,7 +69,7 @@ def open_weights(
         it, or facts are needed or contradicted.
     """
     try:
-        path = remote.path(path)
+        path = paths.path(path)
     except ValueError as error:
         raise ConversionError(str(error)) from error
     if not path.exists():
@@ -94,7 +90,7 @@ def open_weights(
             f"Unknown: {', '.join(unknown)}. What can be said of weights: "
             f"{', '.join(sorted(known))}."
         )
-    if remote.is_remote(path) and format != "run":
+    if paths.is_remote(path) and format != "run":
         raise ConversionError(_only_runs(path))
     evidence = [f"format {format}: {reason}"]
     if format in ("run", "safetensors"):
@@ -125,7 +121,7 @@ def recognise(path: AnyPath) -> tuple[str, str]:
     Raises:
       ConversionError: if it is none of ours.
     """
-    if remote.is_remote(path):
+    if paths.is_remote(path):
         if workdir.is_run(path):
             return "run", "config.json and checkpoints/ in it"
         raise ConversionError(_only_runs(path))
@@ -215,13 +211,13 @@ def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
     if not any(entry.name.isdecimal() for entry in directory.iterdir()):
         raise ConversionError(f"The run {path} has saved no checkpoint yet.")
     if step is None:
-        step = checkpoint.newest_step(directory)
+        step = checkpointer.newest_step(directory)
     card = cards.of_run(workdir.read_config(path), step=step, origin=str(path))
     evidence.append(f"step {step} of the run")
 
     @functools.cache
     def restored() -> dict[str, Any]:
-        variables = checkpoint.restore_variables(directory, step=step)
+        variables = checkpointer.restore_variables(directory, step=step)
         _check(names.tensors_of(variables), card, path)
         return names.without_collections(variables)
 

@@ -24,9 +24,9 @@ from ml_collections import ConfigDict
 from crossmae_jax import patches
 from crossmae_jax.convert import names, sources, structure
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.tensor import Tensor
 from crossmae_jax.models import posemb, vit
 
 PARTS = (

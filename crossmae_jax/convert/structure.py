@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.tensor import Tensors
 from crossmae_jax.models import classifier, fusion, mim, vit
 from crossmae_jax.objectives import pretrain
 

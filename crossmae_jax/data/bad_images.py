@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 from absl import logging
 
+from crossmae_jax import errors
+
 _UNIT = 10_000  # samples
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(errors.UserError, RuntimeError):
     """More images than the configuration allows cannot be decoded.
 
     Attributes:

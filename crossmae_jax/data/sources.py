@@ -27,7 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
-from crossmae_jax import remote
+from crossmae_jax import paths
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
 _ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
@@ -49,8 +49,8 @@ class FolderSource:
     """
 
     def __init__(self, directory: str, *, classes: tuple[str, ...] | None = None):
-        if remote.is_remote(directory):
-            self.directory = str(remote.path(directory))
+        if paths.is_remote(directory):
+            self.directory = str(paths.path(directory))
             images, others = _list(self.directory)
         else:
             self.directory = os.path.abspath(os.path.expanduser(directory))
@@ -85,7 +85,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.name(index)
-        if remote.is_remote(path):
+        if paths.is_remote(path):
             image = self._bucket.cat_file(path)
         else:
             with open(path, "rb") as file:
@@ -101,7 +101,7 @@ class FolderSource:
 
     @functools.cached_property
     def _bucket(self) -> Any:
-        return remote.system(self.directory)
+        return paths.system(self.directory)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k != "_bucket"}
@@ -240,7 +240,7 @@ def _tfds(data: ConfigDict, split: str) -> TfdsSource | None:
 
 
 def _digits(data: ConfigDict, split: str) -> TfdsSource | None:
-    from crossmae_jax.data import digits  # the only source that may have to build
+    from crossmae_jax.data.sets import digits  # the only source that may have to build
 
     name = data.split if split == "train" else data.eval_split
     if not name and split == "eval":
@@ -258,7 +258,7 @@ def _is_image(name: bytes) -> bool:
 
 def _list(directory: str) -> tuple[list[bytes], collections.Counter]:
     """Returns what `_walk` returns, of a folder in a bucket."""
-    bucket = remote.system(directory)
+    bucket = paths.system(directory)
     root = directory.removeprefix("gs://") + "/"
     images, others = [], collections.Counter()
     names = bucket.find(directory)
@@ -325,8 +325,8 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     """Finds a prepared ArrayRecord set, or says how to make it one."""
     where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     where = os.path.expanduser(where)
-    if remote.is_remote(where):
-        where = str(remote.path(where))
+    if paths.is_remote(where):
+        where = str(paths.path(where))
     try:
         builder = tfds.builder(name, data_dir=where)
     except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
@@ -348,7 +348,7 @@ def _prepared(name: str, data_dir: str | None) -> Any:
 
 def _not_there(name: str, where: str, reason: str) -> str:
     try:
-        below = remote.path(where).iterdir()
+        below = paths.path(where).iterdir()
         entries = sorted(e.name for e in below if e.name != "downloads")
     except OSError as error:
         entries = [f"nothing ({error.strerror or 'no such folder'})"]

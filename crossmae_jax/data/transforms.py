@@ -42,6 +42,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from crossmae_jax import errors
 from crossmae_jax.data.randaug import RandAugment
 
 EVAL_CROP_RATIO = 224 / 256
@@ -72,7 +73,7 @@ class BadImage(ValueError):
     """An image that cannot be read or decoded; the message names it."""
 
 
-class ChannelMismatch(ValueError):
+class ChannelMismatch(errors.UserError, ValueError):
     """An image whose channels are not those of the configuration."""
 
 

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from crossmae_jax import layout
+from crossmae_jax.distributed import sharding
 from crossmae_jax.ops import attention as attention_ops
 from crossmae_jax.ops import gelu as gelu_ops
 from crossmae_jax.ops import layer_norm as layer_norm_ops
@@ -59,7 +59,7 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", self.bias_init, shape[1:]).astype(self.dtype)
-        out = x.astype(self.dtype) @ layout.gathered(kernel, self.dtype)
+        out = x.astype(self.dtype) @ sharding.gathered(kernel, self.dtype)
         return out + bias.reshape((1,) * (x.ndim - 1) + shape[1:])
 
 
@@ -114,7 +114,7 @@ class SplitDense(nn.Module):
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
         x, bias = x.astype(self.dtype), bias.astype(self.dtype)
-        whole = layout.gathered(kernel, self.dtype)
+        whole = sharding.gathered(kernel, self.dtype)
         kernels = jnp.split(whole, self.parts, axis=1)
         biases = jnp.split(bias[None, None], self.parts, axis=2)
         return [x @ w + b for w, b in zip(kernels, biases, strict=True)]

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, layerwise, losses
+from crossmae_jax import augment, losses
 from crossmae_jax.models import classifier, layers, vit
+from crossmae_jax.optim import layerwise
 
 Variables = dict[str, Any]
 Batch = dict[str, Array]

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, losses, masking, patches, targets
+from crossmae_jax import augment, losses, masking, patches
 from crossmae_jax.models import mim, vit
+from crossmae_jax.targets import pixels
 
 Variables = dict[str, Any]
 Batch = dict[str, Array]
@@ -132,7 +133,7 @@ class Pretrain:
         self, images: Float[Array, "b height width c"]
     ) -> Float[Array, "b n t"]:
         """Returns what should be predicted for every patch."""
-        return targets.pixels(
+        return pixels.pixels(
             images, patch_size=self.patch_size,
             normalize=self.config.target.normalize,
         )
@@ -234,7 +235,7 @@ class Pretrain:
         predicted = self.model.predicted(ids)
         values = patches.patchify(images, patch_size=self.patch_size)
         target = patches.take_tokens(self.target(images), predicted)
-        pictures = targets.to_pixels(
+        pictures = pixels.to_pixels(
             pred, patches.take_tokens(values, predicted),
             normalize=self.config.target.normalize,
         )
@@ -242,7 +243,9 @@ class Pretrain:
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
         return Reconstruction(
             image=self._picture(values),
-            prediction=self._picture(patches.put_tokens(mean_patch, predicted, pictures)),
+            prediction=self._picture(
+                patches.put_tokens(mean_patch, predicted, pictures)
+            ),
             pasted=self._picture(patches.put_tokens(values, predicted, pictures)),
             mask=masking.mask_of(predicted, num_patches=self.num_patches),
             thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),

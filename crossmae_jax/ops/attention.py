@@ -153,7 +153,7 @@ def _check_tpu(q, k, v, bias):
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         raise NotImplementedError(
             f"There are {jax.device_count()} devices, but no mesh is in use to share a"
-            " kernel's work by; jit the function as crossmae_jax.parallel.within does."
+            " kernel's work by; jit the function as distributed.parallel.within does."
         )
 
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from crossmae_jax import parallel
+from crossmae_jax import errors
+from crossmae_jax.distributed import parallel
 from crossmae_jax.ops import attention
 
 TOLERANCES = {"bfloat16": 2e-2, "float32": 1e-5}
@@ -32,7 +33,7 @@ _PARTS = (
 )
 
 
-class KernelError(RuntimeError):
+class KernelError(errors.UserError, RuntimeError):
     """A kernel computes something else than attention; nothing was trained."""
 
 

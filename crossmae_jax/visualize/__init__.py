@@ -9,9 +9,9 @@ from crossmae_jax.visualize.inside import (
     attention_of_patch,
     inter_block_weights,
     likeness,
-    values_over,
     picture_grid,
     spread_of,
+    values_over,
 )
 from crossmae_jax.visualize.panels import (
     Reconstruction,

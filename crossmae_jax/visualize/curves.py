@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crossmae_jax import logged
+from crossmae_jax.runs import logged
 from crossmae_jax.visualize import canvas
 
 

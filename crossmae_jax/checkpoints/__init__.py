@@ -1,0 +1,1 @@
+"""Checkpoints on disk or in a bucket: complete, verified, and never half of one."""

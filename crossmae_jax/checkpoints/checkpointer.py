@@ -1,0 +1,391 @@
+"""Checkpoints: everything a run needs to go on, verified when it is read.
+
+    directory/300/variables/    weights and fixed tables; readable alone
+    directory/300/optimizer/    all other state: the step and the optimiser's moments
+    directory/300/SHA256SUMS    digests of both (`sha256sum -c SHA256SUMS`)
+
+Orbax writes and restores the arrays. It has no digests of its own: a flipped byte comes
+back as wrong weights without a word. So each step gets a list of digests while its
+directory still has its temporary name; the rename that commits it makes the arrays and
+the digests appear together. In a bucket (`gs://`), which cannot rename, the object that
+Orbax commits a step with is written after the digests; a step without it is none.
+
+Going on is never a guess. A damaged step is named, put aside, and the one before it is
+used; if no step is left, that is an error and not a fresh start. State is read into
+abstract arrays that carry the shardings of the present mesh, never the stored ones, so
+a run may move to another number of devices. What the checkpoint and the model disagree
+on is printed both ways before an array is read: Orbax by itself casts a changed dtype
+in silence.
+
+The directory is on a disk that all processes share, or in a bucket; process 0 verifies
+and renames.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from crossmae_jax import errors, paths
+from crossmae_jax.checkpoints import digests, steps
+from crossmae_jax.distributed import parallel
+from crossmae_jax.paths import AnyPath
+
+VARIABLES = "variables"
+OPTIMIZER = "optimizer"
+_MAX_NAMES = 10  # tensors named per kind of mismatch
+_NONE, _ALL_DAMAGED = -1, -2  # what process 0 tells the others instead of a step
+
+Leaves = dict[tuple[str, ...], Any]
+
+
+class RestoreError(errors.UserError, ValueError):
+    """There is no checkpoint that can be restored, where there should be one."""
+
+
+class MismatchError(RestoreError):
+    """A checkpoint is intact, but holds other tensors than the model asks for."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `keep` of them.
+
+    All processes of a run call every method. A state is a dataclass or dict of
+    `jax.Array`s with the weights in its field `variables`.
+
+    Args:
+      before_save: called before each save: a step finds in its place what this puts
+        there, and nobody finds the step without.
+
+    Example:
+      checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+      restored = checkpoints.restore_latest(abstract_state)
+      step, state = restored if restored else (0, init())
+      ...
+      checkpoints.save(step, state)
+      checkpoints.close()
+    """
+
+    def __init__(
+        self,
+        directory: str | AnyPath,
+        *,
+        keep: int,
+        before_save: Callable[[], None] = lambda: None,
+    ):
+        if keep < 1:
+            raise ValueError(f"keep={keep} checkpoints; expected at least 1.")
+        self._before_save = before_save
+        self.directory = paths.absolute(directory)
+        self._saving: int | None = None
+        for path in steps.unfinished(self.directory):
+            parallel.say(
+                f"{path} was never completed (the run was stopped while writing it); "
+                "removing it."
+            )
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                cleanup_tmp_directories=True,
+                # Orbax calls this when all is written, right before the commit.
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_digests
+                ),
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Returns the committed steps, damaged ones included, in ascending order."""
+        return steps.committed(self.directory)
+
+    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+        """Saves the state; unless `wait`, returns while files are still being written.
+
+        The arrays are copied before it returns: the caller may donate them.
+
+        Raises:
+          ValueError: if the save is refused because a step this new exists, or if the
+            state is not made of `jax.Array`s.
+          OSError: or whatever else made the previous save fail in the background.
+        """
+        items = _split(state)
+        for name, leaves in items.items():
+            for path, leaf in leaves.items():
+                if not isinstance(leaf, jax.Array):
+                    raise ValueError(
+                        f"{name}: {'/'.join(path)} is of type {type(leaf).__name__}; "
+                        "expected a jax.Array. Wrap it in jnp.asarray(..., dtype)."
+                    )
+        self.wait()
+        self._before_save()
+        self._saving = step
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(**{
+                name: ocp.args.StandardSave(traverse_util.unflatten_dict(leaves))
+                for name, leaves in items.items()
+            }),
+        )
+        if not saved:
+            raise ValueError(
+                f"Step {step} was not saved: {self.directory} already holds steps "
+                f"{self.steps()}, and only a newer one can be added. Resume from the "
+                "newest, or use another directory."
+            )
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is committed; raises if it failed."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the last save and for the removal of old steps."""
+        self._manager.close()
+
+    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Returns the newest intact step and its state; None if nothing was ever saved.
+
+        Steps that are damaged are named, and renamed to `300.damaged` once an older one
+        has taken their place.
+
+        Args:
+          abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore into.
+
+        Raises:
+          RestoreError: if there are steps and all are damaged.
+          MismatchError: if the newest intact step does not fit `abstract_state`.
+        """
+        self.wait()
+        items = _split(abstract_state)
+        step, damaged = _newest_intact(self.directory, items)
+        if step is None:
+            return None
+        _check_match(self.directory / str(step), items)
+        restored = {
+            path if name == OPTIMIZER else (VARIABLES, *path): leaf
+            for name, leaves in items.items()
+            for path, leaf in _read(self.directory / str(step) / name, leaves).items()
+        }
+        self._put_aside(damaged)
+        names = [_names(path) for path, _ in _leaves(abstract_state)]
+        return step, jax.tree.unflatten(
+            jax.tree.structure(abstract_state), [restored[name] for name in names]
+        )
+
+    def _write_digests(self) -> None:
+        final = self.directory / str(self._saving)
+        temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
+        digests.write(temporary if temporary.exists() else final)
+
+    def _put_aside(self, damaged: Iterable[int]) -> None:
+        """Renames damaged steps, so that the run can write these steps again."""
+        if jax.process_index() == 0:
+            for step in damaged:
+                path = self.directory / str(step)
+                target = steps.put_aside(path)
+                parallel.say(
+                    f"Put {path} aside as {target.name}; delete it when you like."
+                )
+        ocp.multihost.sync_global_processes("crossmae_jax:damaged_steps_put_aside")
+        self._manager.reload()
+
+
+def newest_step(directory: str | AnyPath) -> int:
+    """Returns the newest intact step; raises RestoreError if there is none."""
+    directory = paths.absolute(directory)
+    step, _ = _newest_intact(directory, (VARIABLES,))
+    if step is None:
+        found = steps.contents(directory)
+        raise RestoreError(f"No checkpoint in {directory}; {found}.")
+    return step
+
+
+def restore_variables(
+    directory: str | AnyPath, abstract_variables: Any = None, step: int | None = None
+) -> Any:
+    """Reads the weights of a checkpoint, without the optimiser, and verifies them.
+
+    Needs neither the config nor the devices of the run. Reads only; a run may be
+    writing to the directory.
+
+    Args:
+      directory: a run's `checkpoints`.
+      abstract_variables: `jax.ShapeDtypeStruct`s with shardings, checked against the
+        file. Default: whatever is there, as nested dicts on one device.
+      step: default: the newest intact step.
+
+    Raises:
+      RestoreError: if there is no checkpoint, or none (or not `step`) is intact.
+      MismatchError: if the weights do not fit `abstract_variables`.
+    """
+    directory = paths.absolute(directory)
+    if step is None:
+        step = newest_step(directory)
+    else:
+        if step not in (there := steps.committed(directory)):
+            raise RestoreError(
+                f"No step {step} in {directory}; it holds steps {there}."
+            )
+        reason = digests.damage(directory / str(step), (VARIABLES,))
+        if reason:
+            raise RestoreError(f"Step {step} in {directory} is damaged: {reason}.")
+    path = directory / str(step)
+    if abstract_variables is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        leaves = {
+            names: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+            for names, (shape, dtype) in _stored(path / VARIABLES).items()
+        }
+        return traverse_util.unflatten_dict(_read(path / VARIABLES, leaves))
+    items = _split({VARIABLES: abstract_variables})
+    _check_match(path, items)
+    restored = _read(path / VARIABLES, items[VARIABLES])
+    return jax.tree.unflatten(
+        jax.tree.structure(abstract_variables), list(restored.values())
+    )
+
+
+def _newest_intact(
+    directory: AnyPath, items: Iterable[str]
+) -> tuple[int | None, dict[int, str]]:
+    """Returns the newest intact step, and for each newer one what is wrong with it."""
+    damaged: dict[int, str] = {}
+    chosen = _NONE
+    if jax.process_index() == 0:
+        for step in reversed(steps.committed(directory)):
+            reason = digests.damage(directory / str(step), tuple(items))
+            if reason is None:
+                chosen = step
+                break
+            damaged[step] = reason
+            parallel.say(f"Skipping checkpoint {step} in {directory}: {reason}.")
+        else:
+            chosen = _ALL_DAMAGED if damaged else _NONE
+    if jax.process_count() > 1:
+        chosen = int(ocp.multihost.broadcast_one_to_all(np.int32(chosen)))
+    if chosen == _ALL_DAMAGED:
+        there = steps.committed(directory)
+        reasons = "".join(f"\n  step {step}: {why}" for step, why in damaged.items())
+        raise RestoreError(
+            f"{directory} has {len(there)} checkpoint(s), and none can be restored:"
+            f"{reasons or ' process 0 lists the reasons.'}\n"
+            "Refusing to start over in a directory that holds a run. Put back a copy "
+            "of a step, or train from the start in a new --workdir. If only the list "
+            "of digests is gone and you trust the files: python -c 'from crossmae_jax "
+            f"import digests; digests.write(\"{directory / str(there[-1])}\")'."
+        )
+    return (None if chosen == _NONE else chosen), damaged
+
+
+def _stored(path: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
+    """Returns shape and dtype of every tensor of an item, by its path."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        tree = handler.metadata(path).tree
+    return {
+        names: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+        for names, leaf in traverse_util.flatten_dict(tree).items()
+    }
+
+
+def _read(path: AnyPath, leaves: Leaves) -> Leaves:
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(path, traverse_util.unflatten_dict(leaves))
+    restored = traverse_util.flatten_dict(tree)
+    return {names: restored[names] for names in leaves}
+
+
+def _check_match(path: AnyPath, items: dict[str, Leaves]) -> None:
+    """Raises MismatchError unless a step holds exactly the tensors asked for."""
+    ours, theirs = {}, {}
+    for item, leaves in items.items():
+        for names, leaf in leaves.items():
+            if leaf.sharding is None:
+                raise ValueError(
+                    f"{item}: {'/'.join(names)} has no sharding; give "
+                    "jax.ShapeDtypeStruct(shape, dtype, sharding=...)."
+                )
+            ours[item, *names] = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+        if (path / item).exists():
+            stored = _stored(path / item)
+            theirs |= {(item, *names): value for names, value in stored.items()}
+    if ours == theirs:
+        return
+    both = ours.keys() & theirs.keys()
+    only_theirs = sorted(theirs.keys() - ours.keys())
+    only_ours = sorted(ours.keys() - theirs.keys())
+    shapes = sorted(name for name in both if ours[name][0] != theirs[name][0])
+    dtypes = sorted(name for name in both if ours[name][1] != theirs[name][1])
+
+    def section(title, names, describe):
+        if not names:
+            return ""
+        lines = [f"\n    {'/'.join(name[1:])}  {describe(name)}" for name in
+                 names[:_MAX_NAMES]]
+        rest = len(names) - _MAX_NAMES
+        more = f"\n    ... and {rest} more" if rest > 0 else ""
+        return f"\n  {title} ({len(names)}):{''.join(lines)}{more}"
+
+    raise MismatchError(
+        f"Checkpoint {path} does not fit the model: {len(both)} tensors have the same "
+        f"name, {len(only_theirs)} are only in the checkpoint, {len(only_ours)} only "
+        "in the model."
+        + section("only in the checkpoint", only_theirs, lambda n: theirs[n][0])
+        + section("only in the model", only_ours, lambda n: ours[n][0])
+        + section("other shape", shapes, lambda n:
+                  f"checkpoint {theirs[n][0]}, model {ours[n][0]}")
+        + section("other dtype", dtypes, lambda n:
+                  f"checkpoint {theirs[n][1]}, model {ours[n][1]}")
+        + f"\nLikely reason: {_likely_reason(only_theirs + only_ours, shapes, dtypes)}."
+        + "\nUse the configuration that the run was started with (config.json in its "
+        "workdir), or a new --workdir."
+    )
+
+
+def _likely_reason(missing: list, shapes: list, dtypes: list) -> str:
+    different = missing + shapes + dtypes
+    if all(name[0] == OPTIMIZER for name in different):
+        return "the optimiser changed (optim.*); the weights fit"
+    if not missing and not shapes:
+        return "the weights are kept in another precision"
+    if not missing:
+        return (
+            "the model has other widths, patches, image size or channels (model.size, "
+            "model.decoder_dim, data.image_size, data.channels)"
+        )
+    return (
+        "the model has other parts or another depth (model.size, model.decoder, "
+        "model.decoder_depth, model.fusion, model.fusion_maps, model.aggregator)"
+    )
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _names(path: tuple) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _split(state: Any) -> dict[str, Leaves]:
+    """Returns the state's leaves by item, each under its path as a tuple of names."""
+    items: dict[str, Leaves] = {}
+    for path, leaf in _leaves(state):
+        names = _names(path)
+        if names[:1] == (VARIABLES,):
+            items.setdefault(VARIABLES, {})[names[1:]] = leaf
+        else:
+            items.setdefault(OPTIMIZER, {})[names] = leaf
+    bare = any(() in leaves for leaves in items.values())
+    if VARIABLES not in items or bare:
+        raise ValueError(
+            "A state to save or restore needs a field `variables` with arrays in it; "
+            f"got {type(state).__name__}."
+        )
+    return items

@@ -1,0 +1,57 @@
+"""The steps in a directory of checkpoints: which are complete, and which are no more.
+
+On a disk a step is complete once it has its last name. In a bucket it has that from the
+start, and is complete once Orbax has put an object beside the arrays that says so.
+"""
+
+import orbax.checkpoint as ocp
+
+from crossmae_jax import paths
+from crossmae_jax.checkpoints import digests
+from crossmae_jax.paths import AnyPath
+
+
+def committed(directory: AnyPath) -> list[int]:
+    """Returns the complete steps, damaged ones included, in ascending order."""
+    if not directory.is_dir():
+        return []
+    return sorted(
+        int(path.name) for path in directory.iterdir()
+        if path.name.isdecimal() and not _is_marked_unfinished(path)
+    )
+
+
+def unfinished(directory: AnyPath) -> list[AnyPath]:
+    """Returns what is left of saves that were never completed."""
+    if not paths.is_remote(directory):
+        return sorted(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if _is_marked_unfinished(path))
+
+
+def _is_marked_unfinished(path: AnyPath) -> bool:
+    return (
+        paths.is_remote(path) and path.is_dir()
+        and not (path / paths.COMMITTED).exists()
+    )
+
+
+def put_aside(path: AnyPath) -> AnyPath:
+    """Renames a damaged step, so that it can be written again; returns its new path."""
+    target = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.damaged{number}")
+    paths.move(path, target)
+    return target
+
+
+def contents(directory: AnyPath) -> str:
+    """Says what lies in a directory where checkpoints are missed."""
+    if not directory.is_dir():
+        return "there is no such directory"
+    names = sorted(path.name for path in directory.iterdir())
+    found = f"found {digests.shorten(names, 5)} instead" if names else "it is empty"
+    return f"{found}. Give the directory `checkpoints` of a run"

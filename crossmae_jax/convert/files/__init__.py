@@ -1,0 +1,1 @@
+"""Weight files of other libraries, read and written; these know no model."""

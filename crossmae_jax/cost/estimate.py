@@ -1,0 +1,395 @@
+"""What the training step needs of hardware that need not be there.
+
+The step that training runs is compiled for the target and read, not run:
+
+* Memory and collectives are those of the compiled program.
+* Operations are counted (crossmae_jax/cost/counting.py): 3 forward passes, 2 a
+  multiply-add.
+* The time is a bound, no measurement: a step takes at least as long as its operations
+  at the device's peak, and as what it must send at the bandwidth of the links. The
+  third side of the roofline, memory accesses at the memory's bandwidth, is given beside
+  it and not in it: the compiler's count has accesses that never leave the chip. The
+  count of operations is a few per cent above what runs (crossmae_jax/cost/counting.py).
+
+It fits if the memory that the compiler reserves stays within what JAX may use; what
+else lives on a device (the runtime, a second batch on its way, fragments) is not in the
+program, and the shares of `capacity` leave room for it.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from crossmae_jax import objectives, train_step
+from crossmae_jax.cost import collectives, counting
+from crossmae_jax.data import pipeline
+from crossmae_jax.distributed import hardware, parallel, sharding
+from crossmae_jax.optim import optimizers
+
+_FUSED = {"cuDNN": "__cudnn$fmha", "TPU kernels": "tpu_custom_call"}
+_PREALLOCATED = 0.75  # of a GPU's memory: JAX, "GPU memory allocation"
+_MOST_PREALLOCATED = 0.95  # leaves CUDA and its libraries a twentieth
+
+
+class Capacity(NamedTuple):
+    """Memory of a device in bytes: within `sure` it fits, beyond `most` it does not.
+
+    Attributes:
+      why: what `sure` is.
+      between: what holds, or is to be done, for a program between the two.
+    """
+
+    sure: int
+    most: int
+    why: str
+    between: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that the compiler reserves on one device.
+
+    Attributes:
+      moments: of the optimiser, with the step counters.
+      temporaries: activations kept for the backward pass, gradients, work space.
+      other: what is added as arrays are laid out, results beside the new state, code.
+    """
+
+    weights: int
+    moments: int
+    images: int
+    temporaries: int
+    other: int
+
+    @property
+    def state(self) -> int:
+        """What does not depend on the batch."""
+        return self.weights + self.moments + self.other
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.images + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What one configuration needs of one target.
+
+    Attributes:
+      layout: how weights and moments lie on the devices, in a line.
+      memory: None if the compiler refused, and then also `accessed`.
+      refusal: the compiler's own words, "" if it did not refuse.
+      capacity: None where the memory of the device is not known.
+      attention: implementations that the program calls: cuDNN, TPU kernels, or XLA's.
+      flops: of a step on one device, counted.
+      accessed: bytes of memory that the compiler counts for a step on one device; None
+        where it does not say.
+    """
+
+    target: str
+    device_kind: str
+    num_devices: int
+    sharding: str
+    device: hardware.Device | None
+    capacity: Capacity | None
+    batch_size: int
+    accum_steps: int
+    seconds: float
+    flops: float
+    refusal: str = ""
+    memory: Memory | None = None
+    accessed: float | None = None
+    attention: str = ""
+    exchanged: tuple[collectives.Collective, ...] = ()
+
+    @property
+    def fits(self) -> str:
+        """Returns "yes", "barely", "no", or "unknown" without a capacity."""
+        if self.refusal:
+            return "no"
+        if self.capacity is None:
+            return "unknown"
+        if self.memory.total <= self.capacity.sure:
+            return "yes"
+        return "barely" if self.memory.total <= self.capacity.most else "no"
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device must send at least in a step."""
+        return sum((kind.sent for kind in self.exchanged), 0.0)
+
+    def roofline(self) -> dict[str, float]:
+        """Returns the seconds of a step by "operations", "links" and "memory".
+
+        Those of which no figures are known are left out. "memory" is no bound: some of
+        the accesses that the compiler counts may stay on the chip.
+        """
+        if self.device is None:
+            return {}
+        seconds = {"operations": self.flops / (self.device.tflops * 1e12)}
+        if self.device.link is not None and self.sent:
+            seconds["links"] = self.sent / (self.device.link * 1e9)
+        if self.accessed is not None:
+            seconds["memory"] = self.accessed / (self.device.bandwidth * 1e9)
+        return seconds
+
+
+class Suggestion(NamedTuple):
+    """Settings that may make a configuration fit; `tried` is None if not compiled."""
+
+    settings: dict[str, Any]
+    tried: Estimate | None
+
+
+class LargestBatch(NamedTuple):
+    """The largest global batch that fits, on a line through two that were compiled."""
+
+    batch_size: int
+    compiled: tuple[int, int]
+
+
+def capacity(target: str, device: hardware.Device | None, here: Any) -> Capacity | None:
+    """Returns the memory of a target's devices, None if it is not known.
+
+    Args:
+      here: one of the devices, which tells how much it has if it is there.
+    """
+    if target == "this" and here.platform == "cpu":
+        memory = hardware.memory(here)
+        return Capacity(memory, memory, (
+            "this machine's memory, whoever uses it, over "
+            f"{jax.local_device_count()} devices"
+        ))
+    if target == "this" and (limit := (here.memory_stats() or {}).get("bytes_limit")):
+        return Capacity(limit, limit, "what JAX may use of this device")
+    if device is None:
+        return None
+    memory = device.memory * 10**9
+    if here.platform == "tpu":
+        return Capacity(
+            memory, device.memory * 2**30, "the data sheet's GB",
+            "the compiler takes it, for the chip has GiB, but nothing is left for the "
+            "runtime",
+        )
+    return Capacity(
+        int(_PREALLOCATED * memory), int(_MOST_PREALLOCATED * memory),
+        f"the {_PREALLOCATED:.0%} of {device.memory} GB that JAX takes by itself",
+        "only if JAX may take more: "
+        f"XLA_PYTHON_CLIENT_MEM_FRACTION={_MOST_PREALLOCATED}",
+    )
+
+
+def with_settings(config: ConfigDict, settings: dict[str, Any]) -> ConfigDict:
+    """Returns a copy in which some settings, named "a.b", have other values."""
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(settings)
+    return changed
+
+
+def _num_bytes(tree: Any) -> int:
+    """Returns the bytes of a tree on one of the devices that it lies on."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+class Lowered(NamedTuple):
+    """A step as it goes to the compiler, and the shapes of what it takes.
+
+    Attributes:
+      layout: how the state lies, in a line.
+    """
+
+    step: jax.stages.Lowered
+    state: Any
+    batch: Any
+    sharding: str
+
+
+def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
+    """Returns the step that training runs on such devices, lowered for them.
+
+    Raises:
+      ValueError: if the configuration contradicts itself, or does not divide over the
+        devices.
+    """
+    data, accum_steps = config.data, config.optim.accum_steps
+    objective = objectives.make(config)
+    key = jax.random.key(config.seed, impl="threefry2x32")
+    parallel.check_batch_size(
+        data.batch_size, len(devices), accum_steps=accum_steps
+    )
+    # Only the lengths of schedules depend on the data set, and no shape on those.
+    schedule = optimizers.make_schedule(config, steps_per_epoch=1000.0)
+    tx = optimizers.make_optimizer(config, schedule)
+    state = train_step.abstract_state(objective, tx, key)
+    mesh, line = sharding.make_mesh(config, state, devices)
+    _, step = train_step.compile_steps(
+        objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps
+    )
+    batch = pipeline.blank_batch(data, batch_size=data.batch_size)
+    state = parallel.with_sharding(state, sharding.shardings(mesh, state))
+    batch = parallel.with_sharding(batch, parallel.batch_sharding(mesh))
+    return Lowered(step.lower(state, batch), state, batch, line)
+
+
+def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
+    found = compiled.memory_analysis()
+    temporaries = found.temp_size_in_bytes
+    total = (
+        found.argument_size_in_bytes + found.output_size_in_bytes
+        - found.alias_size_in_bytes + found.generated_code_size_in_bytes + temporaries
+    )
+    weights = _num_bytes(state.variables)
+    moments = _num_bytes((state.opt_state, state.step))
+    images = _num_bytes(batch)
+    return Memory(
+        weights, moments, images, temporaries,
+        other=total - weights - moments - images - temporaries,
+    )
+
+
+def estimate(config: ConfigDict, target: str) -> Estimate:
+    """Compiles a configuration's training step for a target; returns what it needs.
+
+    Example:
+      estimate(configs.vitb_cross.get_config(), "v5e:4x4").memory.total
+
+    Raises:
+      ValueError: if there is no such target, or the configuration contradicts itself or
+        does not divide over the target's devices.
+      MissingCompiler: if the compiler for the target is not installed.
+    """
+    devices = hardware.target_devices(target)
+    here, num_devices = devices[0], len(devices)
+    device = hardware.find(here.device_kind)
+    begin = time.perf_counter()
+    lowered = lower_step(config, devices)
+    refusal, compiled = "", None
+    try:
+        compiled = lowered.step.compile(
+            compiler_options=hardware.compiler_options(target) or None
+        )
+    except jax.errors.JaxRuntimeError as error:
+        # A TPU's compiler refuses what does not fit. The status is part of the text.
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        refusal = str(error)
+    found = Estimate(
+        target=target, device_kind=here.device_kind, num_devices=num_devices,
+        layout=lowered.layout,
+        device=device, capacity=capacity(target, device, here),
+        batch_size=config.data.batch_size, accum_steps=config.optim.accum_steps,
+        seconds=time.perf_counter() - begin, refusal=refusal,
+        flops=counting.count(config).train_flops * config.data.batch_size / num_devices,
+    )
+    if compiled is None:
+        return found
+    text = compiled.as_text()
+    accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
+    return dataclasses.replace(
+        found,
+        memory=_memory(compiled, lowered.state, lowered.batch),
+        # The compiler counts a loop's body once, and micro-batches are a loop.
+        accessed=accessed if config.optim.accum_steps == 1 else None,
+        attention=", ".join(n for n, call in _FUSED.items() if call in text) or "XLA",
+        exchanged=tuple(collectives.read(text, num_devices)),
+    )
+
+
+def largest_batch(found: list[Estimate]) -> LargestBatch | None:
+    """Returns the largest batch that surely fits; None if it cannot be told.
+
+    Memory is taken to grow in proportion to the batch. It takes two batch sizes, that
+    the compiler did not refuse; of more, the two nearest to the device's memory count.
+    """
+    known = {each.batch_size: each for each in found if each.memory}
+    if len(known) < 2 or found[0].capacity is None:
+        return None
+    room = found[0].capacity.sure
+    nearest = sorted(known.values(), key=lambda x: abs(x.memory.total - room))[:2]
+    small, large = sorted(nearest, key=lambda x: x.batch_size)
+    slope = (large.memory.total - small.memory.total) / (
+        large.batch_size - small.batch_size
+    )
+    if slope <= 0:
+        return None
+    most = small.batch_size + (room - small.memory.total) / slope
+    unit = small.num_devices * small.accum_steps
+    return LargestBatch(
+        max(0, int(most // unit * unit)), (small.batch_size, large.batch_size)
+    )
+
+
+def _divisor(found: Estimate, copies: int) -> float | None:
+    """Returns by what the images at work must be divided; None if nothing helps.
+
+    A tenth more than the arrays that grow with them ask for. At least 2 where the
+    compiler refused and named no sizes.
+
+    Args:
+      copies: of the weights, which the gradients take however few images there are.
+    """
+    if found.memory is None or found.capacity is None:
+        return 2.0
+    fixed = found.memory.state + copies * found.memory.weights
+    room = found.capacity.sure - fixed
+    if room <= 0:
+        return None
+    return 1.1 * max(0, found.memory.total - fixed) / room
+
+
+def candidates(config: ConfigDict, found: Estimate) -> list[Iterator[dict[str, Any]]]:
+    """Returns ways to make a configuration fit, each from its mildest form on.
+
+    More micro-batches and recomputation leave the result of a step as it is; a smaller
+    batch is another training.
+    """
+    ways = []
+    batch, now, devices = found.batch_size, found.accum_steps, found.num_devices
+    if least := _divisor(found, copies=2):  # of one part, and the sum of all
+        ways.append(
+            {"optim.accum_steps": parts}
+            for parts in range(max(now + 1, math.ceil(now * least)), batch + 1)
+            if batch % (devices * parts) == 0
+        )
+    if smaller := _divisor(found, copies=1):
+        if config.model.remat != "full":
+            ways.append(iter([{"model.remat": "full"}]))
+        halved = (batch // 2**power for power in range(1, batch.bit_length()))
+        ways.append(
+            {"data.batch_size": size}
+            for size in halved
+            if size <= batch / smaller and size % (devices * now) == 0
+        )
+    return ways
+
+
+def suggest(
+    config: ConfigDict, found: Estimate, *, num_tests: int
+) -> list[Suggestion]:
+    """Returns settings that may make a configuration fit that does not.
+
+    Args:
+      num_tests: how many compilations may be spent on finding out whether they do. One
+        that does not is followed by the next stronger.
+    """
+    suggestions = []
+    for way in candidates(config, found):
+        for settings in way:
+            tried = None
+            if num_tests > 0:
+                num_tests -= 1
+                tried = estimate(with_settings(config, settings), found.target)
+            suggestions.append(Suggestion(settings, tried))
+            if tried is None or tried.fits == "yes":
+                break
+    return suggestions

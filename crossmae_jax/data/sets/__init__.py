@@ -1,0 +1,1 @@
+"""Data sets that need more than a source: prepared, fetched or corrupted."""

@@ -1,0 +1,1 @@
+"""Evaluations of a model, while it trains and of a checkpoint."""

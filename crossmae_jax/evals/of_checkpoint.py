@@ -1,0 +1,291 @@
+"""Evaluates a checkpoint in several ways, in one report.
+
+    accuracy     of a classifier, on the evaluation split
+    knn          k nearest neighbours, of the mean of the patches and the class token
+    linear       logistic regression on frozen features
+    robustness   of a classifier, on other sets or corrupted images
+
+Every image of a split is counted once. The report says of how many, of which
+checkpoint, and how: results without these cannot be compared.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from crossmae_jax import errors, objectives, paths
+from crossmae_jax.checkpoints import checkpointer, digests
+from crossmae_jax.convert import starting
+from crossmae_jax.data import pipeline, sources
+from crossmae_jax.distributed import parallel
+from crossmae_jax.evals import (
+    evaluator,
+    features,
+    linear,
+    report,
+    robustness_sets,
+    while_training,
+)
+from crossmae_jax.ops import attention, attention_check
+from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import workdir
+
+SUITES = ("accuracy", "knn", "linear", "robustness")
+KS = (10, 20, 100, 200)  # DINO's, arXiv 2104.14294; 20 is the usual one
+DEFAULTS = {
+    "accuracy": {},
+    "knn": dict(k=KS, temperature=0.07, pools=("mean", "cls")),
+    "linear": dict(l2s=linear.L2S, max_iterations=1000, tolerance=1e-6),
+}
+# Parts that no evaluation here looks at.
+_UNUSED = ("fusion", "decoder", "aggregator")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights with the configuration that they are evaluated with.
+
+    Attributes:
+      path: a run, or a file or folder of another format.
+      step: of a run.
+      digest: SHA-256 of what was read.
+      notes: what became of the parts of other formats.
+    """
+
+    path: str
+    step: int | None
+    digest: str
+    config: ConfigDict
+    objective: Any
+    variables: Any
+    notes: tuple[str, ...] = ()
+
+
+def open_checkpoint(
+    path: str | AnyPath, config: ConfigDict, *, step: int | None = None
+) -> Checkpoint:
+    """Opens weights to evaluate, on all devices.
+
+    Args:
+      path: a run, or weights of another format, as `config.init_from` takes them.
+      config: of the model and the data; for a run its own, in which `data` may say
+        where the images lie here.
+      step: of a run; the newest intact one if None.
+
+    Raises:
+      SetupError: if the weights do not fit the config, or lack what is evaluated.
+      RestoreError: if the run has no intact checkpoint.
+    """
+    path, mesh = paths.path(path), parallel.make_mesh()
+    with errors.setting_up():
+        if not config.data.get("num_classes", 1):
+            opened = sources.make_source(config.data, "train")
+            config = objectives.with_classes(config, opened.num_classes)
+        objective = objectives.make(config)
+    key = jax.random.key(0, impl="threefry2x32")
+    abstract = parallel.with_sharding(
+        jax.eval_shape(objective.init, key), parallel.replicated(mesh)
+    )
+    if workdir.is_run(path):
+        place = path / "checkpoints"
+        step = checkpointer.newest_step(place) if step is None else step
+        variables = checkpointer.restore_variables(place, abstract, step)
+        digest = digests.of(place / str(step) / digests.LIST)
+        return Checkpoint(str(path), step, digest, config, objective, variables)
+    with errors.setting_up():
+        if step is not None:
+            raise ValueError(f"{path} is no run and has no steps; leave out {step=}.")
+        found = starting.plan(str(path), abstract, config)
+        if missing := sorted(found.new - set(_UNUSED)):
+            raise ValueError(
+                f"{path} lacks {', '.join(missing)}, which would be random numbers; "
+                "give weights that have all of it, or a config of another model or "
+                "objective.\n" + "\n".join(found.report)
+            )
+    init = jax.jit(objective.init, out_shardings=parallel.replicated(mesh))
+    return Checkpoint(
+        str(path), None, digests.of(path), config, objective, found.apply(init(key)),
+        notes=tuple(line.strip() for line in found.report),
+    )
+
+
+def run(
+    made: Checkpoint,
+    suites: Sequence[str],
+    directory: Path,
+    *,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    imagenet: Mapping[str, str] | None = None,
+) -> report.Report:
+    """Evaluates a checkpoint; writes the report after each suite.
+
+    A directory that holds the report of other suites of the same checkpoint, with the
+    same configuration, is added to.
+
+    Args:
+      suites: some of `SUITES`.
+      options: of evaluators, in place of `DEFAULTS`.
+      imagenet: directories of the sets of robustness, "a", "r", "sketch" and "c"; with
+        none of them it is measured on the evaluation split, corrupted on the fly.
+
+    Raises:
+      SetupError: for an unknown suite, or one that the checkpoint or the data cannot
+        give.
+      KernelError: if a kernel does not compute what it should on these devices.
+    """
+    config, mesh, imagenet = made.config, parallel.make_mesh(), imagenet or {}
+    with errors.setting_up():
+        _check_suites(made, suites)
+        opened = _open(config, suites, own_images=not imagenet)
+        found = report.begun(directory, _empty(made))
+        chosen = _options(config, suites, opened, options or {}, found)
+        evaluator.check(
+            chosen, num_images={split: len(one) for split, one in opened.items()},
+            num_classes=max((one.num_classes for one in opened.values()), default=0),
+        )
+        while_training.check_pools(chosen, config.model)
+        sets = {}
+        if "robustness" in suites:
+            sets = robustness_sets.prepare(
+                config.data, opened.get("eval"), imagenet=imagenet
+            )
+    predict = _predict(made, mesh)
+
+    def evaluation_of(opened: dict[str, sources.Source], data: ConfigDict, evals: Any):
+        return while_training.of_sources(
+            opened, data, predict, mesh=mesh, workdir=directory, evals=evals
+        )
+
+    def logits_of(source: sources.Source, data: ConfigDict) -> features.Features:
+        one = evaluation_of({"eval": source}, data, {"accuracy": {}})
+        extracted = one.features_of("eval", output="logits")
+        _note_replaced(found, one)
+        return extracted
+
+    whole = evaluation_of(opened, config.data, chosen)
+    for name, its_options in chosen.items():
+        metrics = evaluator.run(name, whole, its_options).metrics
+        _note_replaced(found, whole)
+        found.options[name] = dict(its_options)
+        found.add(name, metrics, _images(name, its_options, opened))
+        found.write(directory)
+    for name, measure in sets.items():
+        metrics, num_images = measure(logits_of)
+        found.add(name, metrics, {"all": (num_images, num_images)})
+        if note := robustness_sets.NOTES.get(name):
+            found.note(note)
+        found.write(directory)
+    return found
+
+
+def _empty(made: Checkpoint) -> report.Report:
+    """Returns the report of a checkpoint of which nothing is known yet."""
+    return report.Report(
+        dict(path=made.path, step=made.step, sha256=made.digest),
+        json.loads(made.config.to_json()), notes=list(made.notes),
+    )
+
+
+def _open(
+    config: ConfigDict, suites: Sequence[str], *, own_images: bool
+) -> dict[str, sources.Source]:
+    """Returns the splits that the suites look at, as far as there are any."""
+    needed = ["train"] * bool({"knn", "linear"} & set(suites))
+    needed += ["eval"] * (own_images or set(suites) != {"robustness"})
+    opened = {}
+    for split in needed:
+        source = sources.make_source(config.data, split)
+        if source is None:
+            raise ValueError(
+                f"{', '.join(suites)} need images to test on, but the data has no "
+                "evaluation split. Set data.eval_split (tfds) or data.eval_dir "
+                "(folder)."
+            )
+        head = config.data.get("num_classes")
+        if head and source.num_classes not in (0, head):
+            raise ValueError(
+                f"{source} has {source.num_classes} classes, the head {head}: their "
+                "numbers do not mean the same. Give the data that it was trained for."
+            )
+        opened[split] = source
+    return opened
+
+
+def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
+    if unknown := [name for name in suites if name not in SUITES]:
+        raise ValueError(
+            f"Unknown suite {unknown[0]!r}. Known: {', '.join(SUITES)}."
+        )
+    of_logits = [name for name in ("accuracy", "robustness") if name in suites]
+    if of_logits and made.config.objective != "classify":
+        raise ValueError(
+            f"{' and '.join(of_logits)} need a classifier, but {made.path} was trained "
+            f"with objective={made.config.objective!r}: fine-tune it "
+            "(docs/finetuning.md), or evaluate its features: knn, linear."
+        )
+
+
+def _options(
+    config: ConfigDict,
+    suites: Sequence[str],
+    opened: Mapping[str, sources.Source],
+    given: Mapping[str, Mapping[str, Any]],
+    found: report.Report,
+) -> dict[str, dict[str, Any]]:
+    """Returns the options of each evaluator; notes which defaults do not apply."""
+    chosen = {}
+    for name in (name for name in suites if name in DEFAULTS):
+        chosen[name] = DEFAULTS[name] | given.get(name, {})
+        if name != "knn":
+            continue
+        bank = len(opened["train"])
+        if "k" not in given.get(name, {}) and bank < KS[-1]:
+            chosen[name]["k"] = tuple(k for k in KS if k <= bank) or (bank,)
+            left = ", ".join(str(k) for k in KS if k > bank)
+            found.note(f"k-NN without k = {left}: {bank} training images")
+        if "pools" not in given.get(name, {}) and config.model.get("pool") == "cls":
+            chosen[name]["pools"] = ("cls",)
+    return chosen
+
+
+def _images(
+    name: str, options: Mapping[str, Any], opened: Mapping[str, sources.Source]
+) -> dict[str, tuple[int, int]]:
+    """Returns how many images of each split an evaluator took, of how many.
+
+    The extraction of features fails unless it was each of them, once.
+    """
+    counts = {}
+    for wanted in evaluator.wanted({name: options}):
+        available = len(opened[wanted.split])
+        taken = available if wanted.num_images is None else wanted.num_images
+        counts[wanted.split] = (min(taken, available), available)
+    return counts
+
+
+def _note_replaced(found: report.Report, one: evaluator.Evaluation) -> None:
+    for split, number in one.num_replaced.items():
+        if number:
+            found.note(
+                f"{number} images of {split} could not be decoded and count as their "
+                "neighbours do; bad_images.jsonl names them"
+            )
+
+
+def _predict(made: Checkpoint, mesh: jax.sharding.Mesh) -> features.Predict:
+    """Returns the jitted `predict` of a checkpoint, its kernels having been checked."""
+    data = made.config.data
+    jitted = jax.jit(parallel.within(mesh, made.objective.predict))
+    batch = parallel.with_sharding(
+        pipeline.blank_batch(data, batch_size=data.batch_size, valid=True),
+        parallel.batch_sharding(mesh),
+    )
+    with attention.recording() as choices:
+        jax.eval_shape(jitted, made.variables, batch)
+    attention_check.check(choices, mesh=mesh)
+    return lambda batch: jitted(made.variables, batch)

@@ -1,0 +1,107 @@
+"""What evaluations of a checkpoint found: one JSON and one Markdown file.
+
+A report belongs to one checkpoint and one configuration. Suites that are evaluated
+later are added to it; another configuration needs another directory.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from crossmae_jax.distributed import environment
+from crossmae_jax.runs import workdir
+
+JSON, MARKDOWN = "evaluation.json", "evaluation.md"
+
+
+def counted(seen: int, available: int) -> str:
+    """Returns how many of how many, as "50 000/50 000"."""
+    return f"{seen:,}/{available:,}".replace(",", " ")
+
+
+@dataclasses.dataclass
+class Report:
+    """What was found of one checkpoint.
+
+    Attributes:
+      checkpoint: its path, step (None if it is of no run) and SHA-256.
+      config: the whole configuration it was evaluated with, as of JSON.
+      options: of each evaluator.
+      metrics: by name, "knn/top1"; shares from 0 to 1 unless a note says otherwise.
+      images: by evaluator and split, how many images were evaluated, of how many.
+      notes: what else a reader must know to compare.
+    """
+
+    checkpoint: dict[str, Any]
+    config: dict[str, Any]
+    options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    images: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(
+        self, name: str, metrics: dict[str, float], images: dict[str, tuple[int, int]]
+    ) -> None:
+        """Adds what an evaluator found, in place of what it found before."""
+        for old in [key for key in self.metrics if key.startswith(f"{name}/")]:
+            del self.metrics[old]
+        self.metrics |= {f"{name}/{key}": value for key, value in metrics.items()}
+        self.images |= {f"{name}/{split}": list(n) for split, n in images.items()}
+
+    def note(self, text: str) -> None:
+        """Adds a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def to_markdown(self) -> str:
+        """Returns the metrics as a table, under what they are of."""
+        path, step = self.checkpoint["path"], self.checkpoint["step"]
+        lines = [
+            f"# Evaluation of {path}" + ("" if step is None else f", step {step}"), "",
+            f"* sha256 `{self.checkpoint['sha256']}`",
+            *(f"* {name}: {counted(*n)} images" for name, n in self.images.items()),
+            *(
+                f"* {name}: " + ", ".join(f"{k}={v}" for k, v in options.items())
+                for name, options in self.options.items() if options
+            ),
+            *(f"* {note}" for note in self.notes),
+            "", "| metric | value |", "| --- | --- |",
+            *(f"| {name} | {value:.6g} |" for name, value in self.metrics.items()),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self, directory: Path) -> None:
+        """Writes both files, from process 0."""
+        if jax.process_index() != 0:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        content = dataclasses.asdict(self) | {"environment": environment.describe()}
+        workdir.write_whole(directory / JSON, json.dumps(content, indent=2) + "\n")
+        workdir.write_whole(directory / MARKDOWN, self.to_markdown())
+
+
+def begun(directory: Path, report: Report) -> Report:
+    """Returns the report that a directory holds, or else the one that is given.
+
+    Raises:
+      ValueError: if the directory holds that of another checkpoint or configuration.
+    """
+    path = directory / JSON
+    if not path.exists():
+        return report
+    content = json.loads(path.read_text())
+    del content["environment"]
+    found = Report(**content)
+    for what, old, new in (
+        ("checkpoint", found.checkpoint["sha256"], report.checkpoint["sha256"]),
+        ("configuration", found.config, report.config),
+    ):
+        if old != new:
+            raise ValueError(
+                f"{directory} holds the report of another {what}; give another "
+                "--workdir, or remove it."
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Optimisers, schedules, and rates that differ from block to block."""

@@ -1,0 +1,176 @@
+"""Optimisers: AdamW and LARS, warm-up and half-cosine, decay on matrices.
+
+For a fractional epoch e, peak rate r, w warm-up epochs of E in all (MAE, arXiv
+2111.06377, appendix A.1; the reference evaluates it at the start of each step):
+
+    lr(e) = r e / w                                                   e < w
+    lr(e) = min_lr + (r - min_lr) (1 + cos(pi (e - w) / (E - w))) / 2   otherwise
+
+Peak rate: base_lr * batch / 256, times gamma / p in CrossMAE (arXiv 2401.14391,
+appendix A: the loss over fewer predicted patches has more variance).
+
+AdamW is decoupled: the decay of a step is lr * weight_decay. Tensors of one dimension
+(biases, norms) are exempt; class token, mask token and the inter-block weights have
+more, and are decayed as in the reference. Fine-tuning exempts tokens and positions, too
+(`optim.decay_tokens=False`).
+
+LARS, for linear probing (MAE, appendix A.1), in the order of MoCo v3 (arXiv 2104.02057,
+`util/lars.py` of MAE). For weights w, gradient g and momentum m:
+
+    u = g + weight_decay w;  b = m b + u * 0.001 |w| / |u|;  w = w - lr b
+
+The rate stands outside of the buffer, the decay inside of the norm (optax.lars has it
+the other way round); the factor is 1 where a norm is 0. What does not decay has neither
+decay nor factor.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from crossmae_jax.models import vit
+from crossmae_jax.optim import layerwise
+
+LR_SCALES = {
+    "pred_over_mask": lambda config: (
+        config.masking.pred_ratio / config.masking.mask_ratio
+    ),
+    "mask_over_pred": lambda config: (
+        config.masking.mask_ratio / config.masking.pred_ratio
+    ),
+    "none": lambda config: 1.0,
+}
+
+
+def peak_lr(config: ConfigDict) -> float:
+    """Returns the learning rate after warm-up.
+
+    Raises:
+      ValueError: if `config.optim.lr_scale` is unknown.
+    """
+    kind = config.optim.lr_scale
+    if kind not in LR_SCALES:
+        raise ValueError(
+            f"Unknown lr_scale {kind!r}. Known: {', '.join(sorted(LR_SCALES))}."
+        )
+    scale = LR_SCALES[kind](config)
+    return config.optim.base_lr * config.data.batch_size / 256 * scale
+
+
+def warmup_cosine(
+    epoch: Float[Array, "*n"],
+    *,
+    peak: float,
+    min_lr: float,
+    warmup_epochs: float,
+    epochs: float,
+) -> Float[Array, "*n"]:
+    """Returns the learning rate at a fractional epoch.
+
+    The cosine is taken as 2 sin^2 of the time left, which keeps its digits near the end
+    where 1 + cos cancels.
+    """
+    left = jnp.clip((epochs - epoch) / (epochs - warmup_epochs), 0.0, 1.0)
+    cosine = min_lr + (peak - min_lr) * jnp.sin(0.5 * jnp.pi * left) ** 2
+    warmup = peak * epoch / max(warmup_epochs, 1e-9)
+    return jnp.where(epoch < warmup_epochs, warmup, cosine)
+
+
+def make_schedule(
+    config: ConfigDict, *, steps_per_epoch: float
+) -> Callable[[Array], Array]:
+    """Returns the learning rate as a function of the number of updates made.
+
+    Raises:
+      ValueError: if warm-up is not shorter than training.
+    """
+    if config.optim.warmup_epochs >= config.epochs:
+        raise ValueError(
+            f"warmup_epochs={config.optim.warmup_epochs} must be below "
+            f"epochs={config.epochs}; lower config.optim.warmup_epochs."
+        )
+    peak = peak_lr(config)
+
+    def schedule(step):
+        return warmup_cosine(
+            jnp.asarray(step / steps_per_epoch, jnp.float32),
+            peak=peak, min_lr=config.optim.min_lr,
+            warmup_epochs=config.optim.warmup_epochs, epochs=config.epochs,
+        )
+
+    return schedule
+
+
+_TOKEN = re.compile(r"(_token|pos_embed)$")
+
+
+def decay_mask(params: Any, *, tokens: bool = True) -> Any:
+    """Returns True for the tensors that decay: those of two dimensions or more.
+
+    Args:
+      tokens: whether class token, mask token and trained positions are among them.
+    """
+    return jax.tree.map(
+        lambda x, name: x.ndim > 1 and (tokens or not _TOKEN.search(name)),
+        params, layerwise.names(params),
+    )
+
+
+def _adamw(optim, schedule, decays):
+    return optax.adamw(
+        schedule, b1=optim.b1, b2=optim.b2, eps=1e-8,
+        weight_decay=optim.weight_decay, mask=decays,
+    )
+
+
+def _lars(optim, schedule, decays):
+    return optax.chain(
+        optax.add_decayed_weights(optim.weight_decay, mask=decays),
+        # 0.001: MAE's util/lars.py
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), decays),
+        optax.trace(decay=optim.b1),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+OPTIMIZERS = {"adamw": _adamw, "lars": _lars}
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: Callable[[Array], Array]
+) -> optax.GradientTransformation:
+    """Returns the optimiser that `config.optim` describes.
+
+    From the inside out: AdamW or LARS; before it, clipping by global norm; frozen
+    parameters; rates by layer. What is not set leaves no trace in the state.
+
+    Raises:
+      ValueError: for an unknown optimiser, or a number of blocks or decay of rates that
+        the encoder `config.model.size` cannot have.
+    """
+    optim = config.optim
+    if optim.name not in OPTIMIZERS:
+        raise ValueError(
+            f"Unknown optim.name {optim.name!r}. Known: {', '.join(OPTIMIZERS)}."
+        )
+    decays = functools.partial(decay_mask, tokens=optim.decay_tokens)
+    tx = OPTIMIZERS[optim.name](optim, schedule, decays)
+    if optim.clip_norm is not None:
+        tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
+    tune_blocks = config.get("tune_blocks")
+    if tune_blocks is None and optim.layer_decay == 1:
+        return tx
+    depth = vit.parse_size(config.model.size)[0].depth
+    if tune_blocks is not None:
+        tx = layerwise.freeze(tx, tune_blocks=tune_blocks, depth=depth)
+    if optim.layer_decay != 1:
+        scale = layerwise.scale_by_layer(decay=optim.layer_decay, depth=depth)
+        tx = optax.chain(tx, scale)
+    return tx

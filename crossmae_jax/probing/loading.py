@@ -1,0 +1,66 @@
+"""Weights of any format, ready to be looked into: `crossmae_jax.load(path)`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crossmae_jax import patches
+from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert.hints import Facts
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.models import posemb
+from crossmae_jax.probing import pretrained
+
+
+def load(
+    path: Any, *, format: str | None = None, step: int | None = None,
+    image_size: Sequence[int] | None = None, mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None, **facts: Any,
+) -> pretrained.Pretrained:
+    """Returns the model of weights of any format, with its decoder if there is one.
+
+    Args:
+      path: a run, an import or a file: see `convert.sources`.
+      step: of a run; the newest intact one if not given.
+      image_size: height and width to work at, multiples of the patch size; the
+        position tables are resized. That of pre-training if not given.
+      mean: per channel, for pixels in 0..1; needed where the file does not tell, and
+        replaces the card's; likewise `std`.
+      facts: what else the file does not tell, as in `convert.hints.Facts`.
+
+    Raises:
+      ConversionError: if the weights cannot be read, or do not tell enough.
+    """
+    # For positions that form no square: the size may be the file's own.
+    fallback = Facts(image_size=None if image_size is None else tuple(image_size))
+    weights = sources.open_weights(
+        path, format=format, step=step, fallback=fallback, **facts
+    )
+    card, tensors = weights.card, dict(weights.tensors)
+    if image_size is not None:
+        aggregator = card.model.get("aggregator", {"kind": "none"})["kind"]
+        if aggregator == "transformer" and tuple(image_size) != tuple(card.image_size):
+            raise ConversionError(
+                "The positions of aggregator.kind='transformer' are those of "
+                f"{card.image_size}, and cannot be resized to {tuple(image_size)}."
+            )
+        grids = [
+            patches.grid_size(tuple(size), card.patch_size)
+            for size in (card.image_size, image_size)
+        ]
+        for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
+            if name in tensors:
+                tensors[name] = tensors[name].then(functools.partial(
+                    posemb.resize, grid=grids[0], new_grid=grids[1]
+                ))
+        card = dataclasses.replace(card, image_size=tuple(image_size))
+    card = dataclasses.replace(card, mean=mean or card.mean, std=std or card.std)
+    like = structure.abstract_variables(card)
+    variables = jax.tree.map(jnp.asarray, names.variables_of(tensors, like))
+    if card.kind == "encoder":  # a ViT by itself has no level per part
+        variables = {name: tree["encoder"] for name, tree in variables.items()}
+    return pretrained.Pretrained(card, variables)

@@ -1,0 +1,1 @@
+"""Pages to look at: HTML in one file, and the page about a run."""

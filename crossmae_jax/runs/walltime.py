@@ -1,0 +1,118 @@
+"""Where the wall time of a run goes, over all its launches: goodput and the rest.
+
+    steps      training, which is what the time is for; its share is the goodput
+    data       waiting for images
+    compile    the first step of a launch
+    evaluate   evaluations
+    save       what a checkpoint holds the steps up; writing goes on beside them
+    start      from the first line of a launch to its first step: restoring, tracing
+    restart    what a launch that ended early cost: its steps since the last checkpoint,
+               which are made again, and the time until the next launch
+
+`time.json` in the workdir keeps the sums, in seconds, as process 0 sees them: where it
+waits for another host, that is in its steps.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from crossmae_jax.runs import workdir
+
+FILE = "time.json"
+KINDS = ("steps", "data", "compile", "evaluate", "save", "start", "restart")
+
+
+class WallTime:
+    """Adds up where the time went; every moment belongs to one kind.
+
+    Example:
+      wall_time = WallTime(directory, begun=time.time(), resuming=False)
+      wall_time.until_now("start")
+      ...                                       # the first step
+      wall_time.until_now("compile")
+      ...                                       # steps
+      with wall_time.spent("save", waited=2.1): # what was before went to steps and data
+          checkpoints.save(step, state)
+      wall_time.saved()
+      wall_time.until_now("steps", waited=2.4)
+      wall_time.write()
+
+    Args:
+      begun: when this launch began, by the clock.
+      resuming: whether the run goes on, and so do the sums in its directory.
+      clock: seconds since a moment that is the same for all launches.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        begun: float,
+        resuming: bool,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._path, self._clock = directory / FILE, clock
+        self._since, self._waited = begun, 0.0
+        self._seconds = dict.fromkeys(KINDS, 0.0)
+        if resuming and self._path.exists():
+            noted = json.loads(self._path.read_text())
+            self._seconds |= noted["seconds"]
+            if not noted["finished"]:
+                lost = self._seconds["steps"] - noted["saved_steps"]
+                self._seconds["steps"] -= lost
+                self._seconds["restart"] += lost + max(begun - noted["until"], 0.0)
+        self._saved = self._seconds["steps"]
+
+    def until_now(self, kind: str, *, waited: float = 0.0) -> None:
+        """Books the time since the last call.
+
+        Args:
+          waited: seconds waited for data since the launch; what is new counts as
+            "data".
+        """
+        now = self._clock()
+        new, self._waited = waited - self._waited, max(waited, self._waited)
+        new = min(max(new, 0.0), now - self._since)
+        self._seconds["data"] += new
+        self._seconds[kind] += now - self._since - new
+        self._since = now
+
+    @contextlib.contextmanager
+    def spent(self, kind: str, *, waited: float) -> Iterator[None]:
+        """Books the time inside as one kind, and what was before it as steps."""
+        self.until_now("steps", waited=waited)
+        try:
+            yield
+        finally:
+            self.until_now(kind, waited=self._waited)
+
+    def shares(self) -> dict[str, float]:
+        """Returns the shares of the kinds in all the time so far."""
+        total = sum(self._seconds.values())
+        return {kind: s / total if total else 0.0 for kind, s in self._seconds.items()}
+
+    def saved(self) -> None:
+        """Says that a checkpoint holds all steps that were booked so far."""
+        self._saved = self._seconds["steps"]
+
+    def write(self, *, finished: bool = False) -> None:
+        """Notes the sums in the workdir, from process 0."""
+        if jax.process_index() == 0:
+            noted = {
+                "seconds": self._seconds, "saved_steps": self._saved,
+                "until": self._since, "finished": finished,
+            }
+            workdir.write_whole(self._path, json.dumps(noted, indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """Returns `goodput 81% of 512 s: steps 81%, data 2%, compile 9%, ...`."""
+        parts = [f"{k} {s:.0%}" for k, s in self.shares().items() if s >= 0.005]
+        total = sum(self._seconds.values())
+        return f"goodput {self.shares()['steps']:.0%} of {total:.0f} s: " + ", ".join(
+            parts
+        )

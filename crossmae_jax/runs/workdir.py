@@ -1,0 +1,199 @@
+"""A run's directory, and the guard against mixing two runs in one.
+
+    config.json         the whole configuration
+    dataset.json        how many images, and a fingerprint of which ones
+    environment.json    versions and devices
+    metrics.jsonl       one line per log point; tensorboard/ holds the same
+    time.json           where the wall time went, over all launches
+    checkpoints/        what resuming needs
+    best/               a run of its own: the best state, where one is kept
+    panels/             reconstructions
+    curve.png           the loss over the steps, drawn at the end
+    results.json        what was found at the end, with the baselines
+    report.html         all of this on one page, written at the end
+    bad_images.jsonl    images that could not be decoded, if any; of further processes
+                        bad_images.process_1.jsonl, ...
+
+A directory with checkpoints belongs to the run that wrote them. Going on with another
+learning rate, model or data set would be a different run under the same name, so it is
+refused; settings that cannot change a weight may change.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from crossmae_jax import paths
+from crossmae_jax.paths import AnyPath
+
+# Keys that may differ when a run is resumed: where things lie, how often to look.
+_FREE = (
+    "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
+    "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
+    "data.eval_crop_ratio", "data.max_bad_share", "model.remat", "mesh",
+)
+
+# Settings that are younger than some runs, with what those runs did.
+_BEFORE = {
+    "checkpoint.best": "",
+    "data.crop": "ten_tries",
+    "data.eval_crop_ratio": 0.875,
+    "data.randaug_magnitude": 9.0,
+    "data.randaug_ops": 0,
+    "init_channels": "",
+    "init_from": "",
+    "loss.thrown_weight": 1.0,
+    "masking.retain": "random",
+    "masking.throw_ratio": 0.0,
+    "model.aggregator.kernel_size": 7,
+    "model.aggregator.kind": "none",
+    "model.aggregator.rewrites_retained": False,
+    "model.remat": "none",
+    "optim.decay_tokens": True,
+    "optim.layer_decay": 1.0,
+    "optim.name": "adamw",
+}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in one step: whoever reads it meanwhile sees all of it or none."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def is_run(path: str | AnyPath) -> bool:
+    """Says whether a path is the workdir of a run with checkpoints."""
+    path = paths.path(path)
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+# Settings that may be unset, and their types, which JSON does not tell of nothing.
+_OPTIONAL = {
+    "data.data_dir": str,
+    "data.dir": str,
+    "data.eval_dir": str,
+    "data.num_classes": int,
+    "model.fusion_maps": tuple,
+    "optim.clip_norm": float,
+    "tune_blocks": float,
+}
+
+
+def read_config(workdir: str | AnyPath) -> ConfigDict:
+    """Returns the configuration of a run, for this version of the library.
+
+    Raises:
+      FileNotFoundError: if the directory is not that of a run.
+    """
+    path = paths.path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give the --workdir that a run was started with."
+        )
+    return ConfigDict(_as_written(_completed(json.loads(path.read_text()))))
+
+
+def _as_written(values: Any, path: str = "") -> Any:
+    """Returns settings as configs write them: JSON has no tuples, no placeholders."""
+    if isinstance(values, dict):
+        return {
+            name: _as_written(value, f"{path}.{name}" if path else name)
+            for name, value in values.items()
+        }
+    if values is None and path in _OPTIONAL:
+        return placeholder(_OPTIONAL[path])
+    return tuple(map(_as_written, values)) if isinstance(values, list) else values
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the settings that did not exist yet when a run was started."""
+    config.setdefault("mesh", {"fsdp": 0})
+    if config.get("objective", "pretrain") != "pretrain":
+        return config
+    decoder = config.get("model", {}).get("decoder")
+    visible = "decoder" if decoder == "mae" else "encoder"
+    for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):
+        *parents, key = name.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node.setdefault(key, value)
+    return config
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns settings by their whole names, such as `optim.base_lr`."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the settings that differ and can change a weight, with both values.
+
+    Names are "optim.base_lr"; of a setting that is not there the value is "absent".
+    """
+    old, new = flatten(old), flatten(new)
+    return {
+        name: (old.get(name, "absent"), new.get(name, "absent"))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+        and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
+    }
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {before!r} -> {now!r}"
+        for name, (before, now) in differing(old, new).items()
+    ]
+
+
+def claim(
+    workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool,
+    name: AnyPath | None = None,
+) -> None:
+    """Writes what the run is; when resuming, first checks that it is the same run.
+
+    Args:
+      name: of the workdir in errors, where these files are copies.
+      dataset: number of images and fingerprint of the training data.
+      resuming: whether the directory holds checkpoints to go on from.
+
+    Raises:
+      ValueError: if the directory's checkpoints belong to another configuration or to
+        other data; lists every difference.
+    """
+    shown = name or workdir
+    ours = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
+    if resuming:
+        for file, new in ours.items():
+            if not (workdir / file).exists():
+                raise ValueError(
+                    f"{shown} holds checkpoints but no {file}, so nobody can tell "
+                    "which run they belong to; give a new --workdir."
+                )
+            old = json.loads((workdir / file).read_text())
+            if file == "config.json":
+                old = _completed(old)
+            changed = _differences(old, new)
+            if changed:
+                raise ValueError(
+                    f"{shown} holds checkpoints of another run; {file} differs:\n  "
+                    + "\n  ".join(changed)
+                    + "\nGo on with the old settings and data, or give a new --workdir."
+                )
+    if jax.process_index() != 0:
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    for file, new in ours.items():
+        write_whole(workdir / file, json.dumps(new, indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What a masked image model is to predict."""

@@ -1,0 +1,123 @@
+"""One step: loss -> gradient -> parameters, for every objective alike.
+
+The step is one program over all devices. It knows an objective's `init` and `loss` and
+nothing of what they compute.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+
+from crossmae_jax.distributed import parallel, sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that changes from step to step."""
+
+    step: Any  # i32[]; like the rest, an array or what stands for one in a tree
+    variables: dict[str, Any]
+    opt_state: optax.OptState
+
+
+def init_state(
+    objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """Draws the parameters and makes an empty optimiser state."""
+    variables = objective.init(key)
+    return TrainState(jnp.zeros((), jnp.int32), variables, tx.init(variables["params"]))
+
+
+def abstract_state(
+    objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """Returns the shapes of the state that `init_state` draws."""
+    return jax.eval_shape(lambda key: init_state(objective, tx, key), key)
+
+
+def _split(batch: dict[str, Array], parts: int) -> dict[str, Array]:
+    """Cuts a batch into micro-batches, each spread over all devices like the batch."""
+
+    def split(x):
+        return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def make_train_step(
+    objective: Any,
+    tx: optax.GradientTransformation,
+    *,
+    schedule: Callable[[Array], Array],
+    key: Key[Array, ""],
+    accum_steps: int = 1,
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    """Returns `step(state, batch) -> (state, metrics)`: one update of the parameters.
+
+    With `accum_steps` the batch is worked through in that many parts, one after the
+    other, whose gradients are averaged in float32. It is still one step: schedule,
+    logs and checkpoints do not change their meaning.
+    """
+
+    def step(state, batch):
+        def loss(params, part):
+            value, aux = objective.loss(
+                {**state.variables, "params": params}, part, key
+            )
+            return value, {"loss": value, **aux}
+
+        def part_gradient(total, part):
+            gradient, aux = jax.grad(loss, has_aux=True)(params, part)
+            return jax.tree.map(jnp.add, total, (gradient, aux)), None
+
+        params = state.variables["params"]
+        if accum_steps == 1:
+            gradient, logged = jax.grad(loss, has_aux=True)(params, batch)
+        else:
+            parts = _split(batch, accum_steps)
+            first = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(jax.grad(loss, has_aux=True), params, first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            total, _ = jax.lax.scan(part_gradient, zeros, parts)
+            gradient, logged = jax.tree.map(lambda x: x / accum_steps, total)
+        updates, opt_state = tx.update(gradient, state.opt_state, params)
+        variables = {**state.variables, "params": optax.apply_updates(params, updates)}
+        if "batch_stats" in logged:
+            variables["batch_stats"] = logged.pop("batch_stats")
+        logged |= {
+            "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
+        }
+        return TrainState(state.step + 1, variables, opt_state), logged
+
+    return step
+
+
+def compile_steps(
+    objective: Any,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    *,
+    schedule: Callable[[Array], Array],
+    key: Key[Array, ""],
+    accum_steps: int = 1,
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+    """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
+
+    The state lies on the mesh as `sharding` says. A step takes the memory of the state
+    that it is given, which cannot be used any more.
+    """
+    lies = sharding.shardings(mesh, abstract_state(objective, tx, key))
+    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=lies)
+    step = make_train_step(
+        objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
+    )
+    step = jax.jit(
+        parallel.within(mesh, step), donate_argnums=0,
+        out_shardings=(lies, parallel.replicated(mesh)),
+    )
+    return init, step
