@@ -96,7 +96,7 @@ class Estimate:
     target: str
     device_kind: str
     num_devices: int
-    sharding: str
+    layout: str
     device: hardware.Device | None
     capacity: Capacity | None
     batch_size: int
@@ -211,7 +211,7 @@ class Lowered(NamedTuple):
     step: jax.stages.Lowered
     state: Any
     batch: Any
-    sharding: str
+    layout: str
 
 
 def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
