@@ -1,0 +1,213 @@
+"""What a run writes and shows while it trains, and where its seconds went.
+
+One clock: `walltime` books every second, and speed is read off its sums, so that the
+images per second of the log and the goodput of the run cannot contradict each other.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from crossmae_jax.runs import metrics, walltime
+
+_SHOWN = ("images_per_second", "data_wait")  # beside the loss, on the bar
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """What the journal asks of the batches that a run trains on."""
+
+    wait_seconds: float  # that the loop has waited for a batch, since the launch
+
+    @property
+    def num_bad(self) -> int:
+        """How many images were replaced, since the launch."""
+
+
+class Journal:
+    """The log of one launch: metrics.jsonl, TensorBoard, the bar, time.json.
+
+    All processes of a run call every method; process 0 writes.
+
+    Attributes:
+      latest: the newest value of every metric.
+
+    Example:
+      with Journal(directory, loader, total=300, ...) as journal:
+          state, logged = step(state, batch)
+          journal.stepped(1, logged, log=True)
+          with journal.spent("save"):
+              checkpoints.save(1, state)
+          journal.saved()
+          journal.write(1, {"eval/knn/top1": 0.5})
+          journal.finish()
+
+    Args:
+      loader: where the batches come from.
+      total: steps of the whole run.
+      first_step: the step that the launch goes on from.
+      resumed: whether there were launches before, with a checkpoint.
+      begun: when the launch began, seconds of the epoch.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        loader: Loader,
+        *,
+        total: int,
+        first_step: int,
+        resumed: bool,
+        begun: float,
+        images_per_step: int,
+        steps_per_epoch: float,
+        clock: Callable[[], float] = time.time,
+    ):
+        self._loader, self._first = loader, first_step
+        self._images_per_step = images_per_step
+        self._steps_per_epoch = steps_per_epoch
+        self._writer = metrics.MetricWriter(
+            directory, resume_step=first_step if resumed else None
+        )
+        self._progress = metrics.Progress(total, first_step=first_step)
+        self._time = walltime.WallTime(
+            directory, begun=begun, resuming=resumed,
+            waited=lambda: loader.wait_seconds, clock=clock,
+        )
+        self._step, self._finite_at = first_step, first_step
+        self._logged: Mapping[str, Any] = {}
+        self.latest: dict[str, float] = {}
+        self._time.until_now("start")
+        self._mark()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.close()
+        self._writer.close()
+
+    def stepped(self, step: int, logged: Mapping[str, Any], *, log: bool) -> None:
+        """Takes note of a step; its metrics are fetched and written only if `log`.
+
+        The first step of a launch compiles, and counts as that.
+
+        Raises:
+          FloatingPointError: if a metric to log is not finite.
+        """
+        self._step, self._logged = step, logged
+        if step == self._first + 1:
+            jax.block_until_ready(logged)
+            before = sum(self._time.seconds("compile", "data"))
+            self._time.until_now("compile")
+            seconds = sum(self._time.seconds("compile", "data")) - before
+            self.say(f"first step, compiling included: {seconds:.1f} s")
+            self._mark()
+        self._progress.update(step, **(self._log(step) if log else {}))
+
+    def _log(self, step: int) -> dict[str, float]:
+        """Writes the last step's metrics and the speed; returns what the bar shows."""
+        values = {f"train/{name}": float(v) for name, v in self._logged.items()}
+        self._check_finite(values)
+        self._time.until_now("steps")
+        self._time.write()
+        speed = _slowest(self._speed(step))
+        values |= {f"train/{name}": value for name, value in speed.items()}
+        values |= {
+            "train/goodput": self._time.shares()["steps"],
+            "train/epoch": step / self._steps_per_epoch,
+            "train/bad_images": self._loader.num_bad,
+        }
+        self.write(step, values)
+        shown = {name: speed[name] for name in _SHOWN if name in speed}
+        return {"loss": values["train/loss"]} | shown
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line of metrics, by their whole names."""
+        self._writer.write(step, values)
+        self.latest |= values
+
+    def evaluated(self, step: int, measured: Mapping[str, float]) -> None:
+        """Writes and shows what evaluations measured."""
+        if measured:
+            self.write(step, measured)
+            shown = (f"{name} {value:.4g}" for name, value in measured.items())
+            self.say(f"step {step}  " + "  ".join(shown))
+
+    def check_finite(self) -> None:
+        """Raises FloatingPointError if the loss of the last step is not finite."""
+        if "loss" in self._logged:
+            self._check_finite({"train/loss": float(self._logged["loss"])})
+
+    @contextlib.contextmanager
+    def spent(self, kind: str) -> Iterator[None]:
+        """Books the time inside as one kind, see `walltime`."""
+        jax.block_until_ready(self._logged)  # steps run ahead on the device
+        with self._time.spent(kind):
+            yield
+
+    def saved(self) -> None:
+        """Says that a checkpoint holds all steps so far."""
+        self._time.saved()
+        self._time.write()
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        self._progress.note(text)
+
+    def finish(self) -> str:
+        """Closes the books; returns where the time went, in a line."""
+        self._time.write(finished=True)
+        return str(self._time)
+
+    def _check_finite(self, values: Mapping[str, float]) -> None:
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite at step {self._step}, still finite at "
+                f"step {self._finite_at}; nothing was saved since. Usual cures: lower "
+                "config.optim.base_lr, config.optim.clip_norm=1.0, "
+                "config.model.dtype=float32."
+            )
+        self._finite_at = self._step
+
+    def _mark(self) -> None:
+        """Begins to measure speed."""
+        self._marked = (self._step, self._time.seconds("steps", "data"))
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Returns the speed since the last mark; {} if no step was made."""
+        before, (steps_then, data_then) = self._marked
+        steps_now, data_now = self._time.seconds("steps", "data")
+        seconds = steps_now - steps_then + data_now - data_then
+        made = step - before
+        self._mark()
+        if made <= 0 or seconds <= 0:
+            return {}
+        return {
+            "images_per_second": made * self._images_per_step / seconds,
+            "step_seconds": seconds / made,
+            "data_wait": (data_now - data_then) / seconds,
+        }
+
+
+def _slowest(speed: dict[str, float]) -> dict[str, float]:
+    """Returns the speed with the longest wait for data of any host, and which it is.
+
+    All hosts make the same steps, so the one that waits longest holds up all. To be
+    called in all processes at once.
+    """
+    if jax.process_count() == 1 or not speed:
+        return speed
+    mine = np.float32(speed["data_wait"])
+    waits = multihost_utils.process_allgather(mine)
+    return speed | {
+        "data_wait": float(waits.max()), "data_wait_median": float(np.median(waits)),
+        "slowest_host": float(waits.argmax()),
+    }
