@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crossmae_jax.convert import exporting, sources
+from crossmae_jax.convert import exporting, opening
 
 MODELS = Path(__file__).parent / "models"
 
@@ -22,7 +22,7 @@ def main(runs: list[str]) -> None:
     """Writes a file for each run, named as its directory is."""
     MODELS.mkdir(exist_ok=True)
     for run in map(Path, runs):
-        weights = sources.open_weights(run)
+        weights = opening.open_weights(run)
         halved = {
             name: tensor.then(lambda values: values.astype(np.float16))
             for name, tensor in weights.tensors.items()

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from crossmae_jax import masking
-from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.models import posemb
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.parity_files import Data, load_npz, nhwc, token_counts
@@ -73,7 +73,7 @@ def _images(data: Data, name: str = "imgs") -> jax.Array:
     return jnp.asarray(nhwc(data[name]))
 
 
-def _read(weights: sources.Weights) -> Any:
+def _read(weights: opening.Weights) -> Any:
     like = structure.abstract_variables(weights.card)
     return jax.tree.map(jnp.asarray, names.variables_of(weights.tensors, like))
 
@@ -82,7 +82,7 @@ def _pretraining(
     path: Path, reference: dict[str, Any], data: Data, report: Report
 ) -> None:
     ctor, config = reference["ctor"], make_config(reference)
-    weights = sources.open_weights(
+    weights = opening.open_weights(
         path, num_heads=ctor["num_heads"], decoder_heads=ctor["decoder_num_heads"]
     )
     card = weights.card
@@ -131,7 +131,7 @@ def _finetuned(
 
 def _encoder(path: Path, reference: dict[str, Any], data: Data, report: Report) -> None:
     """An encoder by itself, at its own image size and at a larger one."""
-    weights = sources.open_weights(
+    weights = opening.open_weights(
         path, num_heads=reference["ctor_of_source"]["num_heads"]
     )
     variables = {kind: tree["encoder"] for kind, tree in _read(weights).items()}
@@ -161,7 +161,7 @@ def _classifier(
 ) -> None:
     """A fine-tuned classifier, or one of timm."""
     heads = {**reference.get("resolved", {}), **reference.get("ctor", {})}["num_heads"]
-    weights = sources.open_weights(path, num_heads=heads)
+    weights = opening.open_weights(path, num_heads=heads)
     found = structure.build(weights.card).apply(_read(weights), _images(data))
     tokens = "tokens" if "tokens" in data else "features"
     report.output(tokens, found.tokens, data[tokens])

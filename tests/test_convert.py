@@ -11,7 +11,7 @@ import crossmae_jax
 from crossmae_jax import __main__ as front_door
 from crossmae_jax import convert
 from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import cards, names, sources
+from crossmae_jax.convert import cards, names, opening
 from crossmae_jax.convert.files import safetensors_file, tensor
 from crossmae_jax.convert.names import ConversionError
 from tests.interop import timm, torch, transformers
@@ -30,7 +30,7 @@ def run(request, tmp_path_factory):
 def _tensors(path, **facts):
     return {
         name: value.read()
-        for name, value in sources.open_weights(path, **facts).tensors.items()
+        for name, value in opening.open_weights(path, **facts).tensors.items()
     }
 
 
@@ -54,7 +54,7 @@ def test_import_prints_its_evidence_and_the_result_is_ours(tmp_path, capsys):
     assert "format mae: a mask_token" in text
     assert "3 feature maps, all blocks and the encoder's input" in text
     assert "check: 2 random images through timm" in text
-    weights = sources.open_weights(tmp_path / "in")
+    weights = opening.open_weights(tmp_path / "in")
     assert weights.format == "safetensors"
     assert weights.card.normalize is True
     assert weights.card.masking["pred_ratio"] == 0.25
@@ -104,7 +104,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_done(tmp_path, capsys):
     other = convert.import_weights(path, tmp_path / "other", num_heads=2)
     _corrupt(other.path / "model.safetensors")
     with pytest.raises(ConversionError, match="disagree"):
-        convert.checks.compare(sources.open_weights(tmp_path / "other"), path, "mae")
+        convert.checks.compare(opening.open_weights(tmp_path / "other"), path, "mae")
 
 
 def _corrupt(path):
@@ -121,7 +121,7 @@ def _corrupt(path):
 def test_sides_that_disagree_leave_nothing_behind(tmp_path, monkeypatch):
     def write(weights, path):
         path.mkdir()
-        convert.exporting.write_safetensors(weights, path / sources.WEIGHTS)
+        convert.exporting.write_safetensors(weights, path / opening.WEIGHTS)
 
     monkeypatch.setitem(convert.exporting.WRITERS, "timm", (write, ""))
     with pytest.raises(ConversionError):
@@ -139,7 +139,7 @@ def test_a_run_comes_back_the_same_from_forms_that_hold_all_of_it(
     run, tmp_path, form, name
 ):
     done = convert.export_weights(run, tmp_path / name, format=form)
-    back = sources.open_weights(tmp_path / name)
+    back = opening.open_weights(tmp_path / name)
     assert back.card.model == done.card.model
     assert back.card.step == STEP
     variables = checkpointer.restore_variables(run / "checkpoints")
@@ -152,7 +152,7 @@ def test_a_run_comes_back_the_same_from_forms_that_hold_all_of_it(
 def test_mae_form_is_what_the_references_scripts_load(run, tmp_path):
     convert.export_weights(run, tmp_path / "out.pth", format="mae")
     state = torch.load(tmp_path / "out.pth", map_location="cpu")["model"]
-    weights = sources.open_weights(run)
+    weights = opening.open_weights(run)
     expected, _ = names.to_theirs(
         names.MAE, weights.tensors, patch_size=weights.card.patch_size
     )
@@ -197,9 +197,9 @@ def test_transformers_loads_an_export(run, tmp_path):
     assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["layer_norm_eps"] == 1e-6
-    back = sources.open_weights(tmp_path / "out")
+    back = opening.open_weights(tmp_path / "out")
     assert back.format == "huggingface"
-    ours = {k: v.read() for k, v in sources.open_weights(run).tensors.items()}
+    ours = {k: v.read() for k, v in opening.open_weights(run).tensors.items()}
     for name, value in back.tensors.items():
         if not (crosses and name.startswith("encoder/norm/")):
             np.testing.assert_array_equal(value.read(), ours[name], err_msg=name)
@@ -229,7 +229,7 @@ def test_an_aggregator_has_no_place_in_the_references_layout(tmp_path):
     with pytest.raises(ConversionError, match="no place for PR-MIM's aggregator"):
         convert.export_weights(run, tmp_path / "out.pth", format="mae")
     convert.export_weights(run, tmp_path / "a.safetensors", format="safetensors")
-    assert sources.open_weights(tmp_path / "a.safetensors").card.parts[-1] == (
+    assert opening.open_weights(tmp_path / "a.safetensors").card.parts[-1] == (
         "aggregator"
     )
 
@@ -306,7 +306,7 @@ def test_an_unknown_target_is_not_passed_on_to_transformers(tmp_path):
 
 
 def test_a_card_survives_json():
-    card = sources.open_weights(GOLDEN / "ckpt_crossmae.pth", **HEADS).card
+    card = opening.open_weights(GOLDEN / "ckpt_crossmae.pth", **HEADS).card
     assert cards.from_json(card.to_json()) == card
     values = json.loads(card.to_json())
     for name in ("parts", "image_size", "patch_size", "channels", "mean", "std",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from crossmae_jax import convert
-from crossmae_jax.convert import sources
+from crossmae_jax.convert import opening
 from crossmae_jax.convert.files import safetensors_file, tensor
 from crossmae_jax.convert.names import ConversionError
 from tests.interop import timm, torch, transformers
@@ -31,7 +31,7 @@ def test_what_is_no_weights_is_named(tmp_path, path, said):
 def test_tensors_of_another_library_are_named(tmp_path):
     torch.save({"conv1.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
     with pytest.raises(ConversionError, match="conv1.weight.*no format known here"):
-        sources.open_weights(tmp_path / "resnet.pth")
+        opening.open_weights(tmp_path / "resnet.pth")
 
 
 def test_a_missing_and_an_additional_tensor_are_both_listed(tmp_path):
@@ -39,7 +39,7 @@ def test_a_missing_and_an_additional_tensor_are_both_listed(tmp_path):
     state["register_tokens"] = state.pop("blocks.1.norm2.bias")
     torch.save({"model": state}, tmp_path / "odd.pth")
     with pytest.raises(ConversionError) as error:
-        sources.open_weights(tmp_path / "odd.pth", num_heads=2)
+        opening.open_weights(tmp_path / "odd.pth", num_heads=2)
     text = str(error.value)
     assert "only in the model (1):\n    blocks.1.norm2.bias" in text
     assert "only in the file (1):\n    register_tokens" in text
@@ -52,8 +52,8 @@ def test_a_patch_grid_that_is_no_square_needs_its_size(tmp_path):
     )
     torch.save(model.state_dict(), tmp_path / "wide.pth")
     with pytest.raises(ConversionError, match="8 positions form no square"):
-        sources.open_weights(tmp_path / "wide.pth", num_heads=2)
-    weights = sources.open_weights(
+        opening.open_weights(tmp_path / "wide.pth", num_heads=2)
+    weights = opening.open_weights(
         tmp_path / "wide.pth", num_heads=2, image_size=(32, 64)
     )
     assert weights.card.image_size == (32, 64)
@@ -69,7 +69,7 @@ def _saved(tmp_path, **changes):
     [1], "text", {"epochs": [[1]], "mask_ratio": "much", "use_fm": 5},
 ])
 def test_arguments_of_any_kind_beside_the_tensors_do_no_harm(tmp_path, args):
-    weights = sources.open_weights(_saved(tmp_path, args=args), num_heads=2)
+    weights = opening.open_weights(_saved(tmp_path, args=args), num_heads=2)
     assert weights.card.recipe == {}
     assert any("not used as weights: args" in line for line in weights.evidence)
 
@@ -85,7 +85,7 @@ def test_missing_blocks_are_named_before_a_model_is_built(tmp_path):
     state["blocks.999999999.norm1.bias"] = torch.zeros(16)
     torch.save({"model": state}, tmp_path / "many.pth")
     with pytest.raises(ConversionError, match="up to 999999999, but no .*blocks_2"):
-        sources.open_weights(tmp_path / "many.pth", num_heads=2)
+        opening.open_weights(tmp_path / "many.pth", num_heads=2)
 
 
 @pytest.mark.parametrize("facts, said", [
@@ -98,7 +98,7 @@ def test_missing_blocks_are_named_before_a_model_is_built(tmp_path):
 ])
 def test_facts_that_cannot_be_are_refused(facts, said):
     with pytest.raises(ConversionError, match=said):
-        sources.open_weights(
+        opening.open_weights(
             GOLDEN / "ckpt_encoder_only.pth", **{"num_heads": 2, **facts}
         )
 
@@ -110,13 +110,13 @@ def test_one_ratio_without_the_other_is_refused(tmp_path):
     torch.save({"model": state}, tmp_path / "bare.pth")
     facts = dict(**HEADS, mask_ratio=0.75)
     with pytest.raises(ConversionError, match="pred_ratio=None: give both"):
-        sources.open_weights(tmp_path / "bare.pth", **facts)
+        opening.open_weights(tmp_path / "bare.pth", **facts)
     with pytest.raises(ConversionError, match="fusion_input=False"):
-        sources.open_weights(
+        opening.open_weights(
             tmp_path / "bare.pth", **facts, pred_ratio=0.25, fusion_maps=(),
             fusion_input=False,
         )
-    weights = sources.open_weights(tmp_path / "bare.pth", **facts, pred_ratio=0.25)
+    weights = opening.open_weights(tmp_path / "bare.pth", **facts, pred_ratio=0.25)
     assert weights.card.masking["pred_ratio"] == 0.25
 
 
@@ -129,7 +129,7 @@ def test_statistics_of_images_survive_every_folder(tmp_path):
         held = {name: tensor.of_array(value.read()) for name, value in tensors.items()}
         del metadata["crossmae_jax_card"]  # as if another had written it
         safetensors_file.write(folder / "model.safetensors", held, metadata)
-        card = sources.open_weights(folder).card
+        card = opening.open_weights(folder).card
         assert card.mean == (0.485, 0.456, 0.406)
         assert card.std == (0.229, 0.224, 0.225)
         assert card.image_size == (32, 32) and card.model["size"] == "W16-D2-H2/8"
@@ -150,7 +150,7 @@ def test_models_of_timm_that_ours_are_not_are_refused(tmp_path, change, said):
     config["model_args"] = {"num_heads": 3, **config.get("model_args", {})}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConversionError, match=said):
-        sources.open_weights(folder)
+        opening.open_weights(folder)
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path):
@@ -167,7 +167,7 @@ def test_a_ratio_that_floats_round_down_gives_the_right_width(tmp_path):
     )
     assert int(176 * (240 / 176)) == 239
     torch.save(model.state_dict(), tmp_path / "narrow.pth")
-    weights = sources.open_weights(tmp_path / "narrow.pth", num_heads=2)
+    weights = opening.open_weights(tmp_path / "narrow.pth", num_heads=2)
     assert weights.tensors["encoder/blocks_0/mlp/fc1/kernel"].shape == (176, 240)
     config = convert.exporting.huggingface_config(weights.card)
     assert config["intermediate_size"] == 240
@@ -188,7 +188,7 @@ def test_a_model_in_several_files_is_one(tmp_path):
     assert any("through transformers" in line for line in done.lines)
     (tmp_path / "hf" / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ConversionError, match="has no weight_map"):
-        sources.open_weights(tmp_path / "hf")
+        opening.open_weights(tmp_path / "hf")
 
 
 def test_the_pooler_of_a_vitmodel_is_left_out_and_said_so(tmp_path):
@@ -211,4 +211,4 @@ def test_a_card_that_was_changed_by_hand_is_refused(tmp_path):
     del card["channels"]
     safetensors_file.write(path, held, {"crossmae_jax": json.dumps(card)})
     with pytest.raises(ConversionError, match="KeyError: 'channels'"):
-        sources.open_weights(tmp_path / "in")
+        opening.open_weights(tmp_path / "in")

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 
 from crossmae_jax import masking
-from crossmae_jax.convert import checks, exporting, names, sources, structure
+from crossmae_jax.convert import checks, exporting, names, opening, structure
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -41,7 +41,7 @@ def _timm_file(path, case, half=False):
         state = {name: value.bfloat16() for name, value in state.items()}
     safetensors.torch.save_file(state, path)
     size = interop.TIMM[case]["img_size"]
-    return sources.open_weights(path, format="timm", num_heads=2, image_size=size)
+    return opening.open_weights(path, format="timm", num_heads=2, image_size=size)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def hf_folder(tmp_path_factory):
     def get(normalize=True):
         model = interop.hf_model(norm_pix_loss=normalize, mask_ratio=_ratio(normalize))
         folder = _saved(model, tmp_path_factory.mktemp("huggingface"))
-        return folder, sources.open_weights(folder)
+        return folder, opening.open_weights(folder)
 
     return get
 
@@ -88,7 +88,7 @@ def _rename(folder, change):
 
 @functools.cache
 def _mae(name, folder=GOLDEN):
-    return sources.open_weights(folder / name, num_heads=2, decoder_heads=2)
+    return opening.open_weights(folder / name, num_heads=2, decoder_heads=2)
 
 
 def _replaced(weights, name, change):
@@ -114,7 +114,7 @@ def test_a_half_precision_file_is_compared_in_float32(tmp_path, format):
         weights = _timm_file(path, "token", half=True)
     else:
         path = _saved(interop.vit_model().bfloat16(), tmp_path)
-        weights = sources.open_weights(path)
+        weights = opening.open_weights(path)
     assert {str(x.dtype) for x in weights.tensors.values()} == {"bfloat16"}
     [line] = checks.compare(weights, path, format)
     difference = float(line.partition("tokens differ by at most ")[2].split()[0])
@@ -175,7 +175,7 @@ def test_the_spelling_of_published_folders_is_the_same_model(tmp_path, file):
     if file == "pytorch_model.bin":
         torch.save(state, folder / file)
         (folder / "model.safetensors").unlink()
-    [line] = checks.compare(sources.open_weights(folder), folder, "huggingface")
+    [line] = checks.compare(opening.open_weights(folder), folder, "huggingface")
     assert "predictions differ by" in line
 
 
@@ -184,12 +184,12 @@ def test_encoders_of_transformers_compute_the_same_here(tmp_path, kind):
     vit, vit_mae = interop.vit_model(image_size=[16, 40]), interop.hf_model().vit
     folder = _saved(vit if kind == "ViTModel" else vit_mae, tmp_path)
     assert f'"{kind}"' in (folder / "config.json").read_text()
-    [line] = checks.compare(sources.open_weights(folder), folder, "huggingface")
+    [line] = checks.compare(opening.open_weights(folder), folder, "huggingface")
     assert "tokens differ by" in line
 
 
 def test_the_pooler_of_a_vit_is_left_out(tmp_path):
-    weights = sources.open_weights(_saved(interop.vit_model(), tmp_path / "without"))
+    weights = opening.open_weights(_saved(interop.vit_model(), tmp_path / "without"))
     folder = _saved(interop.vit_model(pooled=True), tmp_path / "with")
     assert "pooler.dense.bias" in _rename(folder, lambda name: name)
     [line] = checks.compare(weights, folder, "huggingface")
@@ -300,7 +300,7 @@ def test_what_the_other_side_refuses_is_listed(timm_file, tmp_path):
     (line,) = checks.compare(weights, tmp_path / "a.pth", "timm")
     assert line.startswith("not checked: beside its tensors the file holds objects")
     folder = _saved(interop.hf_model(), tmp_path / "folder")
-    weights = sources.open_weights(folder)
+    weights = opening.open_weights(folder)
     _rename(folder, lambda n: "surplus" if n == "decoder.decoder_norm.bias" else n)
     with pytest.raises(ConversionError) as error:
         checks.compare(weights, folder, "huggingface")

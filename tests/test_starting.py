@@ -8,7 +8,7 @@ import pytest
 
 from crossmae_jax import convert, errors, train
 from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import names, sources, starting
+from crossmae_jax.convert import names, opening, starting
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.distributed import parallel
 from crossmae_jax.models import posemb
@@ -45,7 +45,7 @@ def _report(plan, title):
 
 
 def _read(path, **facts):
-    return {k: v.read() for k, v in sources.open_weights(path, **facts).tensors.items()}
+    return {k: v.read() for k, v in opening.open_weights(path, **facts).tensors.items()}
 
 
 def test_a_run_of_the_same_model_is_loaded_whole(cross):
@@ -132,12 +132,12 @@ def test_sizes_that_people_know_are_called_by_name(tmp_path):
     like = jax.eval_shape(Pretrain(large).init, jax.random.key(0))
     card = convert.cards.of_run(large, step=1, origin="x")
     tensors = {
-        name: sources.Tensor(leaf.shape, np.dtype(np.float32), lambda: None)
+        name: opening.Tensor(leaf.shape, np.dtype(np.float32), lambda: None)
         for name, leaf in names.without_collections(like).items()
     }
-    weights = sources.Weights(card, tensors, "safetensors", ())
+    weights = opening.Weights(card, tensors, "safetensors", ())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "open_weights", lambda *_, **__: weights)
+        patch.setattr(opening, "open_weights", lambda *_, **__: weights)
         said = "file is ViT-L/16, model is ViT-B/16"
         with pytest.raises(ConversionError, match=said):
             _plan(tmp_path / "large", config)
@@ -283,12 +283,12 @@ def test_every_export_of_a_run_can_be_started_from(mae, tmp_path, form, name):
 
 
 def test_a_class_row_that_crossmaes_scripts_ignore_is_not_exported(cross, tmp_path):
-    weights = sources.open_weights(cross)
+    weights = opening.open_weights(cross)
     table = weights.tensors["encoder/pos_embed"].then(lambda x: x + np.float32(1))
     changed = dict(weights.tensors) | {"encoder/pos_embed": table}
     path = tmp_path / "c.safetensors"
     convert.exporting.write_safetensors(
-        sources.Weights(weights.card, changed, "safetensors", ()), path
+        opening.Weights(weights.card, changed, "safetensors", ()), path
     )
     with pytest.raises(ConversionError, match="CrossMAE's scripts do not"):
         convert.export_weights(path, tmp_path / "c.pth", format="mae")

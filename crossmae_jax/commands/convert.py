@@ -17,7 +17,7 @@ from typing import Any
 
 from crossmae_jax import convert
 from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import exporting, sources
+from crossmae_jax.convert import exporting, opening
 
 
 def numbers(kind: type) -> Any:
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     taken = actions.add_parser("import", help="into a folder of ours")
     given = actions.add_parser("export", help="into another library's form")
     taken.add_argument("path", metavar="FILE")
-    taken.add_argument("--format", choices=sources.FORMATS, help="default: recognised")
+    taken.add_argument("--format", choices=opening.FORMATS, help="default: recognised")
     given.add_argument("path", metavar="RUN_OR_DIR")
     given.add_argument("--format", choices=list(exporting.WRITERS), required=True)
     given.add_argument("--parts", choices=("all", "encoder"), default="all")

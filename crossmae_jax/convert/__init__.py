@@ -6,7 +6,7 @@
 
 `tensor` and `names` rename and re-lay tensors one at a time; `torch_file` and
 `safetensors_file` read and write them; `cards` and `structure` know what model they are
-of; `sources` opens any format, `exporting` writes any; `checks` sends images through
+of; `opening` opens any format, `exporting` writes any; `checks` sends images through
 both sides.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmae_jax import paths
-from crossmae_jax.convert import checks, exporting, sources
+from crossmae_jax.convert import checks, exporting, opening
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.sources import Weights, open_weights
+from crossmae_jax.convert.opening import Weights, open_weights
 
 __all__ = [
     "Card", "Conversion", "ConversionError", "Weights", "export_weights",
@@ -47,12 +47,12 @@ def import_weights(
 
     Args:
       to: a folder that does not exist yet.
-      format: see `sources.FORMATS`; recognised if not given.
+      format: see `opening.FORMATS`; recognised if not given.
       check: False leaves the images out.
       facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
-      ConversionError: see `sources.open_weights`; or if the two sides disagree.
+      ConversionError: see `opening.open_weights`; or if the two sides disagree.
       FileExistsError: if there is something at `to`.
     """
     weights = open_weights(path, format=format, **facts)
@@ -60,7 +60,7 @@ def import_weights(
 
     def write(temporary: Path) -> list[str]:
         temporary.mkdir()
-        exporting.write_safetensors(weights, temporary / sources.WEIGHTS)
+        exporting.write_safetensors(weights, temporary / opening.WEIGHTS)
         if not check:
             return ["not checked, as was asked"]
         written = open_weights(temporary, format="safetensors")
@@ -161,7 +161,7 @@ def inspect(path: str | Path) -> str:
     except ConversionError as error:
         if not path.is_file():
             raise
-        tensors, rest = sources.read_file(path)
+        tensors, rest = opening.read_file(path)
         return "\n".join([
             f"{path}: {error}", *_listing(tensors), f"beside them: {_beside(rest)}",
         ])

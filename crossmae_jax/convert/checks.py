@@ -24,11 +24,11 @@ import numpy as np
 from flax import traverse_util
 
 from crossmae_jax import masking
-from crossmae_jax.convert import exporting, names, packages, sources, structure
+from crossmae_jax.convert import exporting, names, opening, packages, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.sources import Weights
+from crossmae_jax.convert.opening import Weights
 from crossmae_jax.objectives import pretrain
 
 Outputs = dict[str, np.ndarray]
@@ -67,7 +67,7 @@ def compare(weights: Weights, path: Path, format: str) -> list[str]:
         than rounding.
     """
     if format == "safetensors":
-        found = sources.open_weights(path, format=format).tensors
+        found = opening.open_weights(path, format=format).tensors
         _check_same(found, weights.tensors)
         return [f"check: {len(found)} tensors read back, all exactly as they were"]
     package = "transformers" if format == "huggingface" else "timm"

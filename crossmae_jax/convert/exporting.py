@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.sources import Weights
+from crossmae_jax.convert.opening import Weights
 from crossmae_jax.models import vit
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
@@ -92,7 +92,7 @@ def warnings(card: Card) -> list[str]:
 def write_safetensors(weights: Weights, path: Path) -> None:
     """Writes our own form: our names and layouts, and the card as metadata."""
     safetensors_file.write(
-        path, weights.tensors, {sources.CARD: weights.card.to_json()}
+        path, weights.tensors, {opening.CARD: weights.card.to_json()}
     )
 
 
@@ -111,7 +111,7 @@ def write_mae(weights: Weights, path: Path) -> None:
             "not. Export the encoder with parts='encoder', or take 'safetensors'."
         )
     torch_file.write(path, {
-        "model": _theirs(weights, names.MAE), sources.EMBEDDED: weights.card.to_json(),
+        "model": _theirs(weights, names.MAE), opening.EMBEDDED: weights.card.to_json(),
     })
 
 
@@ -119,7 +119,7 @@ def write_timm(weights: Weights, path: Path) -> None:
     """Writes the folder of a VisionTransformer."""
     path.mkdir()
     safetensors_file.write(
-        path / sources.WEIGHTS, _theirs(weights, names.TIMM), _pytorch(weights.card)
+        path / opening.WEIGHTS, _theirs(weights, names.TIMM), _pytorch(weights.card)
     )
     _write_json(path / "config.json", timm_config(weights.card))
 
@@ -158,7 +158,7 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
     table = names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
     theirs = _theirs(dataclasses.replace(weights, tensors=tensors), table)
     path.mkdir()
-    safetensors_file.write(path / sources.WEIGHTS, theirs, _pytorch(card))
+    safetensors_file.write(path / opening.WEIGHTS, theirs, _pytorch(card))
     _write_json(path / "config.json", huggingface_config(card))
     if card.mean is not None and card.std is not None:
         _write_json(path / "preprocessor_config.json", {
@@ -179,7 +179,7 @@ def _theirs(weights: Weights, table: names.Table) -> Tensors:
 
 def _pytorch(card: Card) -> dict[str, str]:
     # transformers asks which library the tensors are for.
-    return {"format": "pt", sources.EMBEDDED: card.to_json()}
+    return {"format": "pt", opening.EMBEDDED: card.to_json()}
 
 
 def _fresh_norm(cls_token: Tensor) -> dict[str, Tensor]:

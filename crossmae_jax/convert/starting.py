@@ -22,7 +22,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from crossmae_jax import patches
-from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
@@ -78,7 +78,7 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
     Raises:
       ConversionError: if a part that both sides have does not fit.
     """
-    weights = sources.open_weights(path, fallback=_fallback(config))
+    weights = opening.open_weights(path, fallback=_fallback(config))
     card, model = weights.card, config.model
     ours = names.without_collections(abstract_variables)
     theirs = dict(weights.tensors)

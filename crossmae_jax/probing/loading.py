@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from crossmae_jax import patches
-from crossmae_jax.convert import names, sources, structure
+from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import posemb
@@ -24,7 +24,7 @@ def load(
     """Returns the model of weights of any format, with its decoder if there is one.
 
     Args:
-      path: a run, an import or a file: see `convert.sources`.
+      path: a run, an import or a file: see `convert.opening`.
       step: of a run; the newest intact one if not given.
       image_size: height and width to work at, multiples of the patch size; the
         position tables are resized. That of pre-training if not given.
@@ -37,7 +37,7 @@ def load(
     """
     # For positions that form no square: the size may be the file's own.
     fallback = Facts(image_size=None if image_size is None else tuple(image_size))
-    weights = sources.open_weights(
+    weights = opening.open_weights(
         path, format=format, step=step, fallback=fallback, **facts
     )
     card, tensors = weights.card, dict(weights.tensors)
