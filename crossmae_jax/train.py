@@ -4,14 +4,20 @@ One loop for every objective. A run is described by its config and lives in its 
 started again it goes on from its newest checkpoint, and ends with the same weights, bit
 for bit, as if it had never stopped: the data order and the masks are functions of
 (seed, sample number), and the state holds the rest.
+
+    plan    everything that the user can have got wrong; nothing is computed
+    begin   the state: of a checkpoint, of other weights, or drawn
+    train   step, log, save, stop, evaluate, in this order
+    close   the last evaluation, baselines, the table and the page
 """
 
 import contextlib
-import functools
+import dataclasses
 import time
+from typing import Any
 
 import jax
-import numpy as np
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, objectives, paths, train_step
@@ -28,17 +34,60 @@ from crossmae_jax.distributed import (
 from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
-from crossmae_jax.runs import best, metrics, mirror, walltime, workdir
+from crossmae_jax.report import closing
+from crossmae_jax.runs import mirror, workdir
+from crossmae_jax.runs.best import Best
+from crossmae_jax.runs.journal import Journal
+from crossmae_jax.train_step import TrainState
 
 
-def _check_finite(logged: dict[str, float], step: int, since: int) -> None:
-    bad = [name for name, value in logged.items() if not np.isfinite(value)]
-    if bad:
-        raise FloatingPointError(
-            f"{', '.join(bad)} not finite at step {step}, still finite at step {since};"
-            " nothing was saved since. Usual cures: lower config.optim.base_lr, "
-            "config.optim.clip_norm=1.0, config.model.dtype=float32."
-        )
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run is going to do, and with what; made by `plan`.
+
+    Attributes:
+      home: where its files lie.
+      images: the sources of the splits "train" and, where there is one, "eval".
+      init_key: of the parameters that are drawn.
+      mesh_line: how the state lies on the mesh, for people.
+      abstract: shapes and shardings of the state.
+      init: jitted; key -> state.
+      step: jitted; (state, batch) -> (state, metrics).
+      total: steps of the whole run.
+      weights: what to start from where there is no checkpoint; None: drawn parameters.
+    """
+
+    config: ConfigDict
+    home: mirror.Home
+    images: dict[str, sources.Source]
+    init_key: Key[Array, ""]
+    mesh: jax.sharding.Mesh
+    mesh_line: str
+    abstract: TrainState
+    init: jax.stages.Wrapped
+    step: jax.stages.Wrapped
+    total: int
+    steps_per_epoch: float
+    evaluations: while_training.Evaluations
+    checkpoints: checkpointer.Checkpoints
+    best: Best
+    weights: starting.Start | None
+
+    def logs(self, step: int) -> bool:
+        """Says whether metrics are logged after a step; they are at each save, too."""
+        return step % self.config.log_every_steps == 0
+
+    def saves(self, step: int) -> bool:
+        """Says whether a checkpoint is due after a step; one always is at the end."""
+        epochs = self.config.checkpoint.every_epochs
+        every = max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total
+        return step == self.total or step % every == 0
+
+    def due(self, step: int) -> list[str]:
+        """Returns which evaluations run after a step; those at the end are apart."""
+        if step == self.total:
+            return []
+        return self.evaluations.due(step, self.steps_per_epoch)
 
 
 def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
@@ -59,203 +108,95 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
         directory = paths.path(directory)
     environment.check_accelerator()
     parallel.announce()
-    with mirror.opened(directory) as home:
-        return _run(config, home, begun=begun)
-
-
-def _run(config: ConfigDict, home: mirror.Home, *, begun: float) -> dict[str, float]:
-    directory = home.local
-    with errors.setting_up():
-        cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
-        opened = {"train": sources.make_source(config.data, "train")}
-        config = objectives.with_classes(config, opened["train"].num_classes)
-        objective = objectives.make(config)
-        # The kind of key is named: JAX's default may be set to another elsewhere.
-        root = jax.random.key(config.seed, impl="threefry2x32")
-        init_key, mask_key, panel_key = jax.random.split(root, 3)
-        if held_out := sources.make_source(config.data, "eval"):
-            opened["eval"] = held_out
-        parallel.check_batch_size(
-            config.data.batch_size, jax.device_count(),
-            accum_steps=config.optim.accum_steps,
-        )
-        if config.log_every_steps < 1:
-            raise ValueError(
-                f"log_every_steps={config.log_every_steps} must be 1 or more."
+    with mirror.opened(directory) as home, contextlib.ExitStack() as stack:
+        with errors.setting_up():
+            job = plan(config, home, stack)
+        state, resumed = begin(job)
+        first = int(state.step)
+        check_kernels(job, state, steps_left=job.total - first)
+        with errors.setting_up():
+            batches = stack.enter_context(pipeline.train_batches(
+                job.images["train"], job.config.data, seed=job.config.seed,
+                start_step=first, num_steps=job.total - first,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(), workdir=str(home.local),
+            ))
+            journal = stack.enter_context(Journal(
+                home.local, batches, total=job.total, first_step=first,
+                resumed=resumed, begun=begun,
+                images_per_step=job.config.data.batch_size,
+                steps_per_epoch=job.steps_per_epoch,
+            ))
+        stop = stack.enter_context(preemption.stop_requests())
+        try:
+            state = train(job, state, batches, journal, stop)
+            return close(job, state, journal, stop)
+        except preemption.Interrupted:  # the state is saved wherever this is raised
+            journal.say(
+                f"stopped: step {job.checkpoints.last_step} is saved in {home.path}; "
+                "run the same command again to go on"
             )
-        total, steps_per_epoch = _duration(config, len(opened["train"]))
-        schedule = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
-        tx = optimizers.make_optimizer(config, schedule)
-        wanted = train_step.abstract_state(objective, tx, init_key)
-        mesh, layout_line = sharding.make_mesh(config, wanted)
-        evaluations = while_training.Evaluations(
-            config, objective, opened, mesh=mesh, directory=directory,
-            panel_key=panel_key,
-        )
-    init, step_fn = train_step.compile_steps(
+            raise SystemExit(preemption.REQUEUE) from None
+
+
+def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> Job:
+    """Puts together a run, and finds out whether its parts fit each other.
+
+    Args:
+      stack: closes what is opened here.
+
+    Raises:
+      ValueError: if configuration, data or directory contradict each other.
+    """
+    cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
+    images = {"train": sources.make_source(config.data, "train")}
+    config = objectives.with_classes(config, images["train"].num_classes)
+    objective = objectives.make(config)
+    if held_out := sources.make_source(config.data, "eval"):
+        images["eval"] = held_out
+    parallel.check_batch_size(
+        config.data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
+    )
+    total, steps_per_epoch = _duration(config, len(images["train"]))
+    # The kind of key is named: JAX's default may be set to another elsewhere.
+    root = jax.random.key(config.seed, impl="threefry2x32")
+    init_key, mask_key, panel_key = jax.random.split(root, 3)
+    schedule = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
+    tx = optimizers.make_optimizer(config, schedule)
+    abstract = train_step.abstract_state(objective, tx, init_key)
+    mesh, mesh_line = sharding.make_mesh(config, abstract)
+    evaluations = while_training.Evaluations(
+        config, objective, images, mesh=mesh, directory=home.local, panel_key=panel_key
+    )
+    init, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=mask_key,
         accum_steps=config.optim.accum_steps,
     )
-
-    with contextlib.ExitStack() as stack:
-        with errors.setting_up():
-            checkpoints = checkpointer.Checkpoints(
-                home.path / "checkpoints", keep=config.checkpoint.keep,
-                before_save=home.push,
-            )
-            stack.callback(checkpoints.close)
-            weights = None
-            if config.init_from and not checkpoints.steps():
-                weights = starting.plan(config.init_from, wanted.variables, config)
-            dataset = {
-                "num_images": len(opened["train"]),
-                "fingerprint": opened["train"].fingerprint,
-            }
-            workdir.claim(
-                directory, config, resuming=bool(checkpoints.steps()), dataset=dataset,
-                name=home.path,
-            )
-            kept = best.Best(home, config, dataset)
-            stack.callback(kept.close)
-        if home.local == home.path:
-            cluster.check_shared(directory / "config.json")
-        restored = checkpoints.restore_latest(
-            parallel.with_sharding(wanted, sharding.shardings(mesh, wanted))
-        )
-        if restored is None:
-            parallel.say(f"FRESH START in {home.path}")
-            start, state = 0, init(init_key)
-            if weights is not None:
-                parallel.say("\n".join(weights.report))
-                state = state.replace(variables=weights.apply(state.variables))
-        else:
-            start, state = restored
-            parallel.say(f"RESUMED at step {start} of {total} from {home.path}")
-        environment.write_environment(directory)
-        parallel.say(
-            f"mesh: {layout_line}\n"
-            f"{len(opened['train'])} images, {config.epochs:g} epochs, {total} steps "
-            f"of {config.data.batch_size} images, peak learning rate "
-            f"{optimizers.peak_lr(config):.3g}"
-        )
-
-        blank = pipeline.blank_batch(config.data, batch_size=config.data.batch_size)
-        with attention.recording() as choices:  # JAX keeps the traces for what follows
-            if start < total:
-                jax.eval_shape(step_fn, state, parallel.with_sharding(
-                    blank, parallel.batch_sharding(mesh)
-                ))
-            evaluations.trace(state.variables)
-        attention_check.check(choices, mesh=mesh)
-
-        with errors.setting_up():
-            writer = metrics.MetricWriter(
-                directory, resume_step=start if restored else None
-            )
-            stack.callback(writer.close)
-            meter = metrics.SpeedMeter(images_per_step=config.data.batch_size)
-            progress = metrics.Progress(total, first_step=start)
-            stack.callback(progress.close)
-            batches = stack.enter_context(pipeline.train_batches(
-                opened["train"], config.data, seed=config.seed, start_step=start,
-                num_steps=total - start, process_index=jax.process_index(),
-                process_count=jax.process_count(), workdir=str(directory),
-            ))
-        stop = stack.enter_context(preemption.stop_requests())
-        evaluate = functools.partial(
-            evaluations.run, writer=writer, progress=progress, stop=stop
-        )
-        save_every = _interval(config.checkpoint.every_epochs, steps_per_epoch, total)
-        latest: dict[str, float] = {}
-        shown: dict[str, float] = {}
-        saved = finite_at = start
-        wall_time = walltime.WallTime(directory, begun=begun, resuming=bool(restored))
-        try:
-            wall_time.until_now("start")
-            if restored and start < total:  # an evaluation may have been interrupted
-                due = evaluations.due(start, steps_per_epoch)
-                latest |= evaluate(due, state.variables, start)
-                wall_time.until_now("evaluate")
-            begin = time.perf_counter()
-            for step, batch in enumerate(batches, start=start + 1):
-                state, logged = step_fn(state, parallel.place_batch(mesh, batch))
-                if step == start + 1:
-                    jax.block_until_ready(logged)
-                    seconds = time.perf_counter() - begin
-                    progress.note(f"first step, compiling included: {seconds:.1f} s")
-                    meter.restart(step, batches.wait_seconds)
-                    wall_time.until_now("compile", waited=batches.wait_seconds)
-                stopping = step == total or stop.is_set()
-                if stopping or step % save_every == 0 or (
-                    step % config.log_every_steps == 0
-                ):
-                    values = {f"train/{key}": float(v) for key, v in logged.items()}
-                    _check_finite(values, step, finite_at)
-                    finite_at = step
-                    speed = metrics.slowest(meter.read(step, batches.wait_seconds))
-                    values |= {f"train/{key}": v for key, v in speed.items()}
-                    wall_time.until_now("steps", waited=batches.wait_seconds)
-                    wall_time.write()
-                    values["train/goodput"] = wall_time.shares()["steps"]
-                    values["train/epoch"] = step / steps_per_epoch
-                    values["train/bad_images"] = batches.num_bad
-                    writer.write(step, values)
-                    latest |= values
-                    shown = {"loss": values["train/loss"]} | {
-                        name: speed[name] for name in metrics.SHOWN if name in speed
-                    }
-                progress.update(step, **shown)
-                due = evaluations.due(step, steps_per_epoch) if step < total else []
-                if due:
-                    jax.block_until_ready(logged)  # the steps are no part of it
-                waited = batches.wait_seconds
-                with meter.pause():
-                    if stopping or step % save_every == 0:
-                        with wall_time.spent("save", waited=waited):
-                            checkpoints.save(step, state, wait=stopping)
-                        saved = step
-                        wall_time.saved()
-                    if stop.is_set():
-                        raise preemption.Interrupted
-                    if due:
-                        with wall_time.spent("evaluate", waited=waited):
-                            latest |= evaluate(due, state.variables, step)
-                        with wall_time.spent("save", waited=waited):
-                            kept.offer(step, latest, state)
-            latest |= evaluate(list(config.evals), state.variables, total)
-            kept.offer(total, latest, state)
-            latest |= kept.metrics()
-            if config.baselines:
-                initial = init(init_key).variables
-                latest |= evaluations.baselines(initial, stop=stop)
-            wall_time.until_now("evaluate")
-            wall_time.write(finished=True)
-        except preemption.Interrupted:
-            wall_time.until_now("steps", waited=batches.wait_seconds)
-            if saved < (now := int(state.step)):
-                _check_finite({"train/loss": float(logged["loss"])}, now, finite_at)
-                checkpoints.save(now, state, wait=True)
-            wall_time.until_now("save")
-            wall_time.saved()
-            wall_time.write()
-            progress.note(
-                f"stopped: step {now} is saved in {home.path}; run the same command "
-                "again to go on"
-            )
-            raise SystemExit(preemption.REQUEUE) from None
-    parallel.say(str(wall_time))
-    if jax.process_index() == 0:
-        evaluations.report(latest, name=home.name)
-    return latest
-
-
-def _interval(epochs: float, steps_per_epoch: float, total: int) -> int:
-    """Returns a number of steps for a number of epochs; 0 means the end only."""
-    return max(1, round(epochs * steps_per_epoch)) if epochs else total
+    checkpoints = checkpointer.Checkpoints(
+        home.path / "checkpoints", keep=config.checkpoint.keep, before_save=home.push
+    )
+    stack.callback(checkpoints.close)
+    resuming = bool(checkpoints.steps())
+    weights = None
+    if config.init_from and not resuming:
+        weights = starting.plan(config.init_from, abstract.variables, config)
+    best = _claim(config, home, images["train"], resuming=resuming)
+    stack.callback(best.close)
+    return Job(
+        config=config, home=home, images=images, init_key=init_key, mesh=mesh,
+        mesh_line=mesh_line, init=init, step=step, total=total,
+        abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
+        steps_per_epoch=steps_per_epoch, evaluations=evaluations,
+        checkpoints=checkpoints, best=best, weights=weights,
+    )
 
 
 def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
     """Returns the number of steps, and steps per epoch, which need not be whole."""
+    if config.log_every_steps < 1:
+        raise ValueError(
+            f"log_every_steps={config.log_every_steps} must be 1 or more."
+        )
     total = int(config.epochs * num_images // config.data.batch_size)
     if total < 1:
         raise ValueError(
@@ -264,3 +205,146 @@ def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
             "config.data.batch_size."
         )
     return total, num_images / config.data.batch_size
+
+
+def _claim(
+    config: ConfigDict, home: mirror.Home, images: sources.Source, *, resuming: bool
+) -> Best:
+    """Makes the directory, or checks that it is this run's; opens its best state."""
+    dataset = {"num_images": len(images), "fingerprint": images.fingerprint}
+    workdir.claim(
+        home.local, config, resuming=resuming, dataset=dataset, name=home.path
+    )
+    if home.local == home.path:
+        cluster.check_shared(home.local / "config.json")
+    return Best(home, config, dataset)
+
+
+def begin(job: Job) -> tuple[TrainState, bool]:
+    """Returns the state to go on from, and whether a checkpoint had it.
+
+    A checkpoint comes before `init_from`, and both before drawn parameters: what a run
+    has learnt is never overwritten by what it once began with.
+    """
+    restored = job.checkpoints.restore_latest(job.abstract)
+    if restored is not None:
+        step, state = restored
+        parallel.say(f"RESUMED at step {step} of {job.total} from {job.home.path}")
+    else:
+        parallel.say(f"FRESH START in {job.home.path}")
+        state = job.init(job.init_key)
+        if job.weights is not None:
+            parallel.say("\n".join(job.weights.report))
+            state = state.replace(variables=job.weights.apply(state.variables))
+    environment.write_environment(job.home.local)
+    config = job.config
+    parallel.say(
+        f"mesh: {job.mesh_line}\n"
+        f"{len(job.images['train'])} images, {config.epochs:g} epochs, {job.total} "
+        f"steps of {config.data.batch_size} images, peak learning rate "
+        f"{optimizers.peak_lr(config):.3g}"
+    )
+    return state, restored is not None
+
+
+def check_kernels(job: Job, state: TrainState, *, steps_left: int) -> None:
+    """Compares each attention kernel of the run with float32 on these devices.
+
+    What is traced for it JAX keeps for the first step.
+    """
+    with attention.recording() as choices:
+        if steps_left:
+            data = job.config.data
+            blank = pipeline.blank_batch(data, batch_size=data.batch_size)
+            jax.eval_shape(job.step, state, parallel.with_sharding(
+                blank, parallel.batch_sharding(job.mesh)
+            ))
+        job.evaluations.trace(state.variables)
+    attention_check.check(choices, mesh=job.mesh)
+
+
+def train(
+    job: Job,
+    state: TrainState,
+    batches: pipeline.Batches,
+    journal: Journal,
+    stop: preemption.Stop,
+) -> TrainState:
+    """Makes the steps that are left; returns the last state.
+
+    A state is saved before it is evaluated, and before the run stops: neither can lose
+    a step. It is logged before it is saved: a state whose loss is not finite is none.
+
+    Raises:
+      Interrupted: if `stop` is set; the state is saved then.
+    """
+    first = int(state.step)
+    if first == job.checkpoints.last_step:  # a stop may have cut its evaluation short
+        evaluate(job, job.due(first), first, state, journal, stop)
+    for step, batch in enumerate(batches, start=first + 1):
+        state, logged = job.step(state, parallel.place_batch(job.mesh, batch))
+        stopping = stop.is_set()
+        saving = stopping or job.saves(step)
+        journal.stepped(step, logged, log=saving or job.logs(step))
+        if saving:
+            save(job, step, state, journal, wait=stopping or step == job.total)
+        if stopping:
+            raise preemption.Interrupted
+        evaluate(job, job.due(step), step, state, journal, stop)
+    return state
+
+
+def save(
+    job: Job, step: int, state: TrainState, journal: Journal, *, wait: bool
+) -> None:
+    """Saves a state whose loss is finite, unless it is saved already."""
+    journal.check_finite()
+    with journal.spent("save"):
+        if step != job.checkpoints.last_step:
+            job.checkpoints.save(step, state)
+        if wait:
+            job.checkpoints.wait()
+    journal.saved()
+
+
+def evaluate(
+    job: Job,
+    names: list[str],
+    step: int,
+    state: TrainState,
+    journal: Journal,
+    stop: preemption.Stop,
+) -> None:
+    """Runs evaluations of a state, and keeps it if it is the best so far.
+
+    Raises:
+      Interrupted: if `stop` is set meanwhile; the state is saved then, and evaluated
+        again when the run goes on.
+    """
+    if not names:
+        return
+    try:
+        with journal.spent("evaluate"):
+            measured = job.evaluations.run(names, state.variables, step, stop=stop)
+    except preemption.Interrupted:
+        save(job, step, state, journal, wait=True)
+        raise
+    journal.evaluated(step, measured)
+    with journal.spent("save"):
+        job.best.offer(step, measured, state)
+
+
+def close(
+    job: Job, state: TrainState, journal: Journal, stop: preemption.Stop
+) -> dict[str, float]:
+    """Evaluates the last state, and tells how the run went; returns all its metrics."""
+    evaluate(job, list(job.config.evals), job.total, state, journal, stop)
+    results: dict[str, Any] = journal.latest | job.best.metrics()
+    if job.config.baselines:
+        with journal.spent("evaluate"):
+            initial = job.init(job.init_key).variables
+            results |= job.evaluations.baselines(initial, stop=stop)
+    parallel.say(journal.finish())
+    if jax.process_index() == 0:
+        closing.report(job.home, results, pictures=job.evaluations.files)
+    return results

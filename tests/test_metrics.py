@@ -132,37 +132,6 @@ class Clock:
         self.now += seconds
 
 
-def test_speed_counts_training_time_only():
-    clock = Clock()
-    meter = metrics.SpeedMeter(images_per_step=64, clock=clock)
-    clock.pass_time(70)  # compiling
-    meter.restart(1, 9.0)
-    clock.pass_time(8)
-    with meter.pause():
-        clock.pass_time(1000)  # evaluation
-    clock.pass_time(2)
-    with meter.pause():
-        clock.pass_time(50)  # checkpoint
-    assert meter.read(21, 11.5) == {
-        "images_per_second": 128.0, "step_seconds": 0.5, "data_wait": 0.25,
-    }
-    clock.pass_time(4)
-    assert meter.read(22, 11.5) == {
-        "images_per_second": 16.0, "step_seconds": 4.0, "data_wait": 0.0,
-    }
-    assert meter.read(22, 11.5) == {}
-
-
-def test_pause_ends_when_evaluation_fails():
-    clock = Clock()
-    meter = metrics.SpeedMeter(images_per_step=1, clock=clock)
-    with pytest.raises(KeyError), meter.pause():
-        clock.pass_time(5)
-        raise KeyError
-    clock.pass_time(1)
-    assert meter.read(1, 0.0)["step_seconds"] == 1.0
-
-
 def test_log_file_gets_few_readable_lines():
     clock, file = Clock(), io.StringIO()
     progress = metrics.Progress(400, first_step=0, file=file, clock=clock)

@@ -389,5 +389,5 @@ def test_an_error_inside_the_step_is_not_blamed_on_the_settings(
 
 def test_micro_batches_are_spread_over_all_devices():
     batch = {"x": jnp.arange(16)}
-    parts = train._split(batch, 2)["x"]
+    parts = train_step._split(batch, 2)["x"]
     np.testing.assert_array_equal(parts, [list(range(0, 16, 2)), list(range(1, 16, 2))])

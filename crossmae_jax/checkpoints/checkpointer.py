@@ -2,7 +2,8 @@
 
     directory/300/variables/    weights and fixed tables; readable alone
     directory/300/optimizer/    all other state: the step and the optimiser's moments
-    directory/300/SHA256SUMS    digests of both (`sha256sum -c SHA256SUMS`)
+    directory/300/notes/        what is known of this state and of no other, if anything
+    directory/300/SHA256SUMS    digests of all (`sha256sum -c SHA256SUMS`)
 
 Orbax writes and restores the arrays. It has no digests of its own: a flipped byte comes
 back as wrong weights without a word. So each step gets a list of digests while its
@@ -22,7 +23,8 @@ and renames.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +40,8 @@ from crossmae_jax.paths import AnyPath
 
 VARIABLES = "variables"
 OPTIMIZER = "optimizer"
+NOTES = "notes"
+_NOTES_FILE = "metadata"  # the name that Orbax gives to a JSON item
 _MAX_NAMES = 10  # tensors named per kind of mismatch
 _NONE, _ALL_DAMAGED = -1, -2  # what process 0 tells the others instead of a step
 
@@ -54,6 +58,9 @@ class MismatchError(RestoreError):
 
 class Checkpoints:
     """The checkpoints of one run, the newest `keep` of them.
+
+    Attributes:
+      last_step: of the state that was saved or restored last, None if none was.
 
     All processes of a run call every method. A state is a dataclass or dict of
     `jax.Array`s with the weights in its field `variables`.
@@ -82,7 +89,7 @@ class Checkpoints:
             raise ValueError(f"keep={keep} checkpoints; expected at least 1.")
         self._before_save = before_save
         self.directory = paths.absolute(directory)
-        self._saving: int | None = None
+        self.last_step: int | None = None
         for path in steps.unfinished(self.directory):
             parallel.say(
                 f"{path} was never completed (the run was stopped while writing it); "
@@ -104,10 +111,20 @@ class Checkpoints:
         """Returns the committed steps, damaged ones included, in ascending order."""
         return steps.committed(self.directory)
 
-    def save(self, step: int, state: Any, *, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        wait: bool = False,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Saves the state; unless `wait`, returns while files are still being written.
 
         The arrays are copied before it returns: the caller may donate them.
+
+        Args:
+          notes: values for JSON that are saved with the state as one, see `notes`.
 
         Raises:
           ValueError: if the save is refused because a step this new exists, or if the
@@ -124,14 +141,14 @@ class Checkpoints:
                     )
         self.wait()
         self._before_save()
-        self._saving = step
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(**{
-                name: ocp.args.StandardSave(traverse_util.unflatten_dict(leaves))
-                for name, leaves in items.items()
-            }),
-        )
+        self.last_step = step
+        arguments = {
+            name: ocp.args.StandardSave(traverse_util.unflatten_dict(leaves))
+            for name, leaves in items.items()
+        }
+        if notes is not None:
+            arguments[NOTES] = ocp.args.JsonSave(dict(notes))
+        saved = self._manager.save(step, args=ocp.args.Composite(**arguments))
         if not saved:
             raise ValueError(
                 f"Step {step} was not saved: {self.directory} already holds steps "
@@ -140,6 +157,17 @@ class Checkpoints:
             )
         if wait:
             self.wait()
+
+    def notes(self, step: int) -> dict[str, Any] | None:
+        """Returns what was saved beside a state; None if nothing was, or is intact."""
+        path = self.directory / str(step)
+        if digests.damage(path, (NOTES,)) is not None:
+            return None
+        return json.loads((path / NOTES / _NOTES_FILE).read_text())
+
+    def delete(self, step: int) -> None:
+        """Removes a step."""
+        self._manager.delete(step)
 
     def wait(self) -> None:
         """Waits until the last save is committed; raises if it failed."""
@@ -174,13 +202,14 @@ class Checkpoints:
             for path, leaf in _read(self.directory / str(step) / name, leaves).items()
         }
         self._put_aside(damaged)
+        self.last_step = step
         names = [_names(path) for path, _ in _leaves(abstract_state)]
         return step, jax.tree.unflatten(
             jax.tree.structure(abstract_state), [restored[name] for name in names]
         )
 
     def _write_digests(self) -> None:
-        final = self.directory / str(self._saving)
+        final = self.directory / str(self.last_step)
         temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
         digests.write(temporary if temporary.exists() else final)
 
@@ -278,8 +307,9 @@ def _newest_intact(
             f"{reasons or ' process 0 lists the reasons.'}\n"
             "Refusing to start over in a directory that holds a run. Put back a copy "
             "of a step, or train from the start in a new --workdir. If only the list "
-            "of digests is gone and you trust the files: python -c 'from crossmae_jax "
-            f"import digests; digests.write(\"{directory / str(there[-1])}\")'."
+            "of digests is gone and you trust the files: python -c 'from "
+            "crossmae_jax.checkpoints import digests; "
+            f"digests.write(\"{directory / str(there[-1])}\")'."
         )
     return (None if chosen == _NONE else chosen), damaged
 

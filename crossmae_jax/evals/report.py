@@ -12,14 +12,9 @@ from typing import Any
 import jax
 
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import workdir
+from crossmae_jax.runs import results, workdir
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
-
-
-def counted(seen: int, available: int) -> str:
-    """Returns how many of how many, as "50 000/50 000"."""
-    return f"{seen:,}/{available:,}".replace(",", " ")
 
 
 @dataclasses.dataclass
@@ -62,7 +57,10 @@ class Report:
         lines = [
             f"# Evaluation of {path}" + ("" if step is None else f", step {step}"), "",
             f"* sha256 `{self.checkpoint['sha256']}`",
-            *(f"* {name}: {counted(*n)} images" for name, n in self.images.items()),
+            *(
+                f"* {name}: {results.counted(*number)} images"
+                for name, number in self.images.items()
+            ),
             *(
                 f"* {name}: " + ", ".join(f"{k}={v}" for k, v in options.items())
                 for name, options in self.options.items() if options

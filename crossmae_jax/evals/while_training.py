@@ -1,11 +1,11 @@
-"""Evaluation inside a run: when, on which data, compared with what, and the report.
+"""Evaluation inside a run: when, on which data, and compared with what.
 
 The evaluators themselves know no model and no run (`evaluator`); the train loop knows
 no evaluator. Two baselines put the final numbers in proportion: the same network at
 random initialisation, and the raw pixels, evaluated in the same way on the same split.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from ml_collections import ConfigDict
 from crossmae_jax import visualize
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.distributed import parallel, preemption
-from crossmae_jax.evals import evaluator, features, report
-from crossmae_jax.report import run_page
-from crossmae_jax.runs import logged, metrics, results
+from crossmae_jax.evals import evaluator, features
+from crossmae_jax.runs import results
 
 # Evaluators of what only one objective can do.
 _OF_OBJECTIVE = {"accuracy": "classify", "reconstruction": "pretrain"}
@@ -98,11 +97,9 @@ class Evaluations:
         variables: Any,
         step: int,
         *,
-        writer: metrics.MetricWriter,
-        progress: metrics.Progress,
         stop: preemption.Stop,
     ) -> dict[str, float]:
-        """Runs evaluators on one state, writes and returns their metrics.
+        """Runs evaluators on one state; returns their metrics, `eval/NAME/METRIC`.
 
         Raises:
           interruption.Interrupted: if `stop` is set meanwhile.
@@ -125,10 +122,6 @@ class Evaluations:
             result = evaluator.run(name, evaluation, options)
             self.files.extend(result.files)
             found |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
-        if found:
-            writer.write(step, found)
-            shown = (f"{key} {value:.4g}" for key, value in found.items())
-            progress.note(f"step {step}  " + "  ".join(shown))
         return found
 
     def baselines(
@@ -154,36 +147,6 @@ class Evaluations:
                     for key, value in result.metrics.items()
                 }
         return found
-
-    def report(
-        self, found: dict[str, float], *, name: Callable[[Path], Any] = str
-    ) -> None:
-        """Prints the closing table of a run, and where everything lies.
-
-        Writes what was found, the curve and the page about the run.
-
-        Args:
-          name: what to call a file.
-        """
-        results.write(self._directory, found)
-        if text := results.table(found):
-            print(f"\n{text}\n")
-        if "train/loss_trivial" in found:  # not of a finished run, started again
-            print(
-                f"loss {found['train/loss']:.4f}; predicting the mean of each patch: "
-                f"{found['train/loss_trivial']:.4f}"
-            )
-        if "best/step" in found:
-            print(best(found))
-        written = self._directory / logged.FILE
-        curve = visualize.loss_curve(written, self._directory / "curve.png")
-        print(f"metrics      {name(written)}")
-        print(f"curve        {name(curve)}")
-        for path in self.files[-1:]:
-            print(f"pictures     {name(path)}")
-        print(f"checkpoints  {name(self._directory / 'checkpoints')}", flush=True)
-        page = run_page.write(self._directory, name=str(name(self._directory)))
-        print(f"report       {name(page)}", flush=True)
 
     def _evaluation(
         self, evals, predict, stop, **pictures: Any
@@ -253,17 +216,3 @@ def _batch_size(
         return data.batch_size
     per_device = -(-num_images // mesh.size)  # no more padding than needed
     return min(data.batch_size, per_device * mesh.size)
-
-
-def best(found: dict[str, float]) -> str:
-    """Says what the best state of a run reached, and the last, on how many images."""
-    (name, value), = (
-        (key.removeprefix("best/"), value) for key, value in found.items()
-        if key.startswith("best/eval/")
-    )
-    line = f"best {name} {value:.4f} at step {found['best/step']:.0f}"
-    if name in found:
-        line += f", at the end {found[name]:.4f}"
-    if (images := found.get("eval/accuracy/images")) is not None:
-        line += f" ({report.counted(int(images), int(images))} images)"
-    return line

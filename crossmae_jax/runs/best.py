@@ -5,31 +5,43 @@ weights that reached it are kept, too, in a directory `best` that is itself a ru
 can be loaded, exported and started from.
 
     best/config.json, dataset.json    of the run
-    best/best.json                    step, metric and value
-    best/checkpoints                  one checkpoint
+    best/checkpoints                  one checkpoint, its value in its notes
+    best/best.json                    step, metric and value, for readers
+
+State and value are committed as one, and the value was measured of this very state.
+`best.json` is a copy: a kill before it is written costs nothing.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.distributed import parallel
 from crossmae_jax.runs import mirror, workdir
+
+FILE = "best.json"
 
 
 class Best:
     """Keeps the state with the largest value of the metric `config.checkpoint.best`.
 
     Keeps nothing where that is "". All processes of a run call every method.
+
+    Raises:
+      ValueError: if no evaluator of the run can measure the metric.
     """
 
     def __init__(self, home: mirror.Home, config: ConfigDict, dataset: dict[str, Any]):
         self._metric, self._home = config.checkpoint.best, home
-        self._directory = directory = home.local / "best"
-        self._checkpoints = None
-        self._value = self._step = None
+        self._directory = home.local / "best"
+        self._checkpoints: checkpointer.Checkpoints | None = None
+        self._value: float | None = None
+        self._step: int | None = None
         if not self._metric:
             return
         prefix, evaluator, _ = (self._metric + "//").split("/", 2)
@@ -43,33 +55,58 @@ class Best:
             home.path / "best" / "checkpoints", keep=1, before_save=home.push
         )
         kept = self._checkpoints.steps()
-        if kept:
-            noted = json.loads((directory / "best.json").read_text())
-            self._value, self._step = noted["value"], noted["step"]
         workdir.claim(
-            directory, config, resuming=bool(kept), dataset=dataset,
+            self._directory, config, resuming=bool(kept), dataset=dataset,
             name=home.path / "best",
         )
+        if kept:
+            self._recall(kept[-1])
 
-    def offer(self, step: int, found: dict[str, float], state: Any) -> None:
+    def _recall(self, step: int) -> None:
+        """Takes up what an earlier launch kept."""
+        self._step, measured = step, self._checkpoints.notes(step)
+        path = self._directory / FILE
+        if measured is None and path.exists():  # runs from before there were notes
+            measured = json.loads(path.read_text())
+            if measured["step"] != step:  # of a state that is no longer there
+                measured = None
+        if measured is None or measured["metric"] != self._metric:
+            parallel.say(
+                f"{self._home.path / 'best'} holds step {step}, and nothing says what "
+                f"{self._metric} it reached; the next one measured takes its place."
+            )
+            return
+        self._value = measured["value"]
+        self._tell()
+
+    def offer(self, step: int, measured: Mapping[str, float], state: Any) -> None:
         """Saves the state if its value is larger than all before.
 
         Args:
-          found: metrics by name; without ours nothing happens.
+          measured: metrics by name, of this state and no other; without ours nothing
+            happens.
         """
-        value = found.get(self._metric)
-        if value is None or (self._value is not None and value <= self._value):
+        value = measured.get(self._metric)
+        if value is None or not math.isfinite(value):
             return
-        # A run that goes on from before its best step comes to that step again.
-        if step not in self._checkpoints.steps():
-            self._checkpoints.save(step, state, wait=True)
+        if self._value is not None and value <= self._value:
+            return
+        if step != self._step:
+            if self._step is not None and step < self._step:
+                # A run that went on from further back; Orbax adds newer steps only.
+                self._checkpoints.delete(self._step)
+            notes = {"step": step, "metric": self._metric, "value": value}
+            self._checkpoints.save(step, state, wait=True, notes=notes)
         self._value, self._step = value, step
-        if jax.process_index() == 0:
-            noted = {"step": step, "metric": self._metric, "value": value}
-            workdir.write_whole(
-                self._directory / "best.json", json.dumps(noted) + "\n"
-            )
+        self._tell()
         self._home.push()
+
+    def _tell(self) -> None:
+        if jax.process_index() == 0:
+            measured = {
+                "step": self._step, "metric": self._metric, "value": self._value
+            }
+            workdir.write_whole(self._directory / FILE, json.dumps(measured) + "\n")
 
     def metrics(self) -> dict[str, float]:
         """Returns the largest value and its step, for the report.

@@ -37,9 +37,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from crossmae_jax.runs import logged, workdir
 from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import logged, workdir
 
 SHIPPED = Path(__file__).parent / "references"
 WINDOW = 5  # logged points of `train/...` that a median is of

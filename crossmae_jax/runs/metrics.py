@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics to files, speed, and a progress bar.
+"""What a run writes about itself: metrics to files, and a progress bar.
 
     workdir/metrics.jsonl    {"step": 50, "train/loss": 0.71, ...}, one object a line
     workdir/tensorboard/     the same for TensorBoard
@@ -10,19 +10,17 @@ neither NaN nor infinity: both are `null` in metrics.jsonl, themselves in Tensor
 Only process 0 writes and shows anything.
 """
 
-import contextlib
 import io
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer import event_file_writer
 from tqdm import tqdm
@@ -124,88 +122,6 @@ class MetricWriter:
         if self._active:
             self._file.close()
             self._events.close()
-
-
-class SpeedMeter:
-    """Measures speed between two log points, without what is not training.
-
-    Example:
-      meter = SpeedMeter(images_per_step=4096)
-      state = train_step(state, batch)           # compiles
-      meter.restart(step, pipeline.wait_seconds)
-      ...
-      with meter.pause():                        # evaluation, a checkpoint
-          evaluate(state)
-      ...
-      meter.read(step, pipeline.wait_seconds)    # {"images_per_second": 2310.4, ...}
-
-    Steps run ahead on the device: fetch a result of the last one before reading.
-    """
-
-    def __init__(
-        self, *, images_per_step: int, clock: Callable[[], float] = time.perf_counter
-    ):
-        self._images_per_step = images_per_step
-        self._clock = clock
-        self.restart(0, 0.0)
-
-    def restart(self, step: int, wait_seconds: float) -> None:
-        """Begins to measure at this step; what was before does not count."""
-        self._step, self._wait = step, wait_seconds
-        self._begin, self._paused = self._clock(), 0.0
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leaves out the time spent inside; no training steps may run there."""
-        begin = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - begin
-
-    def read(self, step: int, wait_seconds: float) -> dict[str, float]:
-        """Returns the speed since the last reading, and starts the next measurement.
-
-        Args:
-          wait_seconds: total time spent waiting for data, as the pipeline counts it.
-
-        Returns:
-          `images_per_second`, `step_seconds` and `data_wait`, the share of the time
-          spent waiting for data. Empty if no step was made.
-        """
-        steps = step - self._step
-        seconds = self._clock() - self._begin - self._paused
-        waited = wait_seconds - self._wait
-        self.restart(step, wait_seconds)
-        if steps <= 0 or seconds <= 0:
-            return {}
-        return {
-            "images_per_second": steps * self._images_per_step / seconds,
-            "step_seconds": seconds / steps,
-            "data_wait": min(max(waited / seconds, 0.0), 1.0),
-        }
-
-
-SHOWN = ("images_per_second", "data_wait")  # by `Progress`
-
-
-def slowest(speed: dict[str, float]) -> dict[str, float]:
-    """Returns the speed with the longest wait for data of any host, and which it is.
-
-    All hosts make the same steps, so the one that waits longest holds up all. To be
-    called in all processes at once.
-
-    Args:
-      speed: what `SpeedMeter.read` returned here.
-    """
-    if jax.process_count() == 1 or not speed:
-        return speed
-    mine = np.float32(speed["data_wait"])
-    waits = multihost_utils.process_allgather(mine)
-    return speed | {
-        "data_wait": float(waits.max()), "data_wait_median": float(np.median(waits)),
-        "slowest_host": float(waits.argmax()),
-    }
 
 
 class Progress:

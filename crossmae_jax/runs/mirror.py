@@ -24,8 +24,8 @@ from pathlib import Path
 
 import jax
 
-from crossmae_jax.distributed import parallel
 from crossmae_jax import paths
+from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
 
 

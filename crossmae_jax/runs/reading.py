@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from crossmae_jax.runs import logged, results, walltime, workdir
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import logged, results, walltime, workdir
 
 Series = logged.Curves
 

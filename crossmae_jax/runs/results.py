@@ -69,3 +69,8 @@ def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
         "-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths)
     ) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def counted(seen: int, available: int) -> str:
+    """Returns how many of how many, as "50 000/50 000"."""
+    return f"{seen:,}/{available:,}".replace(",", " ")

@@ -31,20 +31,24 @@ class WallTime:
     """Adds up where the time went; every moment belongs to one kind.
 
     Example:
-      wall_time = WallTime(directory, begun=time.time(), resuming=False)
+      wall_time = WallTime(
+          directory, begun=time.time(), resuming=False, waited=lambda: 0.0
+      )
       wall_time.until_now("start")
-      ...                                       # the first step
+      ...                                 # the first step
       wall_time.until_now("compile")
-      ...                                       # steps
-      with wall_time.spent("save", waited=2.1): # what was before went to steps and data
+      ...                                 # steps
+      with wall_time.spent("save"):       # what was before went to steps and data
           checkpoints.save(step, state)
       wall_time.saved()
-      wall_time.until_now("steps", waited=2.4)
+      wall_time.until_now("steps")
       wall_time.write()
 
     Args:
       begun: when this launch began, by the clock.
       resuming: whether the run goes on, and so do the sums in its directory.
+      waited: seconds waited for data since the launch; what is new since the last
+        booking counts as "data", whatever is booked.
       clock: seconds since a moment that is the same for all launches.
     """
 
@@ -54,10 +58,11 @@ class WallTime:
         *,
         begun: float,
         resuming: bool,
+        waited: Callable[[], float],
         clock: Callable[[], float] = time.time,
     ):
         self._path, self._clock = directory / FILE, clock
-        self._since, self._waited = begun, 0.0
+        self._wait, self._since, self._waited = waited, begun, 0.0
         self._seconds = dict.fromkeys(KINDS, 0.0)
         if resuming and self._path.exists():
             noted = json.loads(self._path.read_text())
@@ -68,14 +73,9 @@ class WallTime:
                 self._seconds["restart"] += lost + max(begun - noted["until"], 0.0)
         self._saved = self._seconds["steps"]
 
-    def until_now(self, kind: str, *, waited: float = 0.0) -> None:
-        """Books the time since the last call.
-
-        Args:
-          waited: seconds waited for data since the launch; what is new counts as
-            "data".
-        """
-        now = self._clock()
+    def until_now(self, kind: str) -> None:
+        """Books the time since the last call."""
+        now, waited = self._clock(), self._wait()
         new, self._waited = waited - self._waited, max(waited, self._waited)
         new = min(max(new, 0.0), now - self._since)
         self._seconds["data"] += new
@@ -83,13 +83,17 @@ class WallTime:
         self._since = now
 
     @contextlib.contextmanager
-    def spent(self, kind: str, *, waited: float) -> Iterator[None]:
+    def spent(self, kind: str) -> Iterator[None]:
         """Books the time inside as one kind, and what was before it as steps."""
-        self.until_now("steps", waited=waited)
+        self.until_now("steps")
         try:
             yield
         finally:
-            self.until_now(kind, waited=self._waited)
+            self.until_now(kind)
+
+    def seconds(self, *kinds: str) -> tuple[float, ...]:
+        """Returns the sums of these kinds so far."""
+        return tuple(self._seconds[kind] for kind in kinds)
 
     def shares(self) -> dict[str, float]:
         """Returns the shares of the kinds in all the time so far."""

@@ -9,14 +9,16 @@ from crossmae_jax.runs import walltime
 
 class Clock:
     def __init__(self, now):
-        self.now = now
+        self.now, self.waited = now, 0.0
 
     def __call__(self):
         return self.now
 
 
 def launch(directory, clock, **changes):
-    options = dict(begun=clock.now, resuming=False, clock=clock) | changes
+    options = dict(
+        begun=clock.now, resuming=False, clock=clock, waited=lambda: clock.waited
+    ) | changes
     return walltime.WallTime(directory, **options)
 
 
@@ -29,16 +31,16 @@ def test_every_second_belongs_to_one_kind(tmp_path):
     wall_time = launch(tmp_path, clock)
     clock.now += 7
     wall_time.until_now("start")
-    clock.now += 20
-    wall_time.until_now("compile", waited=1.0)
-    clock.now += 50
-    with wall_time.spent("save", waited=11.0):
+    clock.now, clock.waited = clock.now + 20, 1.0
+    wall_time.until_now("compile")
+    clock.now, clock.waited = clock.now + 50, 11.0
+    with wall_time.spent("save"):
         clock.now += 3
     clock.now += 9
-    with wall_time.spent("evaluate", waited=11.0):
+    with wall_time.spent("evaluate"):
         clock.now += 4
-    clock.now += 8
-    wall_time.until_now("steps", waited=13.0)
+    clock.now, clock.waited = clock.now + 8, 13.0
+    wall_time.until_now("steps")
     wall_time.write()
     assert seconds(tmp_path) == {
         "steps": 40 + 9 + 6, "data": 1 + 10 + 2, "compile": 19, "evaluate": 4,
@@ -99,7 +101,7 @@ def test_a_fresh_start_counts_from_nothing(tmp_path):
 def test_more_waiting_than_time_is_no_negative_training(tmp_path):
     clock = Clock(0.0)
     wall_time = launch(tmp_path, clock)
-    clock.now = 2
-    wall_time.until_now("steps", waited=5.0)
+    clock.now, clock.waited = 2, 5.0
+    wall_time.until_now("steps")
     wall_time.write()
     assert (seconds(tmp_path)["steps"], seconds(tmp_path)["data"]) == (0, 2)
