@@ -62,7 +62,7 @@ def _cells(case, **options) -> list[str]:
         return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
     found = [name for name, call in KERNELS.items() if call in text] or ["xla"]
-    exchanged = collectives.read(text, mesh.size)
+    exchanged = collectives.read(text, options["mesh"].size)
     return [
         " ".join(found),
         ", ".join(f"{each.count} {each.kind}" for each in exchanged) or "none",

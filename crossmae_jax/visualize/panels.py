@@ -82,6 +82,14 @@ def reconstruction_panel(
     Raises:
       ValueError: if there is no image, or the mask does not fit the images.
     """
+    columns = _columns(pictures)
+    return canvas.save(_laid_out(columns, caption=caption, names=names), path)
+
+
+def _columns(
+    pictures: Reconstruction,
+) -> dict[str, Float[np.ndarray, "b height width 3"]]:
+    """Returns what each column shows, by its title."""
     images = np.asarray(pictures.image)
     num, height, width, channels = images.shape
     if num == 0:
@@ -103,7 +111,7 @@ def reconstruction_panel(
             "prediction\n(decoded patches)": hidden & ~thrown,
             "prediction\n(thrown patches)": thrown,
         }
-    columns = {
+    return {
         _shown_channels("original", channels): original,
         "masked\n(the model's input)": np.where(hidden, blank, original),
     } | {
@@ -111,6 +119,15 @@ def reconstruction_panel(
         for title, shown in predictions.items()
     } | {"prediction\n+ visible patches": pasted}
 
+
+def _laid_out(
+    columns: Mapping[str, Float[np.ndarray, "b height width 3"]],
+    *,
+    caption: str,
+    names: Sequence[str],
+) -> figure.Figure:
+    """Puts the columns side by side, titles above, names left, the caption below."""
+    num, height, width, _ = next(iter(columns.values())).shape
     factor = max(1, round(_ENLARGED / max(height, width)))
     factor = min(factor, _LARGEST / max(height, width))
     cell_width, cell_height = round(width * factor), round(height * factor)
@@ -125,11 +142,17 @@ def reconstruction_panel(
         figsize=(total_width / canvas.DPI, total_height / canvas.DPI),
         dpi=canvas.DPI, facecolor="white",
     )
+
+    def write(x, y, text, **options):
+        drawing.text(
+            x / total_width, 1 - y / total_height, text, color=canvas.INK, **options
+        )
+
     for i, (title, cells) in enumerate(columns.items()):
         left = margin + i * (column + _GAP)
-        drawing.text(
-            (left + column / 2) / total_width, 1 - _HEADER / 2 / total_height, title,
-            ha="center", va="center", fontsize=12, linespacing=1.25, color=canvas.INK,
+        write(
+            left + column / 2, _HEADER / 2, title, ha="center", va="center",
+            fontsize=12, linespacing=1.25,
         )
         left += (column - cell_width) // 2
         for j, cell in enumerate(cells):
@@ -139,21 +162,16 @@ def reconstruction_panel(
                 cell_width / total_width, cell_height / total_height,
             ))
             axes.set_axis_off()
-            axes.imshow(
-                cell, aspect="auto",
-                interpolation="nearest" if factor >= 1 else "antialiased",
-            )
+            smooth = "nearest" if factor >= 1 else "antialiased"
+            axes.imshow(cell, aspect="auto", interpolation=smooth)
     for j, name in enumerate(names):
         middle = _HEADER + j * (cell_height + _GAP) + cell_height / 2
-        drawing.text(
-            (margin - _GAP) / total_width, 1 - middle / total_height, name, ha="right",
-            va="center", fontsize=11, color=canvas.INK,
-        )
-    drawing.text(
-        _GAP / total_width, footer / total_height, "\n".join(lines),
-        ha="left", va="top", fontsize=12, linespacing=1.3, color=canvas.INK,
+        write(margin - _GAP, middle, name, ha="right", va="center", fontsize=11)
+    write(
+        _GAP, total_height - footer, "\n".join(lines), ha="left", va="top",
+        fontsize=12, linespacing=1.3,
     )
-    return canvas.save(drawing, path)
+    return drawing
 
 
 def sampling_panel(
