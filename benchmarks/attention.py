@@ -20,7 +20,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 from benchmarks import step  # noqa: E402
-from crossmae_jax.cost import collectives
+from crossmae_jax.cost import collectives  # noqa: E402
 from crossmae_jax.distributed import parallel  # noqa: E402
 from crossmae_jax.ops import attention  # noqa: E402
 from tests import attention_cases  # noqa: E402

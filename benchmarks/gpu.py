@@ -98,15 +98,14 @@ def cells(
     if player.fallen:
         return [name, str(batch), player.fallen.replace("|", "/"), *[""] * 7]
     median = statistics.median(player.seconds)
-    flops = counting.count(config).train_flops * batch
-    done = flops / median / 1e12 / jax.device_count()
+    flops = counting.count(config).train_flops
+    done = flops * batch / median / 1e12 / jax.device_count()
     low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
     compared = ["", ""]
     if player is not first and not first.fallen:
         compared = [f"{turns.ratio(player.seconds, first.seconds):.3f}"]
         base = step.load_config(first.name, overrides=overrides)
-        flops = counting.count(config).train_flops / counting.count(base).train_flops
-        compared.append(f"{flops:.3f}")
+        compared.append(f"{flops / counting.count(base).train_flops:.3f}")
     return [
         name, str(batch), f"{batch / median:.1f}",
         f"{median * 1e3:.1f} ({low:.1f}..{high:.1f})", f"{done:.3g}",

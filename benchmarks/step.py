@@ -20,6 +20,7 @@ import argparse
 import ast
 import dataclasses
 import datetime
+import functools
 import os
 import platform
 import statistics
@@ -35,6 +36,7 @@ from benchmarks import profiling
 from crossmae_jax import main as train_main
 from crossmae_jax import train_step
 from crossmae_jax.cost import counting
+from crossmae_jax.data import pipeline
 from crossmae_jax.distributed import environment, hardware, parallel, sharding
 from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.optim import optimizers
@@ -57,6 +59,11 @@ class Run:
     step: Callable[[], None]
     seconds: list[float] = dataclasses.field(default_factory=list)
     compiled: jax.stages.Compiled | None = None
+
+    @functools.cached_property
+    def flops(self) -> int:
+        """Operations of a training step, counted for one image."""
+        return counting.count(self.config).train_flops
 
 
 def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
@@ -117,6 +124,7 @@ def prepare(name: str, config: ConfigDict) -> Run:
     state = init(init_key)
     shape = (data.batch_size, *data.image_size, data.channels)
     batch = parallel.place_batch(mesh, {
+        **pipeline.blank_batch(data, batch_size=data.batch_size),
         "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
         "sample": np.arange(data.batch_size, dtype=np.uint32),
     })
@@ -160,7 +168,7 @@ def share_of_peak(run: Run, peak: float | None) -> str:
     """Returns counted operations over the peak of all devices; bf16 models only."""
     if peak is None or run.config.model.dtype != "bfloat16":
         return "unknown"
-    flops = counting.count(run.config).train_flops * run.config.data.batch_size
+    flops = run.flops * run.config.data.batch_size
     done = flops / statistics.median(run.seconds)
     return f"{done / (peak * 1e12 * jax.device_count()):.1%}"
 
@@ -182,13 +190,12 @@ def table(runs: list[Run], baseline: Run | None) -> str:
     lines = [row(head), row(["---"] * len(head))]
     for run in runs:
         median = statistics.median(run.seconds)
-        flops = counting.count(run.config).train_flops
         cells = [
             run.name,
             f"{run.config.data.batch_size / median:.1f}",
             f"{median * 1e3:.1f} ({min(run.seconds) * 1e3:.1f}.."
             f"{max(run.seconds) * 1e3:.1f})",
-            f"{flops / 1e9:.2f}",
+            f"{run.flops / 1e9:.2f}",
             share_of_peak(run, peak),
             f"{run.compile_seconds:.1f}",
             f"{run.memory_bytes / 2**30:.2f}",
@@ -196,10 +203,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
         if baseline is not None:
             pairs = zip(run.seconds, baseline.seconds, strict=True)
             ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-            cells += [
-                f"{ratio:.3f}",
-                f"{flops / counting.count(baseline.config).train_flops:.3f}"
-            ]
+            cells += [f"{ratio:.3f}", f"{run.flops / baseline.flops:.3f}"]
         lines.append(row(cells))
     return "\n".join(lines)
 

@@ -1,11 +1,14 @@
 """`python -m crossmae_jax cost` prints the published shares, and says what is wrong."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from configs import vitb_mae
 from crossmae_jax import __main__ as front_door
@@ -19,10 +22,17 @@ PROGRESSIVE = [
 ]
 
 
+@functools.cache
+def count(text, counted=counting.count):
+    """Counts a configuration once, however many tests print it."""
+    return counted(ConfigDict(json.loads(text)))
+
+
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Returns a function that runs the command: status, output, errors."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(counting, "count", lambda config: count(config.to_json()))
 
     def run(*arguments):
         try:
@@ -71,11 +81,10 @@ def test_every_row_is_the_counted_one(run):
     config.masking.throw_ratio, config.model.aggregator.kind = 0.5, "conv"
     counted = counting.count(config)
     _, printed, _ = run(*PROGRESSIVE)
+    assert list(counted.parts) == ["encoder", "decoder", "aggregator"]
     expected = {
-        "encoder": (counted.encoder_macs, counted.encoder_params),
-        "decoder": (counted.decoder_macs, counted.decoder_params),
-        "aggregator": (counted.aggregator_macs, counted.aggregator_params),
-        "position tables, not trained": (0, counted.table_params),
+        **counted.parts,
+        "position tables, not trained": (0, counted.others["constants"]),
         "total": (counted.macs, counted.params),
     }
     found = rows(printed)
@@ -84,6 +93,21 @@ def test_every_row_is_the_counted_one(run):
     assert found.pop("config") == ["196", "49", "49", "98", "99"]
     assert set(found) == {"part", "tokens", "---"}
     assert f"{counted.train_flops / 1e9:.3f} GFLOPs an image" in printed
+
+
+def test_a_classifier_is_counted_too_beside_any_other(run):
+    status, printed, errors = run(
+        "--config=configs/linprobe_vitb.py", f"--against={MAE}"
+    )
+    assert (status, errors) == (0, "")
+    found = rows(printed)
+    assert list(found)[2:6] == [
+        "encoder", "head", "running statistics, not trained", "total"
+    ]
+    assert found["total"][:2] == ["17.5638", "86.569"]
+    assert found["head"] == ["0.0008", "0.769", "-", "-"]
+    assert found["config"] == ["196", "196", "0", "0", "0"]
+    assert "1 pass, and 2 more of 0.0008 GMACs, x 2 operations:\n35.131" in printed
 
 
 def test_settings_do_not_touch_the_other_file(run):
@@ -141,6 +165,8 @@ WRONG = {
     f"error: {MAE}: aggregator.kind='conv' predicts thrown patches, but "
     "throw_ratio=0.0 throws 0 of 196 patches":
         (1, [CONFIG, "--config.model.aggregator.kind=conv"]),
+    "error: configs/finetune_folder.py: data.num_classes is not set, and no data is":
+        (1, ["--config=configs/finetune_folder.py"]),
     f"error: {MAE}: Unknown aggregator 'cnov'. Known: conv, convnext, none, pool":
         (1, [*PROGRESSIVE, "--config.model.aggregator.kind=cnov"]),
 }

@@ -1,63 +1,32 @@
-"""The counted cost equals the real model's, traced: its parameters and its products."""
+"""The cost counted from the traced program equals the closed formulas."""
 
 import itertools
-import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from configs import (
     digits_cross,
     digits_mae,
-    vitb_cross,
-    vitb_cross75,
+    finetune_digits,
+    linprobe_vitb,
     vitb_cross_448,
     vitb_mae,
     vith_cross,
-    vith_mae,
-    vitl_cross,
     vitl_mae,
-    vits_cross,
     vits_cross75,
-    vits_mae,
 )
 from crossmae_jax.cost import counting
-from crossmae_jax.models import aggregator, vit
-from crossmae_jax.objectives import OBJECTIVES
+from crossmae_jax.models import aggregator
+from tests import cost_formulas
+
+# Every size once, both decoders, both ratios of prediction.
+REAL = (vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae)
 
 
-def leaf_counts(config):
-    """Returns how many numbers the real model holds, by part; the tables come last."""
-    objective = OBJECTIVES[config.objective](config)
-    shapes = jax.eval_shape(objective.init, jax.random.key(0))
-
-    def total(tree):
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-    first = total(shapes["params"]["encoder"])
-    last = total(shapes["params"].get("aggregator", {}))
-    between = total(shapes["params"]) - first - last
-    return first, between, last, total(shapes["constants"])
-
-
-def counted_params(config):
-    counted = counting.count(config)
-    return (
-        counted.encoder_params, counted.decoder_params, counted.aggregator_params,
-        counted.table_params,
-    )
-
-
-@pytest.mark.parametrize(
-    "module",
-    [vits_mae, vitb_mae, vitl_mae, vith_mae, vits_cross, vitb_cross, vitl_cross,
-     vith_cross, vitb_cross_448],
-    ids=lambda module: module.__name__,
-)
-def test_parameters_equal_the_real_model(module):
+@pytest.mark.parametrize("module", REAL, ids=lambda module: module.__name__)
+def test_real_models_cost_what_the_formulas_say(module):
     config = module.get_config()
-    assert counted_params(config) == leaf_counts(config)
+    assert counting.count(config) == cost_formulas.pretraining(config)
 
 
 VARIANTS = [
@@ -101,100 +70,64 @@ def tiny_throwing(module, changes):
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_parameters_of_every_variant_equal_the_real_model(changes):
+def test_every_variant_costs_what_the_formulas_say(changes):
     config = tiny(digits_cross, **changes)
-    assert counted_params(config) == leaf_counts(config)
-
-
-def traced_macs(jaxpr):
-    """Returns the multiply-adds of all products and convolutions in a traced program.
-
-    Where the program depends on the platform, those of the general branch: a CPU's
-    does the same by other means.
-    """
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            depth = math.prod(shape[axis] for axis in contracted)
-            total += depth * math.prod(equation.outvars[0].aval.shape)
-        elif equation.primitive.name == "conv_general_dilated":
-            _, inputs, *window = equation.params["dimension_numbers"].rhs_spec
-            shape = equation.invars[1].aval.shape  # `inputs` are those of one group
-            depth = math.prod(shape[axis] for axis in (inputs, *window))
-            total += depth * math.prod(equation.outvars[0].aval.shape)
-        inners = list(equation.params.values())
-        if equation.primitive.name == "cond":
-            inners.append(equation.params["branches"][-1])
-        for inner in inners:
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                total += traced_macs(inner)
-    return total
-
-
-def model_macs(config):
-    """Returns the multiply-adds of the real model's forward pass of one image."""
-    objective = OBJECTIVES[config.objective](config)
-    key = jax.random.key(0)
-    images = jnp.zeros((1, *config.data.image_size, config.data.channels))
-    traced = jax.make_jaxpr(objective.model.apply)(
-        jax.eval_shape(objective.init, key), images,
-        objective.sample(key, jnp.zeros(1, jnp.uint32)),
-    )
-    return traced_macs(traced.jaxpr)
-
-
-def expected_macs(config):
-    """Returns the counted cost without the work that this library leaves out."""
-    counted = counting.count(config)
-    size, patch_size = vit.parse_size(config.model.size)
-    patch_dim = patch_size**2 * config.data.channels
-    hidden = counted.num_patches - counted.num_keep
-    macs = counted.macs - hidden * patch_dim * size.dim
-    if config.model.decoder == "mae":
-        aggregates = config.model.aggregator.kind != "none"
-        unread = counted.num_keep + (0 if aggregates else 1)  # visible, class token
-        macs -= unread * config.model.decoder_dim * patch_dim
-    return macs
-
-
-@pytest.mark.parametrize(
-    "module", [vitb_mae, vitb_cross, vits_cross75],
-    ids=lambda module: module.__name__,
-)
-def test_multiply_adds_equal_the_real_model(module):
-    config = module.get_config()
-    assert expected_macs(config) == model_macs(config)
-
-
-@pytest.mark.parametrize(
-    "module", [vitb_mae, vitb_cross75], ids=lambda module: module.__name__
-)
-def test_multiply_adds_with_an_aggregator_equal_the_real_model(module):
-    config = module.get_config()
-    config.masking.throw_ratio, config.model.aggregator.kind = 0.5, "conv"
-    assert counted_params(config) == leaf_counts(config)
-    assert expected_macs(config) == model_macs(config)
-
-
-@pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_multiply_adds_of_every_variant_equal_the_real_model(changes):
-    config = tiny(digits_cross, **changes)
-    assert expected_macs(config) == model_macs(config)
+    assert counting.count(config) == cost_formulas.pretraining(config)
 
 
 @pytest.mark.parametrize("module, changes", AGGREGATORS, ids=str)
-def test_every_aggregator_equals_the_real_model(module, changes):
+def test_every_aggregator_costs_what_the_formulas_say(module, changes):
     config = tiny_throwing(module, changes)
     counted = counting.count(config)
     assert (counted.num_keep, counted.num_pred, counted.num_thrown) == (6, 9, 5)
-    assert counted_params(config) == leaf_counts(config)
-    assert expected_macs(config) == model_macs(config)
+    assert counted == cost_formulas.pretraining(config)
 
 
-def test_the_digits_mae_equals_the_real_model():
-    config = digits_mae.get_config()
-    assert counted_params(config) == leaf_counts(config)
-    assert expected_macs(config) == model_macs(config)
+def test_micro_batches_and_what_is_computed_again_change_nothing():
+    config = tiny(digits_cross)
+    counted = counting.count(config)
+    config.optim.accum_steps, config.model.remat = 2, "full"
+    assert counting.count(config) == counted
+
+
+def classifier(**changes):
+    """Returns a small classifier's config whose widths all differ."""
+    config = finetune_digits.get_config()
+    config.model.size, config.data.num_classes = "W24-D3-H2/4", 10
+    config.model.update(changes)
+    return config
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_a_classifier_costs_what_the_formulas_say(pool):
+    counted = counting.count(config := classifier(pool=pool))
+    macs = sum(part.macs for part in counted.parts.values())
+    assert counted == cost_formulas.classification(config, differentiated=macs)
+    assert counted.train_flops == 6 * macs == 6 * counted.computed
+
+
+def test_a_classifier_of_224_pixels_costs_the_published_number():
+    counted = counting.count(config := linprobe_vitb.get_config())
+    assert f"{counted.macs / 1e9:.2f}" == "17.56"
+    # Of a linear probe only the head is trained.
+    head = 768 * 1000
+    assert counted == cost_formulas.classification(config, differentiated=head)
+    assert counted.train_flops == 2 * counted.macs + 4 * head
+
+
+@pytest.mark.parametrize("tune_blocks, blocks", [(0.0, 0), (1.0, 1), (2.0, 2)])
+def test_frozen_blocks_need_one_pass(tune_blocks, blocks):
+    config = classifier(pool="cls")
+    config.tune_blocks = tune_blocks
+    counted = counting.count(config)
+    hidden, tokens = int(24 * config.model.mlp_ratio), counted.num_patches + 1
+    block = 4 * tokens * 24**2 + 2 * tokens**2 * 24 + 2 * tokens * 24 * hidden
+    assert counted.differentiated == blocks * block + 24 * 10
+
+
+def test_half_a_block_is_its_mlp():
+    config = classifier(pool="cls")
+    config.tune_blocks = 0.5
+    hidden, counted = int(24 * config.model.mlp_ratio), counting.count(config)
+    mlp = 2 * (counted.num_patches + 1) * 24 * hidden
+    assert counted.differentiated == mlp + 24 * 10

@@ -86,7 +86,7 @@ def make(total, *, batch_size=64, sure=100, most=None, accum_steps=1, **changes)
 
 def test_weights_moments_and_images_are_those_of_the_config(found):
     counted = counting.count(load(16))
-    trained = counted.params - counted.table_params
+    trained = counted.params - counted.others["constants"]
     assert found.memory.weights == 4 * counted.params
     assert found.memory.moments == 2 * 4 * trained + 3 * 4  # and three counters
     # Bytes of pixels, label and number.
@@ -108,7 +108,7 @@ def test_every_gradient_is_exchanged_in_every_micro_batch(found):
     (kind,) = found.exchanged
     assert kind.kind == "all-reduce" and kind.exact
     counted = counting.count(load(16))
-    trained = counted.params - counted.table_params
+    trained = counted.params - counted.others["constants"]
     assert 2 * 4 * trained <= kind.num_bytes <= 2 * 4 * (trained + 8)  # and losses
     assert found.sent == pytest.approx(2 * 7 / 8 * kind.num_bytes)
 

@@ -139,6 +139,6 @@ def test_whole_weights_cost_exactly_one_sum_of_the_gradients():
     step = lowered("mesh.fsdp=1")
     (only,) = collectives.read(step.step.compile().as_text(), 8)
     counted = counting.count(load())
-    trained = counted.params - counted.table_params
+    trained = counted.params - counted.others["constants"]
     assert (only.kind, only.count) == ("all-reduce", 1)
     assert 0 <= only.num_bytes - 4 * trained < 64  # the loss, and what is logged

@@ -10,34 +10,48 @@ Exit status 2 if the command line is wrong, 1 if a configuration contradicts its
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from crossmae_jax import main as train_main
-from crossmae_jax.cost import counting
-from crossmae_jax.objectives import pretrain
+from crossmae_jax.distributed import hardware
+
+if TYPE_CHECKING:  # JAX is imported when it is told to leave devices alone
+    from crossmae_jax.cost.counting import Cost
+
+_COLLECTIONS = {"constants": "position tables", "batch_stats": "running statistics"}
 
 
-def _count(config: ConfigDict, path: str) -> counting.Cost:
+def _count(config: ConfigDict, path: str) -> "Cost":
     """Counts a configuration, if it is one that can be trained."""
+    from crossmae_jax.cost import counting
+
     try:
-        counted = counting.count(config)
-        pretrain.Pretrain(config)
-        return counted
+        return counting.count(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _parts(counted: counting.Cost) -> dict[str, tuple[int, int]]:
+def _rows(counted: "Cost") -> dict[str, tuple[int, int]]:
     """Returns the multiply-adds and parameters of each part, and of the whole."""
-    return {
-        "encoder": (counted.encoder_macs, counted.encoder_params),
-        "decoder": (counted.decoder_macs, counted.decoder_params),
-        "aggregator": (counted.aggregator_macs, counted.aggregator_params),
-        "position tables, not trained": (0, counted.table_params),
-        "total": (counted.macs, counted.params),
+    untrained = {
+        f"{_COLLECTIONS.get(name, name)}, not trained": (0, number)
+        for name, number in counted.others.items()
     }
+    total = (counted.macs, counted.params)
+    return {**counted.parts, **untrained, "total": total}
+
+
+def _training(counted: "Cost") -> str:
+    """Says what a training step is taken as."""
+    if counted.differentiated == counted.macs:
+        return "A training step is 3 passes x 2 operations"
+    return (
+        "Frozen parameters need no gradient: a training\nstep is 1 pass, and 2 more of "
+        f"{counted.differentiated / 1e9:.4f} GMACs, x 2 operations"
+    )
 
 
 def _share(part: int, other: int) -> str:
@@ -49,32 +63,32 @@ def _table(head: list[str], rows: list[list[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def report(counted: counting.Cost, against: counting.Cost | None = None) -> str:
+def report(counted: "Cost", against: "Cost | None" = None) -> str:
     """Returns what was counted in Markdown: a table of the parts, one of the tokens.
 
     Args:
       against: a cost of which to give the shares, part by part.
     """
     head = ["part", "forward GMACs", "parameters, M"]
+    parts, both = _rows(counted), {"config": counted}
     rows = [
         [part, f"{macs / 1e9:.4f}", f"{params / 1e6:.3f}"]
-        for part, (macs, params) in _parts(counted).items()
+        for part, (macs, params) in parts.items()
     ]
-    both = {"config": counted}
     if against is not None:
         both["against"] = against
         head += ["GMACs / against", "parameters / against"]
-        pairs = zip(_parts(counted).values(), _parts(against).values(), strict=True)
-        for row, (ours, theirs) in zip(rows, pairs, strict=True):
-            row += map(_share, ours, theirs)
+        others = _rows(against)
+        for row, (part, ours) in zip(rows, parts.items(), strict=True):
+            row += map(_share, ours, others.get(part, (0, 0)))
     tokens = [
         [name, c.num_patches, c.num_keep, c.num_pred, c.num_thrown, c.decoder_tokens]
         for name, c in both.items()
     ]
     return "\n\n".join([
         "Counted are the multiply-adds (MACs) of one image's forward pass in training, "
-        "matrix\nproducts and convolutions only. A training step is 3 passes x 2 "
-        f"operations:\n{counted.train_flops / 1e9:.3f} GFLOPs an image.",
+        f"matrix\nproducts and convolutions only. {_training(counted)}:\n"
+        f"{counted.train_flops / 1e9:.3f} GFLOPs an image.",
         _table(head, rows),
         _table(
             ["tokens", "patches", "visible", "decoded", "thrown", "in decoder blocks"],
@@ -93,13 +107,14 @@ def main(argv: list[str]) -> int:
     path, title = train_main.parse_command(
         "cost", argv, values, usage="[--against=FILE]"
     )
-    against = None
+    other = None
+    if values.against is not None:
+        title += f"\nagainst `{values.against}`"
+        other = train_main.load_config(Path(values.against))
+    hardware.without_devices()
     try:
         counted = _count(values.config, str(path))
-        if values.against is not None:
-            title += f"\nagainst `{values.against}`"
-            other = train_main.load_config(Path(values.against))
-            against = _count(other, values.against)
+        against = other and _count(other, values.against)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

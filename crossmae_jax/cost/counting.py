@@ -1,34 +1,55 @@
 """What a configuration costs, counted: multiply-adds, tokens, parameters.
 
-Multiply-adds (MACs) of one image's forward pass, for n tokens of width d and an MLP of
-ratio r:
+Multiply-adds (MACs) are those of the program that computes the training loss, traced as
+training traces it, within the model: nothing of them is written down here by formula,
+so what a model computes is what is counted. Only matrix products and convolutions
+count, as in the literature: no norms, softmax, GELU or biases. One multiply-add is what
+papers call a FLOP; a device's peak counts it as two. A training step is taken as three
+forward passes: a gradient is two more. Where parameters are frozen, it is two more of
+what the gradient passes through. What the gradient computes again to save memory does
+not count.
 
-    self-attention block     (4 + 2r) n d^2 + 2 n^2 d
-    cross-attention block    (2 + 2r) q e^2 + 2 k d e + 2 q k e     q queries of width e
-    depth-wise convolution   k^2 n d                                k x k places
-
-Only matrix products and convolutions count, as in the literature: no norms, softmax,
-GELU or biases. One multiply-add is what papers call a FLOP; a device's peak counts it
-as two. A training step is taken as three forward passes.
+CrossMAE (arXiv 2401.14391) and its relatives count what their references compute. That
+is not always what is computed here, and `_left_out` is the one place that says where:
+the patch projection is counted for every patch (here it runs on the visible ones); the
+last linear layer for every token of the decoder's blocks (here for the patches that are
+predicted); where an aggregator lays the tokens out on the grid, for all but the class
+token. With that the papers' tables are reproduced, and a share of a device's peak is
+comparable between libraries. `Cost.computed` is the count without it.
 
 An aggregator (PR-MIM, arXiv 2411.15746) stands for all that thrown patches cost: the
 mixing of places, which runs over the whole grid, the projection of visible features
 that are mixed in, and the last linear layer on the thrown patches.
-
-Two counts follow the references where this library does less: the patch projection is
-counted for every patch (here it runs on the visible ones), and MAE's last layer for
-every token of the decoder (here for the predicted patches); where an aggregator lays
-the tokens out on the grid, for all but the class token. The tables of CrossMAE (arXiv
-2401.14391) and its relatives are then reproduced, and a share of a device's peak is
-comparable between libraries.
 """
 
+import collections
 import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import flax
+import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, patches
-from crossmae_jax.models import fusion, mim, vit
+from crossmae_jax import masking, objectives, patches
+from crossmae_jax.cost import products
+from crossmae_jax.data import pipeline
+from crossmae_jax.models import vit
+
+_Path = tuple[str, ...]
+_PARTS = ("encoder", "decoder", "aggregator", "head")
+# Modules that are counted with another one.
+_PART_OF = {"fusion": "decoder", "fc_norm": "head", "batch_norm": "head"}
+_PATCH_EMBED = ("encoder", "patch_embed", "proj")
+_LAST_LAYER = ("decoder", "decoder_pred")
+
+
+class Part(NamedTuple):
+    """Multiply-adds of a part of the model, and its trainable parameters."""
+
+    macs: int
+    params: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +57,17 @@ class Cost:
     """Cost of one image's forward pass in training, and the size of the model.
 
     Attributes:
-      num_pred: patches that the decoder predicts; likewise `num_thrown`, which an
-        aggregator predicts or nothing does.
+      num_keep: patches that the encoder sees.
+      num_pred: patches that the decoder predicts, 0 without one; likewise `num_thrown`,
+        which an aggregator predicts or nothing does.
       decoder_tokens: tokens that the decoder's blocks run on.
-      decoder_macs: inter-block attention included; likewise `decoder_params`.
-      aggregator_macs: 0 without an aggregator; likewise `aggregator_params`.
-      table_params: fixed position tables, which are not trained.
+      parts: by name. "encoder" and, of a masked model, "decoder", with what stands
+        between the two, and "aggregator", zeros if there is none; of a classifier,
+        "head".
+      others: numbers of the model that are not trained, by collection: "constants" are
+        position tables, "batch_stats" running statistics.
+      differentiated: multiply-adds that the gradient passes through.
+      computed: multiply-adds that this library computes, all parts together.
     """
 
     num_patches: int
@@ -49,159 +75,144 @@ class Cost:
     num_pred: int
     num_thrown: int
     decoder_tokens: int
-    encoder_macs: int
-    decoder_macs: int
-    aggregator_macs: int
-    encoder_params: int
-    decoder_params: int
-    aggregator_params: int
-    table_params: int
+    parts: Mapping[str, Part]
+    others: Mapping[str, int]
+    differentiated: int
+    computed: int
 
     @property
     def macs(self) -> int:
         """Multiply-adds of a forward pass."""
-        return self.encoder_macs + self.decoder_macs + self.aggregator_macs
+        return sum(part.macs for part in self.parts.values())
 
     @property
     def train_flops(self) -> int:
-        """Floating-point operations of a training step: 3 passes, 2 a multiply-add."""
-        return 3 * 2 * self.macs
+        """Floating-point operations of a training step, 2 a multiply-add."""
+        return 2 * (self.macs + 2 * self.differentiated)
 
     @property
     def params(self) -> int:
         """All numbers of the model, trained or not."""
-        trained = self.encoder_params + self.decoder_params + self.aggregator_params
-        return trained + self.table_params
-
-
-def _linear(fan_in: int, fan_out: int) -> int:
-    """Parameters of a linear layer with bias; its MACs per token but for the bias."""
-    return fan_in * fan_out + fan_out
-
-
-def _block_macs(num_tokens: int, dim: int, hidden: int) -> int:
-    attention = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
-    return attention + 2 * num_tokens * dim * hidden
-
-
-def _block_params(dim: int, hidden: int) -> int:
-    norms = 2 * 2 * dim
-    attention = _linear(dim, 3 * dim) + _linear(dim, dim)
-    return norms + attention + _linear(dim, hidden) + _linear(hidden, dim)
-
-
-def _mae_decoder(model: ConfigDict, dim: int, num_keys: int, num_tokens: int):
-    """Returns MACs and parameters between the encoder and the last linear layer."""
-    wide, hidden = model.decoder_dim, int(model.decoder_dim * model.mlp_ratio)
-    macs = num_keys * dim * wide
-    macs += model.decoder_depth * _block_macs(num_tokens, wide, hidden)
-    params = _linear(dim, wide) + model.decoder_depth * _block_params(wide, hidden)
-    return macs, params
-
-
-def _cross_decoder(
-    model: ConfigDict, dim: int, num_keys: int, num_pred: int, num_maps: int
-):
-    """Returns MACs and parameters between the encoder and the last linear layer.
-
-    `num_maps` is 0 where the decoder reads the encoder's last map only.
-    """
-    wide, depth = model.decoder_dim, model.decoder_depth
-    hidden = int(wide * model.mlp_ratio)
-    macs = 2 * num_pred * wide**2 + 2 * num_keys * dim * wide  # q and proj; k and v
-    macs += 2 * num_pred * num_keys * wide + 2 * num_pred * wide * hidden
-    params = 2 * 2 * wide + 2 * _linear(wide, wide) + _linear(dim, 2 * wide)
-    params += _linear(wide, hidden) + _linear(hidden, wide)
-    if model.decoder_self_attention:
-        macs += 4 * num_pred * wide**2 + 2 * num_pred**2 * wide
-        params += 2 * wide + _linear(wide, 3 * wide) + _linear(wide, wide)
-    macs, params = depth * macs, depth * params
-    if num_maps:
-        macs += num_keys * dim * num_maps * depth
-        params += num_maps * depth + depth * 2 * dim
-    return macs, params
-
-
-def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
-    """Returns MACs and parameters up to the last linear layer, which is the decoder's.
-
-    Both are 0 without an aggregator.
-    """
-    options, wide = model.aggregator, model.decoder_dim
-    hidden, macs, params = int(wide * model.mlp_ratio), 0, 0
-    if options.kind in ("conv", "convnext"):
-        num_taps = options.kernel_size**2
-        macs, params = num_taps * num_patches * wide, num_taps * wide + wide
-    if options.kind == "convnext":
-        macs += 2 * num_patches * wide * hidden
-        params += 2 * wide + _linear(wide, hidden) + _linear(hidden, wide)
-    if options.kind == "transformer":
-        macs = _block_macs(num_patches, wide, hidden)
-        params = _block_params(wide, hidden)
-    if options.kind != "none" and options.visible == "encoder":
-        macs += num_keep * dim * wide
-        params += _linear(dim, wide)
-    return macs, params
+        trained = sum(part.params for part in self.parts.values())
+        return trained + sum(self.others.values())
 
 
 def count(config: ConfigDict) -> Cost:
-    """Counts what `config.model`, `config.masking` and `config.data` describe.
+    """Traces the training loss that a configuration describes, and counts.
+
+    No weights are drawn, no data is read and no device is used.
 
     Raises:
       ValueError: if the configuration contradicts itself.
     """
-    if config.get("objective", "pretrain") != "pretrain":
-        raise ValueError(
-            f"Only pre-training is counted, not objective={config.objective!r}; give "
-            "a configuration of objective='pretrain'."
-        )
-    mim.build(config)  # refuses what cannot be built
-    model, channels = config.model, config.data.channels
-    size, patch_size = vit.parse_size(model.size)
-    rows, columns = patches.grid_size(tuple(config.data.image_size), patch_size)
-    num_patches, patch_dim = rows * columns, patch_size**2 * channels
-    num_keep, num_pred, num_thrown = masking.token_counts(
-        num_patches, mask_ratio=config.masking.mask_ratio,
-        pred_ratio=config.masking.pred_ratio,
-        throw_ratio=config.masking.throw_ratio,
-    )
-    dim, hidden, wide = size.dim, int(size.dim * model.mlp_ratio), model.decoder_dim
-    num_maps = 0
-    if model.fusion == "inter_block":
-        num_maps = len(fusion.resolve_maps(
-            model.fusion_maps, depth=size.depth, include_input=model.fusion_input
-        ))
+    objective = objectives.make(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    variables = jax.eval_shape(objective.init, key)
+    sizes = {name: _sizes(tree) for name, tree in variables.items()}
+    params = sizes.pop("params")
+    macs, differentiated = _macs(config, objective, variables, key)
 
-    encoder_macs = num_patches * patch_dim * dim
-    encoder_macs += size.depth * _block_macs(num_keep + 1, dim, hidden)
-    encoder_params = _linear(patch_dim, dim) + dim  # patches, class token
-    encoder_params += size.depth * _block_params(dim, hidden)
-    if not num_maps:
-        encoder_params += 2 * dim  # final norm
+    # A linear layer's multiply-adds over its weights: the tokens that it runs on.
+    kernels = {path[:-1]: n for path, n in params.items() if path[-1] == "kernel"}
+    rows = {path: n // kernels[path] for path, n in macs.items() if path in kernels}
+    num_patches = _num_patches(objective.model.encoder)
+    # An objective that draws no patches shows the model all of them.
+    tokens = getattr(objective, "counts", masking.TokenCounts(num_patches, 0, 0))
+    decoder_tokens = _decoder_tokens(rows)
+    left_out = _left_out(rows, kernels, tokens, num_patches, decoder_tokens)
 
-    aggregates = model.aggregator.kind != "none"
-    if model.decoder == "mae":
-        decoder_tokens = 1 + num_keep + num_pred
-        macs, params = _mae_decoder(model, dim, num_keep + 1, decoder_tokens)
-        num_read = num_keep + num_pred if aggregates else decoder_tokens
-    else:
-        decoder_tokens = num_read = num_pred
-        macs, params = _cross_decoder(model, dim, num_keep + 1, num_pred, num_maps)
-    aggregator_macs, aggregator_params = _aggregator(model, dim, num_patches, num_keep)
-    if aggregates:
-        aggregator_macs += num_thrown * wide * patch_dim
+    computed, trainable = _by_part(macs), _by_part(params)
+    parts = dict.fromkeys([*_PARTS, *trainable])
     return Cost(
         num_patches=num_patches,
-        num_keep=num_keep,
-        num_pred=num_pred,
-        num_thrown=num_thrown,
+        num_keep=tokens.num_keep,
+        num_pred=tokens.num_pred,
+        num_thrown=tokens.num_thrown,
         decoder_tokens=decoder_tokens,
-        encoder_macs=encoder_macs,
-        decoder_macs=macs + num_read * wide * patch_dim,
-        aggregator_macs=aggregator_macs,
-        encoder_params=encoder_params,
-        # Mask token, blocks and fusion, last norm, last linear layer.
-        decoder_params=wide + params + 2 * wide + _linear(wide, patch_dim),
-        aggregator_params=aggregator_params,
-        table_params=(num_patches + 1) * (dim + wide),
+        parts={
+            name: Part(computed[name] + left_out[name], trainable[name])
+            for name in parts if name in trainable or name in left_out
+        },
+        others={name: sum(tree.values()) for name, tree in sizes.items()},
+        differentiated=differentiated + left_out.total(),
+        computed=computed.total(),
     )
+
+
+def _sizes(tree: Any) -> dict[_Path, int]:
+    """Returns how many numbers each array of a collection has."""
+    return {
+        path: math.prod(leaf.shape)
+        for path, leaf in flax.traverse_util.flatten_dict(tree).items()
+    }
+
+
+def _macs(
+    config: ConfigDict, objective: Any, variables: Any, key: Any
+) -> tuple[dict[_Path, int], int]:
+    """Returns an image's multiply-adds by module, and those that are differentiated."""
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    num_images = config.data.batch_size // config.optim.accum_steps
+    batch = pipeline.blank_batch(config.data, batch_size=num_images)
+
+    def loss(params, others, batch, key):
+        return objective.loss({**others, "params": params}, batch, key)
+
+    macs, differentiated = collections.Counter(), 0
+    for product in products.trace(loss, variables["params"], others, batch, key):
+        if product.module:  # losses and targets are no part of the model
+            macs[product.module] += product.macs
+            differentiated += product.macs * product.differentiated
+    return (
+        {path: number // num_images for path, number in macs.items()},
+        differentiated // num_images,
+    )
+
+
+def _num_patches(encoder: vit.ViT) -> int:
+    rows, columns = patches.grid_size(encoder.image_size, encoder.patch_size)
+    return rows * columns
+
+
+def _decoder_tokens(rows: Mapping[_Path, int]) -> int:
+    """Returns on how many tokens the first MLP in the decoder runs, 0 without one."""
+    return next((
+        number for path, number in rows.items()
+        if path[0] == "decoder" and path[-2:] == ("mlp", "fc1")
+    ), 0)
+
+
+def _left_out(
+    rows: Mapping[_Path, int],
+    kernels: Mapping[_Path, int],
+    tokens: masking.TokenCounts,
+    num_patches: int,
+    decoder_tokens: int,
+) -> collections.Counter:
+    """Returns by part what the references compute and this library does not.
+
+    Args:
+      rows: tokens that each linear layer runs on here.
+      kernels: multiply-adds of each linear layer for a token.
+    """
+    # The patch projection of patches that are not seen.
+    hidden = num_patches - rows[_PATCH_EMBED]
+    left_out = collections.Counter(encoder=hidden * kernels[_PATCH_EMBED])
+    if _LAST_LAYER in rows:
+        # The last layer runs on what is predicted here, and on every token of the
+        # decoder's blocks there; the aggregator's share of it stands under its name.
+        aggregated = rows[_LAST_LAYER] - tokens.num_pred
+        read = decoder_tokens
+        if aggregated:  # the class token has no place on the grid
+            read = min(read, tokens.num_keep + tokens.num_pred)
+        left_out["decoder"] = (read - rows[_LAST_LAYER]) * kernels[_LAST_LAYER]
+        left_out["aggregator"] = aggregated * kernels[_LAST_LAYER]
+    return left_out
+
+
+def _by_part(numbers: Mapping[_Path, int]) -> collections.Counter:
+    """Adds up what belongs to each part of the model."""
+    parts = collections.Counter()
+    for (module, *_), number in numbers.items():
+        parts[_PART_OF.get(module, module)] += number
+    return parts

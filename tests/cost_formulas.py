@@ -1,0 +1,179 @@
+"""Closed formulas for what a configuration costs, to compare the counted cost with.
+
+Multiply-adds of one image's forward pass, for n tokens of width d and an MLP of ratio
+r, as the papers have them:
+
+    self-attention block     (4 + 2r) n d^2 + 2 n^2 d
+    cross-attention block    (2 + 2r) q e^2 + 2 k d e + 2 q k e     q queries of width e
+    depth-wise convolution   k^2 n d                                k x k places
+"""
+
+from ml_collections import ConfigDict
+
+from crossmae_jax import masking, patches
+from crossmae_jax.cost import counting
+from crossmae_jax.models import fusion, vit
+
+
+def _linear(fan_in: int, fan_out: int) -> int:
+    """Parameters of a linear layer with bias; its MACs per token but for the bias."""
+    return fan_in * fan_out + fan_out
+
+
+def _block_macs(num_tokens: int, dim: int, hidden: int) -> int:
+    attention = 4 * num_tokens * dim**2 + 2 * num_tokens**2 * dim
+    return attention + 2 * num_tokens * dim * hidden
+
+
+def _block_params(dim: int, hidden: int) -> int:
+    norms = 2 * 2 * dim
+    attention = _linear(dim, 3 * dim) + _linear(dim, dim)
+    return norms + attention + _linear(dim, hidden) + _linear(hidden, dim)
+
+
+def _mae_decoder(model: ConfigDict, dim: int, num_keys: int, num_tokens: int):
+    """Returns MACs and parameters between the encoder and the last linear layer."""
+    wide, hidden = model.decoder_dim, int(model.decoder_dim * model.mlp_ratio)
+    macs = num_keys * dim * wide
+    macs += model.decoder_depth * _block_macs(num_tokens, wide, hidden)
+    params = _linear(dim, wide) + model.decoder_depth * _block_params(wide, hidden)
+    return macs, params
+
+
+def _cross_decoder(
+    model: ConfigDict, dim: int, num_keys: int, num_pred: int, num_maps: int
+):
+    """Returns MACs and parameters between the encoder and the last linear layer.
+
+    `num_maps` is 0 where the decoder reads the encoder's last map only.
+    """
+    wide, depth = model.decoder_dim, model.decoder_depth
+    hidden = int(wide * model.mlp_ratio)
+    macs = 2 * num_pred * wide**2 + 2 * num_keys * dim * wide  # q and proj; k and v
+    macs += 2 * num_pred * num_keys * wide + 2 * num_pred * wide * hidden
+    params = 2 * 2 * wide + 2 * _linear(wide, wide) + _linear(dim, 2 * wide)
+    params += _linear(wide, hidden) + _linear(hidden, wide)
+    if model.decoder_self_attention:
+        macs += 4 * num_pred * wide**2 + 2 * num_pred**2 * wide
+        params += 2 * wide + _linear(wide, 3 * wide) + _linear(wide, wide)
+    macs, params = depth * macs, depth * params
+    if num_maps:
+        macs += num_keys * dim * num_maps * depth
+        params += num_maps * depth + depth * 2 * dim
+    return macs, params
+
+
+def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
+    """Returns MACs and parameters up to the last linear layer, which is the decoder's.
+
+    Both are 0 without an aggregator.
+    """
+    options, wide = model.aggregator, model.decoder_dim
+    hidden, macs, params = int(wide * model.mlp_ratio), 0, 0
+    if options.kind in ("conv", "convnext"):
+        num_taps = options.kernel_size**2
+        macs, params = num_taps * num_patches * wide, num_taps * wide + wide
+    if options.kind == "convnext":
+        macs += 2 * num_patches * wide * hidden
+        params += 2 * wide + _linear(wide, hidden) + _linear(hidden, wide)
+    if options.kind == "transformer":
+        macs = _block_macs(num_patches, wide, hidden)
+        params = _block_params(wide, hidden)
+    if options.kind != "none" and options.visible == "encoder":
+        macs += num_keep * dim * wide
+        params += _linear(dim, wide)
+    return macs, params
+
+
+def pretraining(config: ConfigDict) -> counting.Cost:
+    """Returns what a masked model costs, by the formulas."""
+    model, channels = config.model, config.data.channels
+    size, patch_size = vit.parse_size(model.size)
+    rows, columns = patches.grid_size(tuple(config.data.image_size), patch_size)
+    num_patches, patch_dim = rows * columns, patch_size**2 * channels
+    num_keep, num_pred, num_thrown = masking.token_counts(
+        num_patches, mask_ratio=config.masking.mask_ratio,
+        pred_ratio=config.masking.pred_ratio,
+        throw_ratio=config.masking.throw_ratio,
+    )
+    dim, hidden, wide = size.dim, int(size.dim * model.mlp_ratio), model.decoder_dim
+    num_maps = 0
+    if model.fusion == "inter_block":
+        num_maps = len(fusion.resolve_maps(
+            model.fusion_maps, depth=size.depth, include_input=model.fusion_input
+        ))
+
+    encoder_macs = num_patches * patch_dim * dim
+    encoder_macs += size.depth * _block_macs(num_keep + 1, dim, hidden)
+    encoder_params = _linear(patch_dim, dim) + dim  # patches, class token
+    encoder_params += size.depth * _block_params(dim, hidden)
+    if not num_maps:
+        encoder_params += 2 * dim  # final norm
+
+    aggregates = model.aggregator.kind != "none"
+    if model.decoder == "mae":
+        decoder_tokens = 1 + num_keep + num_pred
+        macs, params = _mae_decoder(model, dim, num_keep + 1, decoder_tokens)
+        num_unread = num_keep if aggregates else num_keep + 1
+    else:
+        decoder_tokens, num_unread = num_pred, 0
+        macs, params = _cross_decoder(model, dim, num_keep + 1, num_pred, num_maps)
+    aggregator_macs, aggregator_params = _aggregator(model, dim, num_patches, num_keep)
+    if aggregates:
+        aggregator_macs += num_thrown * wide * patch_dim
+    decoder_macs = macs + (num_pred + num_unread) * wide * patch_dim
+    all_macs = encoder_macs + decoder_macs + aggregator_macs
+    # What the references compute and this library leaves out: the projection of hidden
+    # patches, and the last layer for visible tokens.
+    left_out = (num_patches - num_keep) * patch_dim * dim
+    left_out += num_unread * wide * patch_dim
+    return counting.Cost(
+        num_patches=num_patches,
+        num_keep=num_keep,
+        num_pred=num_pred,
+        num_thrown=num_thrown,
+        decoder_tokens=decoder_tokens,
+        parts={
+            "encoder": counting.Part(encoder_macs, encoder_params),
+            # Mask token, blocks and fusion, last norm, last linear layer.
+            "decoder": counting.Part(
+                decoder_macs, wide + params + 2 * wide + _linear(wide, patch_dim)
+            ),
+            "aggregator": counting.Part(aggregator_macs, aggregator_params),
+        },
+        others={"constants": (num_patches + 1) * (dim + wide)},  # position tables
+        differentiated=all_macs,
+        computed=all_macs - left_out,
+    )
+
+
+def classification(config: ConfigDict, *, differentiated: int) -> counting.Cost:
+    """Returns what a classifier of whole images costs, by the formulas."""
+    model, data = config.model, config.data
+    size, patch_size = vit.parse_size(model.size)
+    rows, columns = patches.grid_size(tuple(data.image_size), patch_size)
+    num_patches, patch_dim = rows * columns, patch_size**2 * data.channels
+    dim, hidden = size.dim, int(size.dim * model.mlp_ratio)
+    encoder_macs = num_patches * patch_dim * dim
+    encoder_macs += size.depth * _block_macs(num_patches + 1, dim, hidden)
+    encoder_params = _linear(patch_dim, dim) + dim + (num_patches + 1) * dim
+    encoder_params += size.depth * _block_params(dim, hidden)
+    head_params, norm = _linear(dim, data.num_classes), 2 * dim
+    if model.pool == "cls":
+        encoder_params += norm
+    else:
+        head_params += norm
+    return counting.Cost(
+        num_patches=num_patches,
+        num_keep=num_patches,
+        num_pred=0,
+        num_thrown=0,
+        decoder_tokens=0,
+        parts={
+            "encoder": counting.Part(encoder_macs, encoder_params),
+            "head": counting.Part(dim * data.num_classes, head_params),
+        },
+        others={"batch_stats": 2 * dim} if model.head_norm == "batch" else {},
+        differentiated=differentiated,
+        computed=encoder_macs + dim * data.num_classes,
+    )
