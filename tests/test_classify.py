@@ -308,4 +308,4 @@ def test_accuracy_is_for_classifiers_and_panels_for_pre_training(digits_dir, tmp
     config.evals = dict(reconstruction=dict(every_epochs=1.0, num_images=4))
     config.checkpoint.best = ""
     message = refused(config, tmp_path / "run")
-    assert "config.evals.reconstruction is for objective='pretrain'" in message
+    assert "config.evals.reconstruction needs the output reconstruction" in message

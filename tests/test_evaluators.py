@@ -1,5 +1,6 @@
 """Evaluators as the train loop calls them: sharing, options, pictures, the table."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import visualize
-from crossmae_jax.evals import evaluator, features, representation
+from crossmae_jax import evals, visualize
+from crossmae_jax.evals import evaluator, features, knn, rank
 from crossmae_jax.runs import results
 from tests.test_features import PIXELS, batches, images_of, placer
 from tests.test_knn import brute_force
@@ -63,15 +64,20 @@ def evaluation_of(
     ) | changes)
 
 
+def run(name, evaluation, **options):
+    """The result of one evaluator with its options from `config.evals`."""
+    return evals.make({name: options})[name].run(evaluation)
+
+
+def wanted(options):
+    return evaluator.wanted(evals.make(options).values())
+
+
 def test_knn_and_linear_share_the_features_of_both_splits(tmp_path):
     log = []
     evaluation = evaluation_of(*images_of(120), tmp_path, log=log)
-    knn_result = evaluator.run(
-        "knn", evaluation, dict(every_epochs=5.0, k=1, temperature=0.07)
-    )
-    linear_result = evaluator.run(
-        "linear", evaluation, dict(every_epochs=0.0, l2s=(0.01,))
-    )
+    knn_result = run("knn", evaluation, every_epochs=5.0, k=1, temperature=0.07)
+    linear_result = run("linear", evaluation, every_epochs=0.0, l2s=(0.01,))
     assert sorted(log) == [("eval", None), ("train", None)]
     assert knn_result == evaluator.Result({"top1": 1.0})  # its own nearest neighbour
     assert set(linear_result.metrics) == {"top1", "l2"}
@@ -81,9 +87,9 @@ def test_fewer_train_images_are_asked_for_not_thrown_away(tmp_path):
     log = []
     evaluation = evaluation_of(*images_of(50), tmp_path, log=log)
     options = dict(k=1, temperature=0.07)
-    evaluator.run("knn", evaluation, dict(options, max_train_images=20))
+    run("knn", evaluation, **options, max_train_images=20)
     assert log == [("train", 20), ("eval", None)]
-    evaluator.run("knn", evaluation, dict(options, max_train_images=10**6))
+    run("knn", evaluation, **options, max_train_images=10**6)
     assert log == [("train", 20), ("eval", None), ("train", None)]
 
 
@@ -111,17 +117,17 @@ def views(images, labels):
 def test_everything_wanted_of_a_split_is_extracted_in_one_pass(tmp_path):
     images, labels = images_of(60)
     log = []
-    evals = dict(
+    options = dict(
         knn=dict(k=(5, 20), temperature=0.5, pools=("mean", "cls")),
         linear=dict(l2s=(0.1,), max_iterations=9), accuracy={},
     )
     evaluation = evaluation_of(
         images, labels, tmp_path, log=log, predict=encode,
-        wanted=evaluator.wanted(evals),
+        wanted=wanted(options),
     )
     found = {
-        name: evaluator.run(name, evaluation, options).metrics
-        for name, options in evals.items()
+        name: each.run(evaluation).metrics
+        for name, each in evals.make(options).items()
     }
     assert sorted(log) == [("eval", None), ("train", None)]
     assert found["accuracy"]["top1"] == np.mean(labels == 0)
@@ -138,16 +144,16 @@ def test_everything_wanted_of_a_split_is_extracted_in_one_pass(tmp_path):
 
 def test_only_what_is_wanted_of_the_same_images_is_extracted_with_them(tmp_path):
     log = []
-    evals = dict(
+    options = dict(
         knn=dict(k=1, temperature=0.07, pools=("cls",), max_train_images=20),
         linear=dict(l2s=(0.1,), max_iterations=9, max_train_images=10**6),
     )
     evaluation = evaluation_of(
         *images_of(50), tmp_path, log=log, predict=encode,
-        wanted=evaluator.wanted(evals),
+        wanted=wanted(options),
     )
-    for name, options in evals.items():
-        evaluator.run(name, evaluation, options)
+    for each in evals.make(options).values():
+        each.run(evaluation)
     assert log == [("train", 20), ("eval", None), ("train", None)]
     assert set(evaluation._extracted) == {
         ("train", 20, "class_token"), ("train", 50, "features"),
@@ -162,44 +168,44 @@ def test_the_rank_is_that_of_the_real_images_and_needs_no_labels(
 ):
     images, _ = images_of(60)
     labels = np.full(60, -1, np.int32)
-    log, evals = [], dict(rank=dict(every_epochs=1.0, max_images=limit))
+    log, options = [], dict(rank=dict(every_epochs=1.0, max_images=limit))
     evaluation = evaluation_of(
         images, labels, tmp_path, splits=splits, log=log,
-        wanted=evaluator.wanted(evals),
+        wanted=wanted(options),
     )
-    found = evaluator.run("rank", evaluation, evals["rank"]).metrics
+    found = run("rank", evaluation, **options["rank"]).metrics
     assert log == [(splits[-1], None if taken == 60 else taken)]
     rows = views(images, labels)["mean"].values[:taken].astype(np.float64)
     assert found == {"effective": pytest.approx(
-        representation.effective_rank(rows), rel=1e-6
+        rank.effective_rank(rows), rel=1e-6
     )}
 
 
 def test_the_rank_shares_the_pass_of_other_evaluators(tmp_path):
     log = []
-    evals = dict(
+    options = dict(
         knn=dict(k=1, temperature=0.07, pools=("cls",)), rank=dict(max_images=10**6)
     )
     evaluation = evaluation_of(
         *images_of(40), tmp_path, log=log, predict=encode,
-        wanted=evaluator.wanted(evals),
+        wanted=wanted(options),
     )
-    for name, options in evals.items():
-        evaluator.run(name, evaluation, options)
+    for each in evals.make(options).values():
+        each.run(evaluation)
     assert sorted(log) == [("eval", None), ("train", None)]
 
 
 def test_one_pool_and_one_k_are_reported_as_one_number(tmp_path):
     evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode)
     for k in (1, (1,)):
-        options = dict(k=k, temperature=0.07, pools=("cls",))
-        assert evaluator.run("knn", evaluation, options).metrics == {"top1": 1.0}
+        result = run("knn", evaluation, k=k, temperature=0.07, pools=("cls",))
+        assert result.metrics == {"top1": 1.0}
 
 
 def test_a_pool_that_the_model_does_not_have_is_an_error(tmp_path):
     evaluation = evaluation_of(*images_of(40), tmp_path)
     with pytest.raises(ValueError, match="No output class_token .* has features"):
-        evaluator.run("knn", evaluation, dict(k=1, temperature=0.1, pools=("cls",)))
+        run("knn", evaluation, k=1, temperature=0.1, pools=("cls",))
 
 
 def errors_of(found):
@@ -216,9 +222,7 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
 ):
     log = []
     evaluation = evaluation_of(*images_of(30), tmp_path, splits=splits, log=log)
-    result = evaluator.run(
-        "reconstruction", evaluation, dict(every_epochs=10.0, num_images=5)
-    )
+    result = run("reconstruction", evaluation, every_epochs=10.0, num_images=5)
     assert log == [(shown, 5)]
     assert errors_of(result.metrics) == {"mse": np.mean(np.arange(5))}
     assert result.files == (tmp_path / "panels" / "step_00000007.png",)
@@ -228,7 +232,7 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
 @pytest.mark.parametrize("thrown", [(4,), (1, 3, 4)])
 def test_errors_of_thrown_and_decoded_patches_are_told_apart(tmp_path, thrown):
     evaluation = evaluation_of(*images_of(30), tmp_path, thrown=thrown)
-    found = evaluator.run("reconstruction", evaluation, dict(num_images=5)).metrics
+    found = run("reconstruction", evaluation, num_images=5).metrics
     found = errors_of(found)
     sample = np.mean(np.arange(5))
     assert found == pytest.approx({
@@ -241,7 +245,7 @@ def test_errors_of_thrown_and_decoded_patches_are_told_apart(tmp_path, thrown):
 def test_the_panel_shows_8_images_and_the_error_is_that_of_all(tmp_path):
     images, labels = images_of(30)
     evaluation = evaluation_of(images, labels, tmp_path, thrown=(2,))
-    result = evaluator.run("reconstruction", evaluation, dict(num_images=19))
+    result = run("reconstruction", evaluation, num_images=19)
     assert result.metrics["mse_retained"] == np.mean(np.arange(19))
     eight = next(batches(images, labels, 8))
     expected = visualize.reconstruction_panel(
@@ -251,28 +255,46 @@ def test_the_panel_shows_8_images_and_the_error_is_that_of_all(tmp_path):
     assert result.files[0].read_bytes() == expected.read_bytes()
 
 
-BOTH = {"train": 100, "eval": 20}
 KNN = dict(every_epochs=0.0, k=20, temperature=0.07)
 LINEAR = dict(every_epochs=0.0)
 RANK = dict(every_epochs=0.0, max_images=100)
 PANELS = dict(every_epochs=0.0, num_images=8)
+ACCURACY = dict(every_epochs=0.0)
+# Of a model that can do everything, on labelled images.
+ABOUT = evaluator.About(
+    num_images={"train": 100, "eval": 20}, num_classes=10,
+    outputs=frozenset({"features", "class_token", "logits", "reconstruction"}),
+)
+
+
+def check(options, **changes):
+    """Checks evaluators before the training, with something else of `ABOUT`."""
+    evaluator.check(evals.make(options), ABOUT._replace(**changes))
+
+
+def test_every_evaluator_is_one_and_its_options_cannot_change():
+    options = dict(
+        accuracy=ACCURACY, knn=KNN, linear=LINEAR, rank=RANK, reconstruction=PANELS
+    )
+    made = evals.make(options)
+    assert set(made) == set(evals.EVALUATORS)
+    for each in made.values():
+        assert isinstance(each, evaluator.Evaluator)
+        assert dataclasses.is_dataclass(each) and each.__dataclass_params__.frozen
+    assert made["knn"] == knn.KNN(k=20, temperature=0.07)
 
 
 def test_what_can_be_evaluated_passes_the_check():
-    accuracy = dict(every_epochs=0.0)
-    every = dict(
-        accuracy=accuracy, knn=KNN, linear=LINEAR, rank=RANK, reconstruction=PANELS
-    )
-    assert set(every) == set(evaluator.EVALUATORS)
-    evaluator.check(every, num_images=BOTH, num_classes=10)
-    only_images = {"train": 100}
+    check(dict(
+        accuracy=ACCURACY, knn=KNN, linear=LINEAR, rank=RANK, reconstruction=PANELS
+    ))
     unlabelled = dict(rank=RANK, reconstruction=PANELS)
-    evaluator.check(unlabelled, num_images=only_images, num_classes=0)
+    check(unlabelled, num_images={"train": 100}, num_classes=0)
     optional = dict(max_train_images=None, l2s=(0.1,), max_iterations=9, tolerance=0.1)
-    evaluator.check(dict(linear=optional), num_images=BOTH, num_classes=10)
+    check(dict(linear=optional))
 
 
-@pytest.mark.parametrize("evals, message", [
+@pytest.mark.parametrize("options, message", [
     (dict(knm=KNN), "Unknown evaluator 'knm' in config.evals. Known: accuracy, knn"),
     (dict(knn=KNN | dict(temprature=1)),
      r"Unknown option 'temprature' in config.evals.knn. Known: every_epochs, k, "
@@ -301,17 +323,53 @@ def test_what_can_be_evaluated_passes_the_check():
     (dict(knn=KNN | dict(pools=("cls", "cls"))), "give one or several different"),
 ])
 def test_evaluations_that_cannot_be_made_are_refused_before_the_training(
-    evals, message
+    options, message
 ):
     with pytest.raises(ValueError, match=message):
-        evaluator.check(evals, num_images=BOTH, num_classes=10)
+        check(options)
 
 
 def test_classifiers_need_labels_and_images_to_test_on():
     with pytest.raises(ValueError, match="evals.linear needs labels"):
-        evaluator.check(dict(linear=LINEAR), num_images=BOTH, num_classes=0)
+        check(dict(linear=LINEAR), num_classes=0)
     with pytest.raises(ValueError, match="no evaluation split. Set data.eval_split"):
-        evaluator.check(dict(knn=KNN), num_images={"train": 100}, num_classes=10)
+        check(dict(knn=KNN), num_images={"train": 100})
+
+
+@pytest.mark.parametrize("options, lacking", [
+    (dict(accuracy=ACCURACY), "logits"),
+    (dict(reconstruction=PANELS), "reconstruction"),
+    (dict(knn=KNN | dict(pools=("mean", "cls"))), "class_token"),
+    (dict(rank=RANK), ""),
+])
+def test_evaluators_need_the_outputs_that_they_look_at(options, lacking):
+    (name,), outputs = options, frozenset({"features", "segmentation"})
+    if not lacking:
+        check(options, outputs=outputs)
+        return
+    with pytest.raises(ValueError, match=(
+        f"evals.{name} needs the output {lacking}, but config.objective gives "
+        f"features, segmentation; take {name} out"
+    )):
+        check(options, outputs=outputs)
+
+
+def test_the_class_token_is_not_called_the_mean_of_patches():
+    check(dict(knn=KNN | dict(pools=("cls",))), pool="cls")
+    check(dict(linear=LINEAR), pool="cls")
+    with pytest.raises(ValueError, match=r"set evals.knn.pools=\('cls',\)"):
+        check(dict(knn=KNN | dict(pools=("mean", "cls"))), pool="cls")
+
+
+def test_few_images_for_panels_are_no_features_of_the_same_pass(tmp_path):
+    """The rank looks at as many images as the panel; it needs no pictures of them."""
+    options = dict(rank=dict(max_images=5), reconstruction=dict(num_images=5))
+    evaluation = evaluation_of(
+        *images_of(30), tmp_path, predict=encode, wanted=wanted(options)
+    )
+    for each in evals.make(options).values():
+        each.run(evaluation)
+    assert set(evaluation._extracted) == {("eval", 5, "features")}
 
 
 def test_the_table_is_aligned_and_shows_what_was_not_evaluated():

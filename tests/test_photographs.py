@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crossmae_jax import evals
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.distributed import parallel
 from crossmae_jax.evals import evaluator, features
@@ -39,11 +40,13 @@ def test_raw_pixels_of_photographs_tell_classes_above_chance(folders):
     )
     opened = {split: sources.make_source(data, split) for split in ("train", "eval")}
     num_images = {split: len(source) for split, source in opened.items()}
-    evals = dict(
+    evaluators = evals.make(dict(
         knn=dict(k=(5, 20), temperature=0.07),
         linear=dict(l2s=(0.1,), max_train_images=200),
-    )
-    evaluator.check(evals, num_images=num_images, num_classes=12)
+    ))
+    evaluator.check(evaluators, evaluator.About(
+        num_images=num_images, num_classes=12, outputs=frozenset({"features"})
+    ))
     mesh = parallel.make_mesh(jax.devices()[:2])
 
     def batches(split, num_images):
@@ -56,12 +59,9 @@ def test_raw_pixels_of_photographs_tell_classes_above_chance(folders):
         batches=batches, num_images=num_images,
         place=lambda batch: parallel.place_batch(mesh, batch),
         predict=features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
-        wanted=evaluator.wanted(evals),
+        wanted=evaluator.wanted(evaluators.values()),
     )
-    found = {
-        name: evaluator.run(name, evaluation, options).metrics
-        for name, options in evals.items()
-    }
+    found = {name: each.run(evaluation).metrics for name, each in evaluators.items()}
     # Evenly spread: every class is among the 200 of 288 images for the probe.
     fewer = evaluation.features_of("train", 200)
     assert len(np.unique(fewer.labels)) == 12

@@ -4,10 +4,30 @@ Ties are not broken in the classifier's favour: a class counts as ranked before 
 one if its logit is larger, or equal and of a lower number.
 """
 
+import dataclasses
+
 import numpy as np
 from jaxtyping import Float, Int
 
+from crossmae_jax.evals import evaluator
+from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
+
 _ROWS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """The evaluator of a classifier's logits on the evaluation split; no options."""
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        return (Wanted("eval", None, "logits"),)
+
+    def check(self, about: About) -> None:
+        evaluator.check_labels("accuracy", about)
+
+    def run(self, evaluation: Evaluation) -> Result:
+        """Returns "top1", "top5" and "images"."""
+        return Result(evaluate(*evaluation.features_of("eval", output="logits")))
 
 
 def evaluate(
@@ -22,7 +42,7 @@ def evaluate(
       ValueError: if a label is not one of the classes.
     """
     count, num_classes = logits.shape
-    check_labels(labels, num_classes)
+    check_range(labels, num_classes)
     ranks = []
     for start in range(0, count, _ROWS):
         rows, truth = logits[start : start + _ROWS], labels[start : start + _ROWS, None]
@@ -36,7 +56,7 @@ def evaluate(
     }
 
 
-def check_labels(labels: Int[np.ndarray, "n"], num_classes: int) -> None:
+def check_range(labels: Int[np.ndarray, "n"], num_classes: int) -> None:
     """Raises ValueError if a label is not one of the classes."""
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():

@@ -16,6 +16,7 @@ one tile of similarities. It runs on one device; where there are several process
 computes the same numbers.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from crossmae_jax.evals import features
+from crossmae_jax.evals import evaluator, features
+from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
+# What images are compared by -> which output of the objective that is.
+_POOLS = {"mean": "features", "cls": "class_token"}
 # Below this many classes five guesses are right too often to say anything.
 _TOP5_CLASSES = 20
 # A tile of 16 MiB; wide, because beside the product it is choosing the best of each
@@ -34,6 +38,77 @@ _TOP5_CLASSES = 20
 _QUERY_BLOCK = 128
 _BANK_BLOCK = 32768
 _GROUP = 2**16  # queries on the device: 200 MB at width 768
+
+
+@dataclasses.dataclass(frozen=True)
+class KNN:
+    """The evaluator: the evaluation split by its neighbours in the training split.
+
+    Attributes:
+      k: how many neighbours vote: a number, or several of one search.
+      temperature: of the votes.
+      pools: what images are compared by: "mean" of the patch tokens, "cls", the class
+        token, or both.
+      max_train_images: so many training images are searched, evenly spread; None: all.
+    """
+
+    k: Any  # int | Sequence[int]; `numbers` refuses the rest in the user's words
+    temperature: float
+    pools: Sequence[str] = ("mean",)
+    max_train_images: int | None = None
+
+    def __post_init__(self):
+        numbers(self.k)
+        pools = self.pools
+        if not pools or len(set(pools)) < len(pools) or not set(pools) <= set(_POOLS):
+            raise ValueError(
+                f"config.evals.knn.pools={pools!r}; give one or several different ones "
+                f"of {', '.join(_POOLS)}."
+            )
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        return tuple(
+            Wanted(split, limit, _POOLS[pool]) for pool in self.pools
+            for split, limit in (("train", self.max_train_images), ("eval", None))
+        )
+
+    def check(self, about: About) -> None:
+        evaluator.check_labels("knn", about)
+        num_train, limit = about.num_images["train"], self.max_train_images
+        bank = num_train if limit is None else min(limit, num_train)
+        more = f", or raise max_train_images={limit}" if bank < num_train else ""
+        for k in numbers(self.k):
+            if not 1 <= k <= bank:
+                raise ValueError(
+                    f"config.evals.knn.k={k} neighbours of {bank} training images; "
+                    f"choose 1 <= k <= {bank}{more}."
+                )
+        if about.pool == "cls" and "mean" in self.pools:
+            raise ValueError(
+                f"k-NN with pools={self.pools} of a classifier with model.pool='cls': "
+                "what it pools is the class token alone; set evals.knn.pools=('cls',)."
+            )
+
+    def run(self, evaluation: Evaluation) -> Result:
+        """Returns "top1" and, of enough classes, "top5".
+
+        Several k or pools are told one by one, "mean/k20/top1"; the first also plain.
+        """
+        ks, metrics = numbers(self.k), {}
+        for pool in self.pools:
+            train, test = (
+                evaluation.features_of(split, limit, output=_POOLS[pool])
+                for split, limit in (("train", self.max_train_images), ("eval", None))
+            )
+            shares = evaluate(train, test, k=ks, temperature=self.temperature)
+            metrics |= {f"{pool}/{name}": share for name, share in shares.items()}
+        first = f"{self.pools[0]}/k{ks[0]}/"
+        plain = {
+            name.removeprefix(first): share for name, share in metrics.items()
+            if name.startswith(first)
+        }
+        several = len(ks) > 1 or len(self.pools) > 1
+        return Result(plain | metrics if several else plain)
 
 
 def evaluate(

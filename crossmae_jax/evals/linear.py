@@ -14,8 +14,10 @@ sees one view per image and takes seconds; its numbers are for comparing feature
 each other, not with published tables.
 """
 
+import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,11 +26,46 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from crossmae_jax.evals import features
+from crossmae_jax.evals import evaluator, features
+from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
 # From strong to weak: each fit starts from the one before, the shortest way round.
 L2S = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 _BLOCK_ELEMENTS = 2**24  # logits that exist at a time: 64 MiB
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """The evaluator: a probe of the training split, tested on the evaluation split.
+
+    Attributes:
+      l2s: regularisations to choose from.
+      max_iterations: L-BFGS steps at most, for each fit.
+      tolerance: largest absolute entry of the gradient at which a fit has converged.
+      max_train_images: fit so many training images, evenly spread; None: all.
+    """
+
+    l2s: Sequence[float] = L2S
+    max_iterations: int = 1000
+    tolerance: float = 1e-6
+    max_train_images: int | None = None
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        return (
+            Wanted("train", self.max_train_images, "features"),
+            Wanted("eval", None, "features"),
+        )
+
+    def check(self, about: About) -> None:
+        evaluator.check_labels("linear", about)
+
+    def run(self, evaluation: Evaluation) -> Result:
+        """Returns "top1", and "l2", which was chosen."""
+        train = evaluation.features_of("train", self.max_train_images)
+        return Result(evaluate(
+            train, evaluation.features_of("eval"), l2s=self.l2s,
+            max_iterations=self.max_iterations, tolerance=self.tolerance,
+        ))
 
 
 class Classifier(NamedTuple):
@@ -50,7 +87,7 @@ def evaluate(
     train: features.Features,
     test: features.Features,
     *,
-    l2s: tuple[float, ...] = L2S,
+    l2s: Sequence[float] = L2S,
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> dict[str, float]:

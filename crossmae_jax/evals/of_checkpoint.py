@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors, objectives, paths
+from crossmae_jax import errors, evals, objectives, paths
 from crossmae_jax.checkpoints import checkpointer, digests
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
@@ -100,17 +100,17 @@ def open_checkpoint(
     with errors.setting_up():
         if step is not None:
             raise ValueError(f"{path} is no run and has no steps; leave out {step=}.")
-        found = starting.plan(str(path), abstract, config)
-        if missing := sorted(found.new - set(_UNUSED)):
+        start = starting.plan(str(path), abstract, config)
+        if missing := sorted(start.new - set(_UNUSED)):
             raise ValueError(
                 f"{path} lacks {', '.join(missing)}, which would be random numbers; "
                 "give weights that have all of it, or a config of another model or "
-                "objective.\n" + "\n".join(found.report)
+                "objective.\n" + "\n".join(start.report)
             )
     init = jax.jit(objective.init, out_shardings=parallel.replicated(mesh))
     return Checkpoint(
-        str(path), None, digests.of(path), config, objective, found.apply(init(key)),
-        notes=tuple(line.strip() for line in found.report),
+        str(path), None, digests.of(path), config, objective, start.apply(init(key)),
+        notes=tuple(line.strip() for line in start.report),
     )
 
 
@@ -142,13 +142,12 @@ def run(
     with errors.setting_up():
         _check_suites(made, suites)
         opened = _open(config, suites, own_images=not imagenet)
-        found = report.begun(directory, _empty(made))
-        chosen = _options(config, suites, opened, options or {}, found)
+        written = report.begun(directory, _empty(made))
+        chosen = _options(config, suites, opened, options or {}, written)
+        evaluators = evals.make(chosen)
         evaluator.check(
-            chosen, num_images={split: len(one) for split, one in opened.items()},
-            num_classes=max((one.num_classes for one in opened.values()), default=0),
+            evaluators, while_training.about(config, made.objective, opened)
         )
-        while_training.check_pools(chosen, config.model)
         sets = {}
         if "robustness" in suites:
             sets = robustness_sets.prepare(
@@ -156,31 +155,32 @@ def run(
             )
     predict = _predict(made, mesh)
 
-    def evaluation_of(opened: dict[str, sources.Source], data: ConfigDict, evals: Any):
+    def evaluation_of(opened, data, wanted):
         return while_training.of_sources(
-            opened, data, predict, mesh=mesh, workdir=directory, evals=evals
+            opened, data, predict, mesh=mesh, workdir=directory, wanted=wanted
         )
 
     def logits_of(source: sources.Source, data: ConfigDict) -> features.Features:
-        one = evaluation_of({"eval": source}, data, {"accuracy": {}})
-        extracted = one.features_of("eval", output="logits")
-        _note_replaced(found, one)
+        evaluation = evaluation_of({"eval": source}, data, ())
+        extracted = evaluation.features_of("eval", output="logits")
+        _note_replaced(written, evaluation)
         return extracted
 
-    whole = evaluation_of(opened, config.data, chosen)
-    for name, its_options in chosen.items():
-        metrics = evaluator.run(name, whole, its_options).metrics
-        _note_replaced(found, whole)
-        found.options[name] = dict(its_options)
-        found.add(name, metrics, _images(name, its_options, opened))
-        found.write(directory)
+    wanted = evaluator.wanted(evaluators.values())
+    evaluation = evaluation_of(opened, config.data, wanted)
+    for name, each in evaluators.items():
+        metrics = each.run(evaluation).metrics
+        _note_replaced(written, evaluation)
+        written.options[name] = dict(chosen[name])
+        written.add(name, metrics, _images(each, opened))
+        written.write(directory)
     for name, measure in sets.items():
         metrics, num_images = measure(logits_of)
-        found.add(name, metrics, {"all": (num_images, num_images)})
+        written.add(name, metrics, {"all": (num_images, num_images)})
         if note := robustness_sets.NOTES.get(name):
-            found.note(note)
-        found.write(directory)
-    return found
+            written.note(note)
+        written.write(directory)
+    return written
 
 
 def _empty(made: Checkpoint) -> report.Report:
@@ -195,10 +195,13 @@ def _open(
     config: ConfigDict, suites: Sequence[str], *, own_images: bool
 ) -> dict[str, sources.Source]:
     """Returns the splits that the suites look at, as far as there are any."""
-    needed = ["train"] * bool({"knn", "linear"} & set(suites))
-    needed += ["eval"] * (own_images or set(suites) != {"robustness"})
+    options = {name: DEFAULTS[name] for name in suites if name in DEFAULTS}
+    evaluators = evals.make(options)
+    needed = {each.split for each in evaluator.wanted(evaluators.values())}
+    if "robustness" in suites and own_images:
+        needed.add("eval")
     opened = {}
-    for split in needed:
+    for split in sorted(needed, reverse=True):  # "train" first
         source = sources.make_source(config.data, split)
         if source is None:
             raise ValueError(
@@ -222,7 +225,7 @@ def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
             f"Unknown suite {unknown[0]!r}. Known: {', '.join(SUITES)}."
         )
     of_logits = [name for name in ("accuracy", "robustness") if name in suites]
-    if of_logits and made.config.objective != "classify":
+    if of_logits and "logits" not in while_training.outputs_of(made.objective):
         raise ValueError(
             f"{' and '.join(of_logits)} need a classifier, but {made.path} was trained "
             f"with objective={made.config.objective!r}: fine-tune it "
@@ -235,7 +238,7 @@ def _options(
     suites: Sequence[str],
     opened: Mapping[str, sources.Source],
     given: Mapping[str, Mapping[str, Any]],
-    found: report.Report,
+    written: report.Report,
 ) -> dict[str, dict[str, Any]]:
     """Returns the options of each evaluator; notes which defaults do not apply."""
     chosen = {}
@@ -247,31 +250,31 @@ def _options(
         if "k" not in given.get(name, {}) and bank < KS[-1]:
             chosen[name]["k"] = tuple(k for k in KS if k <= bank) or (bank,)
             left = ", ".join(str(k) for k in KS if k > bank)
-            found.note(f"k-NN without k = {left}: {bank} training images")
+            written.note(f"k-NN without k = {left}: {bank} training images")
         if "pools" not in given.get(name, {}) and config.model.get("pool") == "cls":
             chosen[name]["pools"] = ("cls",)
     return chosen
 
 
 def _images(
-    name: str, options: Mapping[str, Any], opened: Mapping[str, sources.Source]
+    measuring: evaluator.Evaluator, opened: Mapping[str, sources.Source]
 ) -> dict[str, tuple[int, int]]:
     """Returns how many images of each split an evaluator took, of how many.
 
     The extraction of features fails unless it was each of them, once.
     """
     counts = {}
-    for wanted in evaluator.wanted({name: options}):
+    for wanted in measuring.wanted():
         available = len(opened[wanted.split])
         taken = available if wanted.num_images is None else wanted.num_images
         counts[wanted.split] = (min(taken, available), available)
     return counts
 
 
-def _note_replaced(found: report.Report, one: evaluator.Evaluation) -> None:
-    for split, number in one.num_replaced.items():
+def _note_replaced(written: report.Report, evaluation: evaluator.Evaluation) -> None:
+    for split, number in evaluation.num_replaced.items():
         if number:
-            found.note(
+            written.note(
                 f"{number} images of {split} could not be decoded and count as their "
                 "neighbours do; bad_images.jsonl names them"
             )

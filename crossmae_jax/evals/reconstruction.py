@@ -4,6 +4,7 @@ The same images and the same masks at every evaluation, so that pictures of two 
 can be laid side by side.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable
 
@@ -12,9 +13,36 @@ import numpy as np
 from jaxtyping import Float
 
 from crossmae_jax import visualize
-from crossmae_jax.evals import features
+from crossmae_jax.evals import evaluator, features
+from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
 _SHOWN = 8  # rows of a panel
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction:
+    """The evaluator: draws a panel and measures errors, on held-out images if it can.
+
+    Attributes:
+      num_images: so many images, evenly spread, are measured.
+    """
+
+    num_images: int
+
+    def wanted(self) -> tuple[Wanted, ...]:
+        return (Wanted("eval", self.num_images, "reconstruction"),)
+
+    def check(self, about: About) -> None:
+        """Any images do."""
+
+    def run(self, evaluation: Evaluation) -> Result:
+        """Returns what `evaluate` does, and the panel."""
+        split = evaluator.held_out(evaluation.num_images)
+        metrics = evaluate(
+            evaluation.reconstruct, evaluation.batches(split, self.num_images),
+            evaluation.place, evaluation.panel, caption=evaluation.caption,
+        )
+        return Result(metrics, (evaluation.panel,))
 
 
 def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:

@@ -70,7 +70,7 @@ def subset_accuracy(
             f"numbers among the {_IMAGENET_CLASSES} of ImageNet-1k. Evaluate a model "
             "that was fine-tuned there."
         )
-    accuracy.check_labels(labels, num_classes)
+    accuracy.check_range(labels, num_classes)
     classes, places = np.unique(labels, return_inverse=True)
     among = accuracy.evaluate(logits[:, classes], places)
     return among | {"classes": float(len(classes))}

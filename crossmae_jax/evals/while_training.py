@@ -5,21 +5,18 @@ no evaluator. Two baselines put the final numbers in proportion: the same networ
 random initialisation, and the raw pixels, evaluated in the same way on the same split.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import visualize
+from crossmae_jax import evals, visualize
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.runs import results
-
-# Evaluators of what only one objective can do.
-_OF_OBJECTIVE = {"accuracy": "classify", "reconstruction": "pretrain"}
 
 
 class Evaluations:
@@ -48,21 +45,13 @@ class Evaluations:
                     f"config.evals.{name} lacks every_epochs: how often it runs, in "
                     "epochs; 0.0 for the end of training only."
                 )
-        for name, kind in _OF_OBJECTIVE.items():
-            if name in config.evals and config.get("objective", kind) != kind:
-                raise ValueError(
-                    f"config.evals.{name} is for objective={kind!r}, not "
-                    f"{config.objective!r}; take it out of config.evals."
-                )
         self._config, self._sources, self._mesh = config, opened, mesh
         self._directory, self._panel_key = directory, panel_key
-        evaluator.check(
-            config.evals.to_dict(), num_classes=opened["train"].num_classes,
-            num_images={split: len(source) for split, source in opened.items()},
-        )
-        check_pools(config.evals.to_dict(), config.model)
+        self._evaluators = evals.make(config.evals.to_dict())
+        evaluator.check(self._evaluators, about(config, objective, opened))
         self._predict = jax.jit(parallel.within(mesh, objective.predict))
-        if "reconstruction" in config.evals:
+        self._draws = "reconstruction" in outputs_of(objective)
+        if self._draws:
             self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
         self.files: list[Path] = []
 
@@ -84,12 +73,14 @@ class Evaluations:
             )
             return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
 
-        evals = self._config.evals
-        if any(name != "reconstruction" for name in evals):
+        wanted = evaluator.wanted(self._evaluators.values())
+        if any(each.output in features.ROWS for each in wanted):
             jax.eval_shape(self._predict, variables, batch())
-        if "reconstruction" in evals:
-            size = evals.reconstruction.num_images
-            jax.eval_shape(self._reconstruct, variables, batch(size), self._panel_key)
+        for _, size, output in wanted:
+            if output == "reconstruction":
+                jax.eval_shape(
+                    self._reconstruct, variables, batch(size), self._panel_key
+                )
 
     def run(
         self,
@@ -105,7 +96,7 @@ class Evaluations:
           interruption.Interrupted: if `stop` is set meanwhile.
         """
         pictures = {}
-        if "reconstruction" in names:
+        if self._draws:
             pictures = dict(
                 reconstruct=lambda batch: self._reconstruct(
                     variables, batch, self._panel_key
@@ -113,16 +104,16 @@ class Evaluations:
                 panel=self._directory / "panels" / f"step_{step:08d}.png",
                 caption=visualize.caption(normalize=self._config.target.normalize),
             )
-        evals = {name: self._config.evals[name].to_dict() for name in names}
+        evaluators = {name: self._evaluators[name] for name in names}
         evaluation = self._evaluation(
-            evals, lambda batch: self._predict(variables, batch), stop, **pictures
+            evaluators, lambda batch: self._predict(variables, batch), stop, **pictures
         )
-        found = {}
-        for name, options in evals.items():
-            result = evaluator.run(name, evaluation, options)
+        measured = {}
+        for name, each in evaluators.items():
+            result = each.run(evaluation)
             self.files.extend(result.files)
-            found |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
-        return found
+            measured |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
+        return measured
 
     def baselines(
         self, initial_variables: Any, *, stop: preemption.Stop
@@ -133,38 +124,52 @@ class Evaluations:
             "random_init": lambda batch: self._predict(initial_variables, batch),
             "pixels": features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
         }
-        evals = self._config.evals.to_dict()
-        evals = {name: evals[name] for name in results.COMPARED if name in evals}
-        found = {}
+        options = self._config.evals.to_dict()
+        options = {name: options[name] for name in results.COMPARED if name in options}
+        measured = {}
         for baseline, predict in predicts.items():
-            if baseline == "pixels":  # one vector, no class token
-                evals.get("knn", {}).pop("pools", None)
-            evaluation = self._evaluation(evals, predict, stop)
-            for name, options in evals.items():
-                result = evaluator.run(name, evaluation, options)
-                found |= {
+            if baseline == "pixels":  # one vector: nothing that could be pooled
+                for given in options.values():
+                    given.pop("pools", None)
+            evaluators = evals.make(options)
+            evaluation = self._evaluation(evaluators, predict, stop)
+            for name, each in evaluators.items():
+                measured |= {
                     f"{baseline}/{name}/{key}": value
-                    for key, value in result.metrics.items()
+                    for key, value in each.run(evaluation).metrics.items()
                 }
-        return found
+        return measured
 
     def _evaluation(
-        self, evals, predict, stop, **pictures: Any
+        self, evaluators, predict, stop, **pictures: Any
     ) -> evaluator.Evaluation:
         return of_sources(
             self._sources, self._config.data, predict, mesh=self._mesh,
-            workdir=self._directory, evals=evals, stop=stop, **pictures,
+            workdir=self._directory, wanted=evaluator.wanted(evaluators.values()),
+            stop=stop, **pictures,
         )
 
 
-def check_pools(evals: Mapping[str, Mapping[str, Any]], model: ConfigDict) -> None:
-    """Raises ValueError for k-NN of a pooling that the model does not have."""
-    pools = evals.get("knn", {}).get("pools", ("mean",))
-    if "knn" in evals and model.get("pool") == "cls" and "mean" in pools:
-        raise ValueError(
-            f"k-NN with pools={pools} of a classifier with model.pool='cls': what it "
-            "pools is the class token alone; set evals.knn.pools=('cls',)."
-        )
+def outputs_of(objective: Any) -> frozenset[str]:
+    """Returns the names of what an objective can give, such as "features"."""
+    return frozenset(objective.outputs)
+
+
+def about(
+    config: ConfigDict, objective: Any, opened: Mapping[str, sources.Source]
+) -> evaluator.About:
+    """Returns what evaluators are checked against.
+
+    Args:
+      opened: the splits that there are, "train", "eval" or both.
+    """
+    return evaluator.About(
+        num_images={split: len(source) for split, source in opened.items()},
+        # A split without labels is enough to fail.
+        num_classes=min((each.num_classes for each in opened.values()), default=0),
+        outputs=outputs_of(objective),
+        pool=config.model.get("pool", "mean"),
+    )
 
 
 def of_sources(
@@ -174,7 +179,7 @@ def of_sources(
     *,
     mesh: jax.sharding.Mesh,
     workdir: Path,
-    evals: Mapping[str, Mapping[str, Any]],
+    wanted: Sequence[evaluator.Wanted],
     stop: preemption.Stop | None = None,
     **pictures: Any,
 ) -> evaluator.Evaluation:
@@ -184,7 +189,7 @@ def of_sources(
       data: `config.data`, which says how images are prepared.
       predict: as in `evaluator.Evaluation`; likewise `pictures`.
       workdir: where images that cannot be decoded are listed.
-      evals: the evaluators that will run, with their options.
+      wanted: what the evaluators will ask for.
       stop: ends the evaluation with `preemption.Interrupted` once it is set.
     """
     def batches(split: str, num_images: int | None) -> Iterator[evaluator.Batch]:
@@ -197,15 +202,15 @@ def of_sources(
                 if stop is not None and stop.is_set():
                     raise preemption.Interrupted
                 yield batch
-            found.num_replaced[split] = made.num_bad
+            evaluation.num_replaced[split] = made.num_bad
 
-    found = evaluator.Evaluation(
+    evaluation = evaluator.Evaluation(
         batches=batches, predict=predict,
         num_images={split: len(source) for split, source in opened.items()},
         place=lambda batch: parallel.place_batch(mesh, batch),
-        wanted=evaluator.wanted(evals), **pictures,
+        wanted=wanted, **pictures,
     )
-    return found
+    return evaluation
 
 
 def _batch_size(

@@ -6,6 +6,7 @@
     predict(variables, batch) -> dict with "features" and "class_token" [b d], and
         "logits" of a classifier
     reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
+    outputs  what it can give: the names in `predict`, and "reconstruction"
 """
 
 from typing import Any

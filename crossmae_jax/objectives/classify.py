@@ -64,6 +64,8 @@ class Classify:
             head_norm=model.head_norm, head_std=model.head_std,
         )
 
+    outputs = frozenset({"features", "class_token", "logits"})
+
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""
         data = self.config.data

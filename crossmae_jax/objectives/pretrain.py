@@ -52,6 +52,8 @@ class Pretrain:
       ValueError: if the configuration contradicts itself.
     """
 
+    outputs = frozenset({"features", "class_token", "reconstruction"})
+
     def __init__(self, config: ConfigDict):
         self.config = config
         self.model = mim.build(config)

@@ -1,48 +1,15 @@
-"""What features are like, without labels: a row per image.
+"""How alike the features of blocks or checkpoints are, and what tokens look like.
 
-Effective rank: Roy & Vetterli, "The effective rank: a measure of effective
-dimensionality", EUSIPCO 2007. With s_1 ... s_m the singular values of the matrix,
-
-    p_i = s_i / (s_1 + ... + s_m),   effective rank = exp(-sum_i p_i log p_i).
-
-It is k where k singular values are equal and the others 0, lies between 1 and the rank,
-and changes neither with a rotation of the features nor with their scale. Unlike the
-paper we subtract the mean of the rows first: what all images have in common would
-otherwise be the largest singular value, and say nothing about how images differ.
+Nothing here needs labels. The effective rank stands in `evals.rank`, the nearest
+neighbours in `evals.knn`.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-
-def effective_rank(features: Float[np.ndarray, "n d"]) -> float:
-    """Returns the effective rank of the centred features, computed in float64.
-
-    It is at most min(n - 1, d): the mean takes one of n directions away. So numbers of
-    different n can be compared only while n is well above d. 0.0 if all rows are equal.
-
-    Raises:
-      ValueError: for less than two rows, or numbers that are not finite.
-    """
-    if len(features) < 2:
-        raise ValueError(
-            f"The effective rank of {len(features)} rows of features; give at least 2, "
-            "since it says how images differ."
-        )
-    if not np.isfinite(features).all():
-        raise ValueError(
-            "The effective rank of features that are not finite; the weights have "
-            "diverged. Lower optim.base_lr or go back to an earlier checkpoint."
-        )
-    singular = np.linalg.svd(_centred(features), compute_uv=False)
-    total = singular.sum()
-    if total == 0:
-        return 0.0
-    share = singular[singular > 0] / total
-    share = share[share > 0]
-    return float(np.exp(-np.sum(share * np.log(share))))
+from crossmae_jax.evals.rank import centred
 
 
 def cka(
@@ -67,7 +34,7 @@ def cka(
             f"Features of {len(features)} and {len(others)} images; give those of the "
             "same images to both, 2 or more."
         )
-    x, y = (_centred(values) for values in (features, others))
+    x, y = (centred(values) for values in (features, others))
     if len(x) < max(x.shape[1], y.shape[1]):
         grams = x @ x.T, y @ y.T
         shared, norms = np.sum(grams[0] * grams[1]), [np.linalg.norm(g) for g in grams]
@@ -107,7 +74,7 @@ def principal_colours(
             f"{n} tokens of {d} dimensions on a grid of {grid[0]} x {grid[1]}; give a "
             "token of 3 dimensions or more for each patch, without the class token."
         )
-    rows = _centred(tokens.reshape(b * n, d))
+    rows = centred(tokens.reshape(b * n, d))
     _, directions = np.linalg.eigh(rows.T @ rows)
     directions = directions[:, ::-1][:, :3]  # eigh's are in ascending order
     largest = np.abs(directions).argmax(0)
@@ -116,26 +83,3 @@ def principal_colours(
     low, high = np.percentile(values, [1, 99], axis=0)
     values = np.clip((values - low) / np.maximum(high - low, 1e-12), 0, 1)
     return values.reshape(b, *grid, 3)
-
-
-def neighbours(
-    queries: Float[np.ndarray, "q d"], bank: Float[np.ndarray, "n d"], *, k: int
-) -> Int[np.ndarray, "q k"]:
-    """Returns which rows of a bank are the most alike, by cosine, the nearest first.
-
-    Raises:
-      ValueError: if the bank has less than `k` rows.
-    """
-    if not 0 < k <= len(bank):
-        raise ValueError(f"k={k} neighbours out of {len(bank)}; lower k.")
-    unit = [
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-        for x in (queries.astype(np.float64), bank.astype(np.float64))
-    ]
-    return np.argsort(-(unit[0] @ unit[1].T), axis=1, kind="stable")[:, :k]
-
-
-def _centred(values: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    # By the first row first: equal rows are then 0 however their mean is rounded.
-    shifted = values.astype(np.float64) - values[:1].astype(np.float64)
-    return shifted - shifted.mean(axis=0)
