@@ -256,7 +256,7 @@ def test_a_persons_own_class_folders(tmp_path):
 
 
 def refused(config, directory):
-    with pytest.raises(errors.SetupError) as error:
+    with pytest.raises(errors.UserError) as error:
         train.run(config, directory)
     return str(error.value)
 
