@@ -21,7 +21,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks import step
-from crossmae_jax import train
+from crossmae_jax import paths, train
 from crossmae_jax.runs import workdir
 
 
@@ -77,7 +77,7 @@ def run(
     overrides = [f"seed={seed}", "baselines=False", *overrides]
     config, done = step.load_config(path, overrides=overrides), directory / "found.json"
     if not done.exists():
-        workdir.write_whole(done, json.dumps(train.run(config, directory)))
+        paths.write_whole(done, json.dumps(train.run(config, directory)))
     elif json.loads(workdir.read_config(directory).to_json()) != json.loads(
         config.to_json()
     ):

@@ -23,8 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
+from crossmae_jax import paths
 from crossmae_jax.commands import compare as command
-from crossmae_jax.runs import logged, workdir
+from crossmae_jax.runs import metrics
 from crossmae_jax.visualize import bands
 
 CONFIG = "configs/digits_cross.py"
@@ -80,8 +81,8 @@ def ship(directory: Path, target: Path) -> None:
     """Writes the healthy runs as references: what one compares, and what they are."""
     target.mkdir(parents=True, exist_ok=True)
     for name in SEEDS:
-        text = thinned((directory / name / logged.FILE).read_text())
-        workdir.write_whole(target / f"{name}.jsonl", text)
+        text = thinned((directory / name / metrics.FILE).read_text())
+        paths.write_whole(target / f"{name}.jsonl", text)
     for file in ("config.json", "dataset.json", "environment.json"):
         shutil.copy(directory / SEEDS[0] / file, target / file)
 
@@ -101,7 +102,7 @@ def thinned(text: str) -> str:
 def _shown(
     name: str, directory: Path, metric: str, label: str, *, dashed: bool = False
 ) -> bands.Shown:
-    curve = logged.curves(directory / name / logged.FILE)[metric]
+    curve = metrics.curves(directory / name / metrics.FILE)[metric]
     return bands.Shown(
         label, np.array(list(curve)), np.array(list(curve.values())), dashed
     )
@@ -122,8 +123,8 @@ def panels(
     for title, metric in (
         ("k-NN top-1", "eval/knn/top1"), ("effective rank", "eval/rank/effective")
     ):
-        untrained, = logged.curves(
-            directory / "untrained" / logged.FILE
+        untrained, = metrics.curves(
+            directory / "untrained" / metrics.FILE
         )[metric].values()
         steps = _shown(last, directory, "train/loss", "").steps[[0, -1]]
         found[title] = [bands.Shown(

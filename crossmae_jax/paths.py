@@ -59,6 +59,16 @@ def absolute(name: str | AnyPath) -> AnyPath:
     return path(name) if is_remote(name) else Path(name).absolute()
 
 
+def write_whole(file: AnyPath, text: str) -> None:
+    """Writes a file in one step: whoever reads it meanwhile sees all of it or none."""
+    if is_remote(file):
+        file.write_text(text)
+        return
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
 def files(directory: AnyPath, *, nested: bool = False) -> list[AnyPath]:
     """Returns all files below a directory, ordered; with `nested`, not its own."""
     if not is_remote(directory):

@@ -18,10 +18,9 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors, train, visualize
+from crossmae_jax import errors, paths, train, visualize
 from crossmae_jax.models import vit
 from crossmae_jax.optim import layerwise
-from crossmae_jax.runs import workdir
 
 RESULT = "sweep.json"
 PICTURE = "accuracy_by_blocks.png"
@@ -146,4 +145,4 @@ def _write(path: Path, config: ConfigDict, found: Curve) -> None:
         "metric": _METRIC,
         "accuracy": {f"{count:g}": value for count, value in found.items()},
     }
-    workdir.write_whole(path, json.dumps(content, indent=2) + "\n")
+    paths.write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -13,7 +13,7 @@ import pytest
 
 from configs import digits_cross
 from crossmae_jax import __main__ as front_door
-from crossmae_jax.runs import compare, logged, workdir
+from crossmae_jax.runs import compare, metrics, workdir
 
 ROOT = Path(__file__).parents[1]
 STEPS = np.arange(10, 610, 10)
@@ -170,7 +170,7 @@ def test_what_cannot_be_compared_is_refused(references, tmp_path):
         compare.compare(write(tmp_path / "other", CURVE), [*references, sick])
     (tmp_path / "text.jsonl").write_text("no metrics\n{}\n")
     with pytest.raises(ValueError, match="text.jsonl, line 1 is not an object with a"):
-        logged.curves(tmp_path / "text.jsonl")
+        metrics.curves(tmp_path / "text.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no metrics.jsonl; give the --workdir"):
         compare.find(tmp_path / "empty")
@@ -182,7 +182,7 @@ def test_a_last_line_that_is_still_being_written_is_left_out(tmp_path):
     path = write(tmp_path / "run", CURVE)
     with open(path, "a") as file:
         file.write('{"step": 610, "train/lo')
-    assert list(logged.curves(path)["train/loss"]) == list(STEPS)
+    assert list(metrics.curves(path)["train/loss"]) == list(STEPS)
 
 
 def test_references_of_different_settings_are_refused_by_name(tmp_path):
@@ -218,7 +218,7 @@ SEEDS = compare.find("digits_cross")
 def test_the_shipped_references_are_three_whole_runs():
     assert [path.name for path in SEEDS] == [f"seed_{seed}.jsonl" for seed in range(3)]
     for path in SEEDS:
-        curves = logged.curves(path)
+        curves = metrics.curves(path)
         assert {"train/loss", "train/loss_trivial", "eval/knn/top1"} <= set(curves)
         assert {*range(10, 590, 10), 585} <= set(curves["train/loss"])
         assert len(curves["eval/rank/effective"]) >= 10
@@ -241,7 +241,7 @@ def test_each_shipped_seed_stays_in_the_band_of_all(metric, tmp_path):
         run = shutil.copy(path, tmp_path / path.name)
         found = compare.compare(run, SEEDS, metric=metric)
         assert found.stretches == (), compare.describe(found)
-    flat = {step: 0.63 for step in logged.curves(SEEDS[0])["train/loss"]}
+    flat = {step: 0.63 for step in metrics.curves(SEEDS[0])["train/loss"]}
     run = write(tmp_path / "flat", list(flat.values()), steps=list(flat))
     assert compare.compare(run, SEEDS).outside_to_the_end
 
@@ -259,7 +259,7 @@ def test_an_installed_library_has_the_references(tmp_path):
 def test_the_command_draws_tells_and_ends_with_the_status(tmp_path, capsys):
     sick = {
         step: {"step": step, "train/loss": value * (1.0 if step < 300 else 3.0)}
-        for step, value in logged.curves(SEEDS[0])["train/loss"].items()
+        for step, value in metrics.curves(SEEDS[0])["train/loss"].items()
     }
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import curves, step
-from crossmae_jax.runs import logged
+from crossmae_jax.runs import metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "reading_the_curve.md").read_text()
@@ -52,7 +52,7 @@ def test_references_are_thinned_to_losses_and_evaluations(tmp_path):
     ]
     path = tmp_path / "thin.jsonl"
     path.write_text(curves.thinned("".join(json.dumps(row) + "\n" for row in rows)))
-    assert logged.curves(path) == {
+    assert metrics.curves(path) == {
         "train/loss": {10: 0.123457}, "train/loss_trivial": {10: 0.5},
         "eval/knn/top1": {10: 0.25},
     }

@@ -10,7 +10,6 @@ import pytest
 
 from crossmae_jax import evals, visualize
 from crossmae_jax.evals import evaluator, features, knn, rank
-from crossmae_jax.runs import results
 from tests.test_features import PIXELS, batches, images_of, placer
 from tests.test_knn import brute_force
 
@@ -370,16 +369,3 @@ def test_few_images_for_panels_are_no_features_of_the_same_pass(tmp_path):
     for each in evals.make(options).values():
         each.run(evaluation)
     assert set(evaluation._extracted) == {("eval", 5, "features")}
-
-
-def test_the_table_is_aligned_and_shows_what_was_not_evaluated():
-    table = results.markdown({
-        "raw pixels": {"knn/top1": 0.98125, "linear/top1": 1.0, "linear/l2": 0.1},
-        "pre-trained": {"knn/top1": 0.5},
-    })
-    assert table.splitlines() == [
-        "| features    | k-NN top-1 | linear top-1 |",
-        "|-------------|-----------:|-------------:|",
-        "| raw pixels  |     98.1 % |      100.0 % |",
-        "| pre-trained |     50.0 % |            - |",
-    ]

@@ -193,7 +193,7 @@ def test_files_of_a_run_come_and_go(bucket, capsys):
         assert home.local != home.path and not list(home.local.iterdir())
         (home.local / "panels").mkdir()
         (home.local / "panels" / "1.png").write_bytes(b"picture")
-        workdir.write_whole(home.local / "config.json", "{}")
+        paths.write_whole(home.local / "config.json", "{}")
         home.push()
         calls = len(bucket.received)
         home.push()

@@ -79,6 +79,7 @@ def test_evaluators_know_neither_objectives_nor_models():
     "crossmae_jax", "crossmae_jax.data.sources", "crossmae_jax.data.transforms",
     "configs.vitb_cross", "crossmae_jax.main", "crossmae_jax.visualize",
     "crossmae_jax.distributed.hardware", "crossmae_jax.commands.estimate",
+    "crossmae_jax.runs.metrics", "crossmae_jax.visualize.curves",
 ])
 def test_these_do_not_import_jax(module):
     code = f"import sys, {module}; print('jax' in sys.modules)"

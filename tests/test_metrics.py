@@ -1,15 +1,9 @@
-"""Metrics are complete, valid and once a step; speed is that of training alone."""
+"""Metrics are complete, valid and once a step, in both kinds of files."""
 
-import fcntl
-import io
 import json
 import math
-import os
-import pty
-import struct
 import subprocess
 import sys
-import termios
 import textwrap
 import time
 from pathlib import Path
@@ -19,14 +13,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
-from crossmae_jax.runs import logged, metrics
+from crossmae_jax.runs import metrics
 
 
 def read_lines(workdir):
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    text = (workdir / logged.FILE).read_text()
+    text = (workdir / metrics.FILE).read_text()
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
@@ -73,7 +67,7 @@ def test_resumed_curve_has_each_step_once(tmp_path):
     killed = metrics.MetricWriter(tmp_path)
     for step in (10, 20, 30, 40):
         killed.write(step, {"train/loss": step})
-    with open(tmp_path / logged.FILE, "a") as file:
+    with open(tmp_path / metrics.FILE, "a") as file:
         file.write('{"step": 50, "train/lo')  # cut short by the kill
     resumed = metrics.MetricWriter(tmp_path, resume_step=20)
     for step in (30, 40, 50):
@@ -93,12 +87,12 @@ def test_fresh_start_puts_the_earlier_curve_aside(tmp_path):
     fresh.write(10, {"train/loss": 2.0})
     fresh.close()
     assert read_lines(tmp_path) == [{"step": 10, "train/loss": 2.0}]
-    assert '"train/loss": 1.0' in (tmp_path / metrics.EARLIER_METRICS).read_text()
+    assert '"train/loss": 1.0' in (tmp_path / metrics.EARLIER_FILE).read_text()
     assert read_events(tmp_path, "train/loss") == [(10, 2.0)]
 
 
 def test_damaged_line_in_the_middle_is_an_error(tmp_path):
-    path = tmp_path / logged.FILE
+    path = tmp_path / metrics.FILE
     text = '{"step": 1}\n[2]\n{"step": 3}\n'
     path.write_text(text)
     with pytest.raises(ValueError, match=r"line 2 is not an object with a step: '\[2"):
@@ -120,72 +114,3 @@ def test_tensorboard_files_need_no_tensorflow(tmp_path):
         cwd=Path(__file__).parents[1],
     )
     assert read_events(tmp_path, "train/loss") == [(3, 0.5)]
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self):
-        return self.now
-
-    def pass_time(self, seconds):
-        self.now += seconds
-
-
-def test_log_file_gets_few_readable_lines():
-    clock, file = Clock(), io.StringIO()
-    progress = metrics.Progress(400, first_step=0, file=file, clock=clock)
-    for step in range(1, 301):
-        progress.update(step)
-        if step % 100 == 1:
-            progress.update(
-                step, loss=1 / step, images_per_second=2310.4, data_wait=0.034
-            )
-        clock.pass_time(0.125)
-    progress.note("k-NN top-1 0.93")
-    progress.close()
-    text = file.getvalue()
-    assert "\r" not in text
-    assert text.splitlines() == [
-        "  0%  step 1/400",
-        " 20%  step 81/400  loss 1.0000  2310 images/s  data wait 3%  left 00:39",
-        " 40%  step 161/400  loss 0.0099  2310 images/s  data wait 3%  left 00:29",
-        " 60%  step 241/400  loss 0.0050  2310 images/s  data wait 3%  left 00:19",
-        "k-NN top-1 0.93",
-        " 75%  step 300/400  loss 0.0050  2310 images/s  data wait 3%  left 00:12",
-    ]
-
-
-def test_resumed_run_estimates_from_its_own_steps():
-    clock, file = Clock(), io.StringIO()
-    progress = metrics.Progress(1000, first_step=900, file=file, clock=clock)
-    progress.update(901)
-    clock.pass_time(20)
-    progress.update(911)
-    assert file.getvalue().splitlines()[-1] == " 91%  step 911/1000  left 02:58"
-
-
-def _read_to_the_end(descriptor):
-    """Yields what a closed terminal was sent; it may arrive in pieces."""
-    try:
-        while piece := os.read(descriptor, 100_000):
-            yield piece.decode()
-    except OSError:  # Linux reports the end of a terminal as an error
-        return
-
-
-def test_terminal_gets_one_bar():
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    with open(child, "w") as terminal:
-        progress = metrics.Progress(4, file=terminal)
-        for step in range(1, 5):
-            progress.update(step, loss=0.5, images_per_second=100.0, data_wait=0.5)
-        progress.note("a note")
-        progress.close()
-    shown = "".join(_read_to_the_end(parent))
-    os.close(parent)
-    assert "4/4  loss 0.5000  100 images/s  data wait 50%  left 00:00" in shown
-    assert "100%|" in shown and "\r" in shown
-    assert "a note\r\n" in shown
-    assert shown.count("\n") == 2  # the note's, and the one after the bar

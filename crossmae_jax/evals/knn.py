@@ -92,7 +92,8 @@ class KNN:
     def run(self, evaluation: Evaluation) -> Result:
         """Returns "top1" and, of enough classes, "top5".
 
-        Several k or pools are told one by one, "mean/k20/top1"; the first also plain.
+        Several k or pools have names of their own, "mean/k20/top1"; the first is
+        "top1", too.
         """
         ks, metrics = numbers(self.k), {}
         for pool in self.pools:
@@ -196,8 +197,8 @@ def neighbours(
     for first in range(0, num_queries, group):
         rows = slice(first, first + group)
         best = _search(bank, queries[rows], k, query_block, bank_block)
-        for found, blocks in zip((similarity, index), best):
-            found[rows] = np.asarray(blocks).reshape(-1, k)[: len(found[rows])]
+        for whole, blocks in zip((similarity, index), best):
+            whole[rows] = np.asarray(blocks).reshape(-1, k)[: len(whole[rows])]
     return similarity, index
 
 
@@ -216,7 +217,7 @@ def _search(bank, queries, k, query_block, bank_block):
     stages = [_aligned(bank_block, bank.shape[1]) for _ in range(2)]
     for i, start in enumerate(range(0, len(bank), bank_block)):
         stage, rows = stages[i % 2], bank[start : start + bank_block]
-        stage[: len(rows)] = rows  # what is behind them is told by its number
+        stage[: len(rows)] = rows  # the rows behind are masked by number
         block = jnp.asarray(stage)
         jax.block_until_ready(best)  # before the next but one overwrites this stage
         best = _merge_block(best, placed, block, start, len(bank))

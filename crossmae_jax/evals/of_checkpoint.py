@@ -1,12 +1,14 @@
-"""Evaluates a checkpoint in several ways, in one report.
+"""Evaluates a saved checkpoint, apart from training: the `evaluate` command.
+
+It opens a run's checkpoint or weights of another format, chooses data and options, and
+runs suites on them; the evaluators are those that run `while_training`, too:
 
     accuracy     of a classifier, on the evaluation split
     knn          k nearest neighbours, of the mean of the patches and the class token
     linear       logistic regression on frozen features
     robustness   of a classifier, on other sets or corrupted images
 
-Every image of a split is counted once. The report says of how many, of which
-checkpoint, and how: results without these cannot be compared.
+Every image of a split is counted once. What comes of it is in a `report`.
 """
 
 import dataclasses

@@ -71,10 +71,10 @@ def mean_psnr(ratios: Float[np.ndarray, "n"]) -> dict[str, float]:
     Under "psnr"; without one there is none. "psnr_left_out" counts the others.
     """
     finite = ratios[np.isfinite(ratios)]
-    found = {"psnr": float(finite.mean())} if len(finite) else {}
+    metrics = {"psnr": float(finite.mean())} if len(finite) else {}
     if len(finite) < len(ratios):
-        found["psnr_left_out"] = float(len(ratios) - len(finite))
-    return found
+        metrics["psnr_left_out"] = float(len(ratios) - len(finite))
+    return metrics
 
 
 def evaluate(
@@ -110,5 +110,5 @@ def evaluate(
     if thrown.any():
         groups |= {"mse_retained": mask & ~thrown, "mse_thrown": thrown}
     error = error.astype(np.float64)
-    found = {name: float(error[group].mean()) for name, group in groups.items()}
-    return found | mean_psnr(np.concatenate(ratios))
+    means = {name: float(error[group].mean()) for name, group in groups.items()}
+    return means | mean_psnr(np.concatenate(ratios))

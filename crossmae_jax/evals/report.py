@@ -1,4 +1,8 @@
-"""What evaluations of a checkpoint found: one JSON and one Markdown file.
+"""The report of an evaluated checkpoint: one JSON and one Markdown file.
+
+It says what was measured, of which checkpoint, with which options, on how many images:
+numbers without these cannot be compared. `of_checkpoint` fills it. (The page about a
+run, made from what the run itself wrote, is `crossmae_jax.report`.)
 
 A report belongs to one checkpoint and one configuration. Suites that are evaluated
 later are added to it; another configuration needs another directory.
@@ -11,15 +15,16 @@ from typing import Any
 
 import jax
 
+from crossmae_jax import paths
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import results, workdir
+from crossmae_jax.runs import results
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 
 
 @dataclasses.dataclass
 class Report:
-    """What was found of one checkpoint.
+    """What was measured of one checkpoint.
 
     Attributes:
       checkpoint: its path, step (None if it is of no run) and SHA-256.
@@ -40,7 +45,7 @@ class Report:
     def add(
         self, name: str, metrics: dict[str, float], images: dict[str, tuple[int, int]]
     ) -> None:
-        """Adds what an evaluator found, in place of what it found before."""
+        """Adds what an evaluator measured, in place of what it did before."""
         for old in [key for key in self.metrics if key.startswith(f"{name}/")]:
             del self.metrics[old]
         self.metrics |= {f"{name}/{key}": value for key, value in metrics.items()}
@@ -67,7 +72,10 @@ class Report:
             ),
             *(f"* {note}" for note in self.notes),
             "", "| metric | value |", "| --- | --- |",
-            *(f"| {name} | {value:.6g} |" for name, value in self.metrics.items()),
+            *(
+                f"| {name} | {results.exact(value)} |"
+                for name, value in self.metrics.items()
+            ),
         ]
         return "\n".join(lines) + "\n"
 
@@ -77,8 +85,8 @@ class Report:
             return
         directory.mkdir(parents=True, exist_ok=True)
         content = dataclasses.asdict(self) | {"environment": environment.describe()}
-        workdir.write_whole(directory / JSON, json.dumps(content, indent=2) + "\n")
-        workdir.write_whole(directory / MARKDOWN, self.to_markdown())
+        paths.write_whole(directory / JSON, json.dumps(content, indent=2) + "\n")
+        paths.write_whole(directory / MARKDOWN, self.to_markdown())
 
 
 def begun(directory: Path, report: Report) -> Report:
@@ -92,14 +100,14 @@ def begun(directory: Path, report: Report) -> Report:
         return report
     content = json.loads(path.read_text())
     del content["environment"]
-    found = Report(**content)
+    earlier = Report(**content)
     for what, old, new in (
-        ("checkpoint", found.checkpoint["sha256"], report.checkpoint["sha256"]),
-        ("configuration", found.config, report.config),
+        ("checkpoint", earlier.checkpoint["sha256"], report.checkpoint["sha256"]),
+        ("configuration", earlier.config, report.config),
     ):
         if old != new:
             raise ValueError(
                 f"{directory} holds the report of another {what}; give another "
                 "--workdir, or remove it."
             )
-    return found
+    return earlier

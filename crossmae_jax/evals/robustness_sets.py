@@ -104,7 +104,7 @@ def _of_corruptions(logits_of: LogitsOf, *, data, open_one, summary):
     errors, num_images = {}, 0
     for name in robustness.CORRUPTIONS:
         for severity in robustness.SEVERITIES:
-            found = logits_of(open_one(corruption=name, severity=severity), as_stored)
-            errors[name, severity] = 1 - accuracy.evaluate(*found)["top1"]
-            num_images += len(found.labels)
+            logits = logits_of(open_one(corruption=name, severity=severity), as_stored)
+            errors[name, severity] = 1 - accuracy.evaluate(*logits)["top1"]
+            num_images += len(logits.labels)
     return summary(errors), num_images

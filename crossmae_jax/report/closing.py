@@ -5,33 +5,33 @@ from pathlib import Path
 
 from crossmae_jax import visualize
 from crossmae_jax.report import run_page
-from crossmae_jax.runs import logged, mirror, results
+from crossmae_jax.runs import metrics, mirror, results
 
 
 def report(
-    home: mirror.Home, metrics: Mapping[str, float], *, pictures: Sequence[Path] = ()
+    home: mirror.Home, measured: Mapping[str, float], *, pictures: Sequence[Path] = ()
 ) -> None:
     """Prints the closing table of a run, and where everything lies.
 
-    Writes the metrics, the curve and the page about the run.
+    Writes the numbers, the curve and the page about the run.
 
     Args:
-      metrics: everything that was measured, by name.
+      measured: everything that was measured, by name.
       pictures: that evaluations drew, the newest last.
     """
     directory = home.local
-    results.write(directory, metrics)
-    if text := results.table(metrics):
-        print(f"\n{text}\n")
-    if "train/loss_trivial" in metrics:  # not of a finished run, started again
+    results.write(directory, measured)
+    if table := results.compared(measured):
+        print(f"\n{results.markdown(table)}\n")
+    if "train/loss_trivial" in measured:  # not of a finished run, started again
         print(
-            f"loss {metrics['train/loss']:.4f}; predicting the mean of each patch: "
-            f"{metrics['train/loss_trivial']:.4f}"
+            f"loss {measured['train/loss']:.4f}; predicting the mean of each patch: "
+            f"{measured['train/loss_trivial']:.4f}"
         )
-    if "best/step" in metrics:
-        print(best(metrics))
-    curve = visualize.loss_curve(directory / logged.FILE, directory / "curve.png")
-    print(f"metrics      {home.name(directory / logged.FILE)}")
+    if "best/step" in measured:
+        print(best(measured))
+    curve = visualize.loss_curve(directory / metrics.FILE, directory / "curve.png")
+    print(f"metrics      {home.name(directory / metrics.FILE)}")
     print(f"curve        {home.name(curve)}")
     if pictures:
         print(f"pictures     {home.name(pictures[-1])}")
@@ -40,15 +40,15 @@ def report(
     print(f"report       {home.name(page)}", flush=True)
 
 
-def best(metrics: Mapping[str, float]) -> str:
+def best(measured: Mapping[str, float]) -> str:
     """Says what the best state of a run reached, and the last, on how many images."""
     (name, value), = (
-        (name.removeprefix("best/"), value) for name, value in metrics.items()
+        (name.removeprefix("best/"), value) for name, value in measured.items()
         if name.startswith("best/eval/")
     )
-    line = f"best {name} {value:.4f} at step {metrics['best/step']:.0f}"
-    if name in metrics:
-        line += f", at the end {metrics[name]:.4f}"
-    if (images := metrics.get("eval/accuracy/images")) is not None:
+    line = f"best {name} {value:.4f} at step {measured['best/step']:.0f}"
+    if name in measured:
+        line += f", at the end {measured[name]:.4f}"
+    if (images := measured.get("eval/accuracy/images")) is not None:
         line += f" ({results.counted(int(images), int(images))} images)"
     return line

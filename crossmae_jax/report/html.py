@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from crossmae_jax.runs.results import Table
+
 _STYLE = """
 :root { color-scheme: light dark;
   --paper: #f6f7f9; --card: #fff; --ink: #1d2430; --soft: #566072; --rule: #d9dde4;
@@ -127,25 +129,25 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
     return f'<dl class="tiles">{"".join(rows)}</dl>'
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lays out a table whose first column is text, and whose others are numbers."""
-    def cells(tag: str, row: Sequence[object]) -> str:
+def table(content: Table) -> str:
+    """Lays out a table, its numbers to the right."""
+    def cells(tag: str, row: Sequence[str]) -> str:
         first, *others = row
         return f"<tr><{tag}>{_breakable(first)}</{tag}>" + "".join(
             element(tag, cell, css="number") for cell in others
         ) + "</tr>"
 
-    body = "".join(cells("td", row) for row in rows)
+    body = "".join(cells("td", row) for row in content.rows)
     return (
-        f'<div class="scroll"><table><thead>{cells("th", header)}</thead>'
+        f'<div class="scroll"><table><thead>{cells("th", content.header)}</thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
 def chart(title: str, svg: str, *, caption: str) -> str:
     """Puts a picture of `visualize.svg.curves` on a card."""
-    said = element("figcaption", caption) if caption else ""
-    return f"<figure>{element('h3', title)}{svg}{said}</figure>"
+    below = element("figcaption", caption) if caption else ""
+    return f"<figure>{element('h3', title)}{svg}{below}</figure>"
 
 
 def picture(data: bytes, *, kind: str, alt: str, caption: str) -> str:

@@ -19,8 +19,9 @@ from crossmae_jax import paths, visualize
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
 from crossmae_jax.report.html import Section
-from crossmae_jax.runs import reading, results, workdir
+from crossmae_jax.runs import reading, results
 from crossmae_jax.runs.reading import Run, Series
+from crossmae_jax.runs.results import Table
 
 FILE = "report.html"
 # A panel of more bytes becomes a JPEG of so many pixels at most, and the page stays
@@ -41,10 +42,7 @@ def write(directory: str | AnyPath, *, name: str | None = None) -> AnyPath:
     """
     directory = paths.path(directory)
     page = _page(reading.read(directory, name=name))
-    if paths.is_remote(directory):
-        (directory / FILE).write_text(page)  # an object appears whole
-    else:
-        workdir.write_whole(directory / FILE, page)
+    paths.write_whole(directory / FILE, page)
     return directory / FILE
 
 
@@ -105,62 +103,58 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _state(run: Run) -> str:
     """Says how far the run came, and when that was."""
-    of = "" if run.total is None else f" of {_count(run.total)}"
-    said, css = ("Finished", "good") if run.finished else (
+    of = "" if run.total is None else f" of {results.grouped(run.total)}"
+    word, css = ("Finished", "good") if run.finished else (
         "Interrupted, or still running", "open"
     )
-    state = f"{said}: step {_count(run.reached)}{of}"
-    seen = ""
+    state = f"{word}: step {results.grouped(run.reached)}{of}"
+    last_sign = ""
     if "until" in run.time:
         until = datetime.datetime.fromtimestamp(run.time["until"], datetime.UTC)
-        seen = f"last heard of on {until:%Y-%m-%d} at {until:%H:%M} UTC"
+        last_sign = f"last heard of on {until:%Y-%m-%d} at {until:%H:%M} UTC"
     return (
         f"<p>{html.element('span', state, css=f'state {css}')} "
-        f"{html.element('span', seen, css='soft')}</p>"
+        f"{html.element('span', last_sign, css='soft')}</p>"
     )
 
 
 def _results(run: Run) -> str:
-    found, cards = run.found, []
-    if "train/loss" in found:
-        trivial = found.get("train/loss_trivial")
-        cards.append(("Loss", f"{found['train/loss']:.4f}", "" if trivial is None else (
+    numbers, cards = run.numbers, []
+    if "train/loss" in numbers:
+        trivial = numbers.get("train/loss_trivial")
+        remark = "" if trivial is None else (
             f"predicting the mean of each patch: {trivial:.4f}"
-        )))
-    if "eval/accuracy/top1" in found:
-        images = int(found["eval/accuracy/images"])
+        )
+        cards.append(("Loss", f"{numbers['train/loss']:.4f}", remark))
+    if "eval/accuracy/top1" in numbers:
+        images = int(numbers["eval/accuracy/images"])
         cards.append((
-            "Accuracy, top-1", f"{100 * found['eval/accuracy/top1']:.1f} %",
-            f"on {_count(images)} images",
+            "Accuracy, top-1", results.percent(numbers["eval/accuracy/top1"]),
+            f"on {results.grouped(images)} images",
         ))
     if run.best:
-        share = run.best["metric"].endswith(("top1", "top5"))
-        value = run.best["value"]
+        name = run.best["metric"]
         cards.append((
-            f"Best {run.best['metric'].removeprefix('eval/')}",
-            f"{100 * value:.1f} %" if share else f"{value:.4g}",
-            f"at step {_count(run.best['step'])}",
+            f"Best {name.removeprefix('eval/')}",
+            results.short(name, run.best["value"]),
+            f"at step {results.grouped(run.best['step'])}",
         ))
-    if "train/images_per_second" in found:
-        speed = f"{found['train/images_per_second']:,.0f}".replace(",", " ")
+    if "train/images_per_second" in numbers:
+        speed = results.grouped(numbers["train/images_per_second"])
         cards.append(("Images a second", speed, "at the last log point"))
     if seconds := run.time.get("seconds"):
         total = sum(seconds.values())
         remark = f"goodput {seconds['steps'] / total:.0%}" if total else ""
         cards.append(("Time", _duration(total), remark))
     parts = [html.tiles(cards)] if cards else []
-    if compared := results.table(found):
-        header, _, *rows = (
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in compared.splitlines()
-        )
+    if compared := results.compared(numbers):
         parts += [
-            html.table(header, rows),
+            html.table(compared),
             html.element(
                 "p", "Of frozen features, on the evaluation split. Trained features "
                 "have to beat those of the same network at random initialisation; raw "
                 "pixels show how hard the images are without a model.", css="soft",
-            ) if len(rows) > 1 else "",
+            ) if len(compared.rows) > 1 else "",
         ]
     return "".join(parts) or html.element("p", "No step has been logged yet.")
 
@@ -224,20 +218,20 @@ def _evaluations(series: Series) -> list[tuple[str, Series, str, dict[str, Any]]
             del lines[plain]
     return [
         (f"Evaluation: {title}", lines, "",
-         dict(percent=title.endswith(("top1", "top5"))))
+         dict(percent=results.is_share(title)))
         for title, lines in charts.items()
     ]
 
 
 def _alt(title: str, lines: Series) -> str:
-    told = []
+    courses = []
     for label, values in lines.items():
         first, last = min(values), max(values)
-        told.append(
+        courses.append(
             f"{label} from {values[first]:.4g} at step {first} to {values[last]:.4g} "
             f"at step {last}"
         )
-    return f"{title} over steps: " + "; ".join(told)
+    return f"{title} over steps: " + "; ".join(courses)
 
 
 def _panel(run: Run) -> str:
@@ -251,10 +245,10 @@ def _panel(run: Run) -> str:
         image.save(file, format="jpeg", quality=88)
         data = file.getvalue()
     number = re.search(r"\d+", run.panel.stem)
-    step = f" at step {_count(int(number[0]))}" if number else ""
-    said = visualize.caption(normalize=run.config["target.normalize"])
+    step = f" at step {results.grouped(int(number[0]))}" if number else ""
+    remark = visualize.caption(normalize=run.config["target.normalize"])
     return html.picture(
-        data, kind=kind, caption=f"Evaluated{step}. {said}",
+        data, kind=kind, caption=f"Evaluated{step}. {remark}",
         alt=f"Reconstructions{step}, a row per image: the original, the masked input, "
         "the prediction of hidden patches, the prediction with the visible patches.",
     )
@@ -262,11 +256,13 @@ def _panel(run: Run) -> str:
 
 def _numbers(run: Run) -> str:
     rows = []
-    for name in sorted(run.found.keys() | run.series.keys()):
+    for name in sorted(run.numbers.keys() | run.series.keys()):
         values = run.series.get(name)
-        step = _count(max(values)) if values else "end"
-        rows.append((name, f"{run.found[name]:.6g}", step))
-    return html.table(("name", "value", "step"), rows) if rows else ""
+        step = results.grouped(max(values)) if values else "end"
+        rows.append((name, results.exact(run.numbers[name]), step))
+    if not rows:
+        return ""
+    return html.table(Table(("name", "value", "step"), tuple(rows)))
 
 
 def _time(run: Run) -> str:
@@ -274,11 +270,11 @@ def _time(run: Run) -> str:
     total = sum(seconds.values())
     if not total:
         return ""
-    rows = [
-        (kind, f"{spent:,.1f} s".replace(",", " "), f"{spent / total:.1%}")
+    rows = tuple(
+        (kind, f"{results.grouped(spent, decimals=1)} s", f"{spent / total:.1%}")
         for kind, spent in seconds.items()
-    ]
-    return html.table(("kind", "time", "share"), rows) + html.element(
+    )
+    return html.table(Table(("kind", "time", "share"), rows)) + html.element(
         "p", "Over all launches. Restart is what launches that ended early cost: steps "
         "made twice, and the time until the next launch.", css="soft",
     )
@@ -286,28 +282,28 @@ def _time(run: Run) -> str:
 
 def _resume(run: Run) -> str:
     folder = html.element("code", f"{run.name}/checkpoints")
-    kept = ", ".join(map(_count, run.saved)) or "none yet"
+    kept = ", ".join(map(results.grouped, run.saved)) or "none yet"
     parts = [f"<p>Checkpoints in {folder}, of steps: {kept}.</p>"]
     if run.best:
         parts.append(
             f"<p>Best state: {html.element('code', f'{run.name}/best')}, step "
-            f"{_count(run.best['step'])}.</p>"
+            f"{results.grouped(run.best['step'])}.</p>"
         )
     if command := run.environment.get("command"):
-        said = "The run was last started with this command. Given again in the same "
-        said += "directory, it "
+        what = "The run was last started with this command. Given again in the same "
+        what += "directory, it "
     else:
-        said = "No command is recorded. This one reads the settings of the run, and "
+        what = "No command is recorded. This one reads the settings of the run, and "
         command = ["python", "-c", (
-            "from crossmae_jax import train, workdir; "
+            "from crossmae_jax import train; from crossmae_jax.runs import workdir; "
             f"train.run(workdir.read_config({run.name!r}), {run.name!r})"
         )]
     if run.finished:
-        said += "evaluates once more; the run is finished and trains no further."
+        what += "evaluates once more; the run is finished and trains no further."
     else:
-        said += f"goes on from step {_count(max(run.saved, default=0))}."
+        what += f"goes on from step {results.grouped(max(run.saved, default=0))}."
     return "".join([
-        *parts, html.element("p", said),
+        *parts, html.element("p", what),
         f"<pre>{html.text(_typed(command))}</pre>",
     ])
 
@@ -322,7 +318,10 @@ def _typed(command: Sequence[str]) -> str:
 
 def _data(run: Run) -> str:
     return html.pairs(
-        (name.replace("_", " "), _count(value) if name == "num_images" else value)
+        (
+            name.replace("_", " "),
+            results.grouped(value) if name == "num_images" else value,
+        )
         for name, value in run.dataset.items()
     ) if run.dataset else ""
 
@@ -337,10 +336,6 @@ def _environment(run: Run) -> str:
     rows += [(name.replace("_", " "), value) for name, value in known.items()]
     rows = [(name, "-" if value in (None, "") else value) for name, value in rows]
     return html.pairs(rows) if rows else ""
-
-
-def _count(number: int) -> str:
-    return f"{number:,}".replace(",", " ")
 
 
 def _duration(seconds: float) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from crossmae_jax import paths
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import parallel
 from crossmae_jax.runs import mirror, workdir
@@ -106,7 +107,7 @@ class Best:
             measured = {
                 "step": self._step, "metric": self._metric, "value": self._value
             }
-            workdir.write_whole(self._directory / FILE, json.dumps(measured) + "\n")
+            paths.write_whole(self._directory / FILE, json.dumps(measured) + "\n")
 
     def metrics(self) -> dict[str, float]:
         """Returns the largest value and its step, for the report.

@@ -39,7 +39,7 @@ from jaxtyping import Float, Int
 
 from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import logged, workdir
+from crossmae_jax.runs import metrics, workdir
 
 SHIPPED = Path(__file__).parent / "references"
 WINDOW = 5  # logged points of `train/...` that a median is of
@@ -108,18 +108,18 @@ def find(name: str | AnyPath) -> list[AnyPath]:
     """
     path = paths.path(name)
     if path.is_dir():
-        if not (path / logged.FILE).is_file():
+        if not (path / metrics.FILE).is_file():
             raise ValueError(
-                f"{path} has no {logged.FILE}; give the --workdir of a run that has "
+                f"{path} has no {metrics.FILE}; give the --workdir of a run that has "
                 "logged a step."
             )
-        return [path / logged.FILE]
+        return [path / metrics.FILE]
     if path.is_file():
         return [path]
     if str(name) in shipped():
         return sorted((SHIPPED / str(name)).glob("seed_*.jsonl"))
     raise ValueError(
-        f"No run {str(name)!r}. Give a workdir, a {logged.FILE}, or a reference that "
+        f"No run {str(name)!r}. Give a workdir, a {metrics.FILE}, or a reference that "
         f"comes with the library: {', '.join(shipped())}."
     )
 
@@ -229,7 +229,7 @@ def _check_files(run: AnyPath, references: Sequence[AnyPath]) -> None:
 
 
 def _curve(path: AnyPath, metric: str) -> dict[int, float]:
-    curves = logged.curves(path)
+    curves = metrics.curves(path)
     if metric not in curves:
         raise ValueError(
             f"{path} has no {metric!r}. It has: {', '.join(sorted(curves)) or 'none'}."

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from crossmae_jax.runs import metrics, walltime
+from crossmae_jax.runs.progress import Progress
 
 _SHOWN = ("images_per_second", "data_wait")  # beside the loss, on the bar
 
@@ -75,7 +76,7 @@ class Journal:
         self._writer = metrics.MetricWriter(
             directory, resume_step=first_step if resumed else None
         )
-        self._progress = metrics.Progress(total, first_step=first_step)
+        self._progress = Progress(total, first_step=first_step)
         self._time = walltime.WallTime(
             directory, begun=begun, resuming=resumed,
             waited=lambda: loader.wait_seconds, clock=clock,

@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import logged, results, walltime, workdir
+from crossmae_jax.runs import metrics, results, walltime, workdir
 
-Series = logged.Curves
+Series = metrics.Curves
 
 
 class Run(NamedTuple):
@@ -25,7 +25,7 @@ class Run(NamedTuple):
       name: of the workdir, as the user writes it.
       config: by whole names, `optim.base_lr`.
       series: by metric, its values by step.
-      found: `results.json` of a finished run, else the newest values of `series`.
+      numbers: `results.json` of a finished run, else the newest values of `series`.
       time: `time.json`; likewise `environment`, `dataset`, `best`.
       saved: the steps of checkpoints.
       reached, total: steps made, and steps of the whole run, None if not known.
@@ -35,7 +35,7 @@ class Run(NamedTuple):
     name: str
     config: dict[str, Any]
     series: Series
-    found: dict[str, int | float]
+    numbers: dict[str, int | float]
     time: dict[str, Any]
     environment: dict[str, Any]
     dataset: dict[str, Any]
@@ -67,19 +67,18 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
     directory = paths.path(directory)
     name = str(directory) if name is None else name
     config = workdir.read_config(directory)
-    series = _series(directory / logged.FILE)
+    series = _series(directory / metrics.FILE)
     dataset = _json(directory / "dataset.json")
     time = _json(directory / walltime.FILE)
     saved = steps.committed(paths.path(name) / "checkpoints")
-    found = {metric: values[max(values)] for metric, values in series.items()}
+    newest = {metric: values[max(values)] for metric, values in series.items()}
     if time.get("finished"):
-        known = _json(directory / results.FILE)
-        found |= {key: value for key, value in known.items() if value is not None}
+        newest |= results.read(directory)
     panels = directory / "panels"
     drawn = [path for path in panels.iterdir()] if panels.is_dir() else []
     return Run(
         name=name, config=workdir.flatten(config.to_dict()), series=series,
-        found=found, time=time,
+        numbers=newest, time=time,
         environment=_json(directory / "environment.json"), dataset=dataset,
         best=_json(directory / "best" / "best.json"), saved=saved,
         reached=max([0, *saved, *(max(values) for values in series.values())]),
@@ -94,7 +93,7 @@ def _json(path: AnyPath) -> dict[str, Any]:
 
 def _series(path: AnyPath) -> Series:
     """Returns the values of each metric that are finite."""
-    curves = logged.curves(path) if path.exists() else {}
+    curves = metrics.curves(path) if path.exists() else {}
     return {
         name: {step: value for step, value in values.items() if math.isfinite(value)}
         for name, values in curves.items()

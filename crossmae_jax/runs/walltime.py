@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from crossmae_jax.runs import workdir
+from crossmae_jax import paths
 
 FILE = "time.json"
 KINDS = ("steps", "data", "compile", "evaluate", "save", "start", "restart")
@@ -111,7 +111,7 @@ class WallTime:
                 "seconds": self._seconds, "saved_steps": self._saved,
                 "until": self._since, "finished": finished,
             }
-            workdir.write_whole(self._path, json.dumps(noted, indent=2) + "\n")
+            paths.write_whole(self._path, json.dumps(noted, indent=2) + "\n")
 
     def __str__(self) -> str:
         """Returns `goodput 81% of 512 s: steps 81%, data 2%, compile 9%, ...`."""

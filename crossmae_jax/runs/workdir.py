@@ -59,13 +59,6 @@ _BEFORE = {
 }
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file in one step: whoever reads it meanwhile sees all of it or none."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def is_run(path: str | AnyPath) -> bool:
     """Says whether a path is the workdir of a run with checkpoints."""
     path = paths.path(path)
@@ -196,4 +189,4 @@ def claim(
         return
     workdir.mkdir(parents=True, exist_ok=True)
     for file, new in ours.items():
-        write_whole(workdir / file, json.dumps(new, indent=2) + "\n")
+        paths.write_whole(workdir / file, json.dumps(new, indent=2) + "\n")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from crossmae_jax.runs import logged
+from crossmae_jax.runs import metrics
 from crossmae_jax.visualize import canvas
 
 
@@ -20,7 +20,7 @@ def loss_curve(
       ValueError: if the file holds no `train/loss`, or a line that is not an
         object with a step.
     """
-    curves = logged.curves(pathlib.Path(metrics_jsonl_path))
+    curves = metrics.curves(pathlib.Path(metrics_jsonl_path))
     if "train/loss" not in curves:
         raise ValueError(
             f"{metrics_jsonl_path} has {len(curves)} metrics but no train/loss; it is "
