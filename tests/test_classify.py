@@ -274,6 +274,13 @@ def test_images_without_labels_are_refused(tmp_path):
     assert "needs labels, but the training data has none" in message
 
 
+def test_images_to_test_on_without_labels_are_refused(tmp_path):
+    data = folders(tmp_path / "train", ["ant", "bee"])
+    test = folders(tmp_path / "test", ["all"])
+    message = refused(folder_config(data, test), tmp_path / "run")
+    assert "config.evals.accuracy needs labels, but the data set, or a split" in message
+
+
 @pytest.mark.parametrize("changes, message", [
     (dict(data__num_classes=7), "The training data has 10 classes, but the head is"),
     (dict(augment__mixup=0.8, augment__mixed_together=5), "do not make equal groups"),

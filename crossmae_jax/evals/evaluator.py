@@ -44,7 +44,7 @@ class About(NamedTuple):
 
     Attributes:
       num_images: how many images each split holds, "train" and, if it exists, "eval".
-      num_classes: of the data; 0 if images have no labels.
+      num_classes: of the data; 0 if a split has no labels.
       outputs: what the objective can give, see `Wanted.output`.
       pool: what "features" are: "mean" of the patch tokens, or "cls", the class token.
     """
@@ -187,9 +187,9 @@ def check_labels(name: str, about: About) -> None:
     """
     if about.num_classes == 0:
         raise ValueError(
-            f"config.evals.{name} needs labels, but the data set has none. Sort "
-            "the images into one folder per class, use a labelled data set, or "
-            f"take {name} out of config.evals."
+            f"config.evals.{name} needs labels, but the data set, or a split of it, "
+            "has none. Sort the images into one folder per class, use a labelled data "
+            f"set, or take {name} out of config.evals."
         )
     if "eval" not in about.num_images:
         raise ValueError(
