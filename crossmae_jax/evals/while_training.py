@@ -93,7 +93,7 @@ class Evaluations:
         """Runs evaluators on one state; returns their metrics, `eval/NAME/METRIC`.
 
         Raises:
-          interruption.Interrupted: if `stop` is set meanwhile.
+          preemption.Interrupted: if `stop` is set meanwhile.
         """
         pictures = {}
         if self._draws:
