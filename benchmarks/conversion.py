@@ -23,7 +23,6 @@ from benchmarks import step
 from crossmae_jax.convert import names
 from crossmae_jax.convert.files import torch_file
 from crossmae_jax.convert.files.tensor import Tensor
-from crossmae_jax.models import vit
 from crossmae_jax.objectives import OBJECTIVES
 
 # Prints the peak in KiB. Not ru_maxrss: that starts at the peak of the parent process.
@@ -53,8 +52,9 @@ def write_checkpoint(config_path: str, path: Path) -> None:
         name: Tensor(leaf.shape, np.dtype(np.float32), drawn(leaf.shape))
         for name, leaf in names.without_collections(abstract).items()
     }
-    _, patch_size = vit.parse_size(config.model.size)
-    theirs, _ = names.to_theirs(names.MAE, ours, patch_size=patch_size)
+    theirs, _ = names.to_theirs(
+        names.MAE, ours, patch_size=objective.model.encoder.patch_size
+    )
     torch_file.write(path, {"model": theirs})
 
 

@@ -42,8 +42,8 @@ PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "tokamax")
 PEER_CONFIGS = ("vitb_mae", "vitb_cross", "vitb_cross75")
 
 TINY = (
-    "model.size=W16-D1-H2/16", "model.decoder_dim=16", "model.decoder_depth=1",
-    "model.decoder_heads=2", "data.image_size=(64, 64)",
+    "model.encoder.size=W16-D1-H2/16", "model.decoder.dim=16", "model.decoder.depth=1",
+    "model.decoder.num_heads=2", "data.image_size=(64, 64)",
 )
 
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from benchmarks import gradient_deviation, step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.data import pipeline, sources
+from crossmae_jax.models import mim
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.runs import workdir
 
@@ -48,13 +49,14 @@ def compare(
     """Returns the deviations of every way to throw, by training and ratio."""
     config = workdir.read_config(directory)
     ratio, kind = config.masking.throw_ratio, config.model.aggregator.kind
-    if (kind == "none") != (ratio == 0):
+    aggregates = mim.build(config).aggregator is not None
+    if aggregates != (ratio > 0):
         raise ValueError(
             f"{directory} has aggregator {kind!r} and throw_ratio {ratio}; give runs "
             "that threw nothing, or were trained with an aggregator."
         )
     trained, ratios, methods = "nothing thrown", (0.25, 0.5, 0.65), {"plain": "none"}
-    if kind != "none":
+    if aggregates:
         trained, ratios = f"{kind}, {ratio:.0%} thrown", (ratio,)
         methods["progressive"] = kind
     variants = {

@@ -46,7 +46,7 @@ from benchmarks import turns  # noqa: E402
 from crossmae_jax import main as train_main  # noqa: E402
 from crossmae_jax.cost import counting
 from crossmae_jax.distributed import environment  # noqa: E402
-from crossmae_jax.models import vit  # noqa: E402
+from crossmae_jax.models import mim  # noqa: E402
 
 FILES = ("models_cross.py", "models_mae.py", "transformer_utils.py")
 WARM_UP = 3  # steps; torch.compile may compile again in the second
@@ -66,10 +66,13 @@ def check_config(name: str, config: ConfigDict) -> None:
     """Stops the program at what the reference does not have."""
     if config.objective != "pretrain":
         train_main.stop(f"{name} does not pre-train; the reference does nothing else.")
-    model, (height, width) = config.model, config.data.image_size
+    height, width = config.data.image_size
     reasons = {
-        "model.aggregator.kind": model.aggregator.kind != "none",
+        "model.aggregator.kind": mim.build(config).aggregator is not None,
         "masking.throw_ratio": config.masking.throw_ratio > 0,
+        "model.decoder.mlp_ratio": (
+            config.model.decoder.mlp_ratio != config.model.encoder.mlp_ratio
+        ),
         "data.image_size": height != width,
         "optim.accum_steps": config.optim.accum_steps > 1,
         "optim.clip_norm": config.optim.clip_norm is not None,
@@ -128,23 +131,23 @@ def build(config: ConfigDict, directory: Path):
     """
     import torch
 
-    model = config.model
+    model = mim.build(config)
+    encoder, decoder, fusion = model.encoder, model.decoder, config.model.fusion
+    is_mae = decoder.gives_visible
     with importable(directory):
-        module = importlib.import_module(f"models_{model.decoder}")
-    size, patch_size = vit.parse_size(model.size)
+        module = importlib.import_module("models_mae" if is_mae else "models_cross")
     options = dict(
-        img_size=config.data.image_size[0], patch_size=patch_size,
-        in_chans=config.data.channels, embed_dim=size.dim, depth=size.depth,
-        num_heads=size.num_heads, decoder_embed_dim=model.decoder_dim,
-        decoder_depth=model.decoder_depth, decoder_num_heads=model.decoder_heads,
-        mlp_ratio=model.mlp_ratio, norm_pix_loss=config.target.normalize,
+        img_size=config.data.image_size[0], patch_size=encoder.patch_size,
+        in_chans=config.data.channels, embed_dim=encoder.dim, depth=encoder.depth,
+        num_heads=encoder.num_heads, decoder_embed_dim=decoder.dim,
+        decoder_depth=decoder.depth, decoder_num_heads=decoder.num_heads,
+        mlp_ratio=encoder.mlp_ratio, norm_pix_loss=config.target.normalize,
         norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
     )
-    if model.decoder == "cross":
+    if not is_mae:
         options |= dict(
-            weight_fm=model.fusion == "inter_block", use_input=model.fusion_input,
-            use_fm=list(model.fusion_maps or [-1]),
-            self_attn=model.decoder_self_attention,
+            weight_fm=model.fusion.used_maps is not None, use_input=fusion.input,
+            use_fm=list(fusion.maps or [-1]), self_attn=decoder.self_attention,
         )
     built = module.MaskedAutoencoderViT(**options)
     found = sum(parameter.numel() for parameter in built.parameters())

@@ -92,12 +92,13 @@ def linear_probe(*, epochs: float, warmup_epochs: float = 10.0) -> ConfigDict:
 def classifier(size: str, *, drop_path: float = 0.0) -> dict[str, Any]:
     """Returns an encoder whose patch tokens are averaged, normed and classified."""
     return dict(
-        size=size,
-        mlp_ratio=4.0,
+        encoder=dict(
+            kind="vit", size=size, mlp_ratio=4.0,
+            drop_path=drop_path,  # of the last block; from 0 linearly
+        ),
         pool="mean",  # or "cls", with the encoder's final norm
         head_norm="none",  # "batch" in linear probing
         head_std=2e-5,
-        drop_path=drop_path,  # of the last block; from 0 linearly
         remat="selective",
         dtype="bfloat16",
     )
@@ -113,16 +114,16 @@ def crossmae(
 ) -> dict[str, Any]:
     """Returns CrossMAE's model: cross-attention to a mixture of all feature maps."""
     return dict(
-        size=size,
-        mlp_ratio=4.0,
-        fusion="inter_block",
-        fusion_maps=placeholder(tuple),  # unset: all blocks
-        fusion_input=True,
-        decoder="cross",
-        decoder_dim=decoder_dim,
-        decoder_depth=decoder_depth,
-        decoder_heads=decoder_heads,
-        decoder_self_attention=False,
+        encoder=dict(kind="vit", size=size, mlp_ratio=4.0),
+        fusion=dict(
+            kind="inter_block",
+            maps=placeholder(tuple),  # unset: all blocks
+            input=True,
+        ),
+        decoder=dict(
+            kind="cross", dim=decoder_dim, depth=decoder_depth,
+            num_heads=decoder_heads, mlp_ratio=4.0, self_attention=False,
+        ),
         aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
             kind="none", kernel_size=7, visible="encoder", rewrites_retained=False
         ),
@@ -139,8 +140,9 @@ def mae(
         size, decoder_dim=decoder_dim, decoder_heads=decoder_heads,
         decoder_depth=decoder_depth,
     )
+    model["fusion"]["kind"], model["decoder"]["kind"] = "last", "mae"
     model["aggregator"]["visible"] = "decoder"
-    return model | dict(fusion="last", decoder="mae")
+    return model
 
 
 def masking(

@@ -13,6 +13,9 @@ Terms, used everywhere with one meaning:
     aggregator      predicts thrown patches from the tokens around them
     feature maps    the encoder's input and the outputs of its blocks
     context         what a decoder block attends to
+    fusion          makes contexts of the feature maps
+    part, kind      a model has an encoder, a fusion, a decoder, an aggregator; the kind
+                    of a part is the class of it, whose arguments are its settings
     sample number   counts samples over a whole run; with the seed it decides which
                     image comes, how it is cropped and which patches are masked
 

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, paths, train, visualize
-from crossmae_jax.models import vit
+from crossmae_jax.models import encoders
 from crossmae_jax.optim import layerwise
 
 RESULT = "sweep.json"
@@ -72,9 +72,9 @@ def _check(config: ConfigDict, blocks: Sequence[float]) -> None:
         )
     if not blocks or len(set(blocks)) < len(blocks):
         raise ValueError(f"blocks={list(blocks)}; give numbers of blocks, each once.")
-    size, _ = vit.parse_size(config.model.size)
+    depth = encoders.build_encoder(config).depth
     for count in blocks:
-        layerwise.check_blocks(count, size.depth)
+        layerwise.check_blocks(count, depth)
 
 
 def _begun(directory: Path, config: ConfigDict) -> Curve:

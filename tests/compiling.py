@@ -35,8 +35,8 @@ _ENVIRONMENT = {
 }
 # A shallow model with heads of the real sizes.
 NARROW = [
-    "model.size=W128-D1-H2/16", "model.decoder_dim=64", "model.decoder_depth=1",
-    "model.decoder_heads=2", "data.batch_size=8",
+    "model.encoder.size=W128-D1-H2/16", "model.decoder.dim=64", "model.decoder.depth=1",
+    "model.decoder.num_heads=2", "data.batch_size=8",
 ]
 
 

@@ -33,10 +33,11 @@ def _block_params(dim: int, hidden: int) -> int:
 
 def _mae_decoder(model: ConfigDict, dim: int, num_keys: int, num_tokens: int):
     """Returns MACs and parameters between the encoder and the last linear layer."""
-    wide, hidden = model.decoder_dim, int(model.decoder_dim * model.mlp_ratio)
+    wide = model.decoder.dim
+    hidden = int(wide * model.decoder.mlp_ratio)
     macs = num_keys * dim * wide
-    macs += model.decoder_depth * _block_macs(num_tokens, wide, hidden)
-    params = _linear(dim, wide) + model.decoder_depth * _block_params(wide, hidden)
+    macs += model.decoder.depth * _block_macs(num_tokens, wide, hidden)
+    params = _linear(dim, wide) + model.decoder.depth * _block_params(wide, hidden)
     return macs, params
 
 
@@ -47,13 +48,13 @@ def _cross_decoder(
 
     `num_maps` is 0 where the decoder reads the encoder's last map only.
     """
-    wide, depth = model.decoder_dim, model.decoder_depth
-    hidden = int(wide * model.mlp_ratio)
+    wide, depth = model.decoder.dim, model.decoder.depth
+    hidden = int(wide * model.decoder.mlp_ratio)
     macs = 2 * num_pred * wide**2 + 2 * num_keys * dim * wide  # q and proj; k and v
     macs += 2 * num_pred * num_keys * wide + 2 * num_pred * wide * hidden
     params = 2 * 2 * wide + 2 * _linear(wide, wide) + _linear(dim, 2 * wide)
     params += _linear(wide, hidden) + _linear(hidden, wide)
-    if model.decoder_self_attention:
+    if model.decoder.self_attention:
         macs += 4 * num_pred * wide**2 + 2 * num_pred**2 * wide
         params += 2 * wide + _linear(wide, 3 * wide) + _linear(wide, wide)
     macs, params = depth * macs, depth * params
@@ -68,8 +69,8 @@ def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
 
     Both are 0 without an aggregator.
     """
-    options, wide = model.aggregator, model.decoder_dim
-    hidden, macs, params = int(wide * model.mlp_ratio), 0, 0
+    options, wide = model.aggregator, model.decoder.dim
+    hidden, macs, params = int(wide * model.decoder.mlp_ratio), 0, 0
     if options.kind in ("conv", "convnext"):
         num_taps = options.kernel_size**2
         macs, params = num_taps * num_patches * wide, num_taps * wide + wide
@@ -88,7 +89,7 @@ def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
 def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
     model, channels = config.model, config.data.channels
-    size, patch_size = vit.parse_size(model.size)
+    size, patch_size = vit.parse_size(model.encoder.size)
     rows, columns = patches.grid_size(tuple(config.data.image_size), patch_size)
     num_patches, patch_dim = rows * columns, patch_size**2 * channels
     num_keep, num_pred, num_thrown = masking.token_counts(
@@ -96,11 +97,12 @@ def pretraining(config: ConfigDict) -> counting.Cost:
         pred_ratio=config.masking.pred_ratio,
         throw_ratio=config.masking.throw_ratio,
     )
-    dim, hidden, wide = size.dim, int(size.dim * model.mlp_ratio), model.decoder_dim
+    dim, wide = size.dim, model.decoder.dim
+    hidden = int(dim * model.encoder.mlp_ratio)
     num_maps = 0
-    if model.fusion == "inter_block":
+    if model.fusion.kind == "inter_block":
         num_maps = len(fusion.resolve_maps(
-            model.fusion_maps, depth=size.depth, include_input=model.fusion_input
+            model.fusion.maps, depth=size.depth, include_input=model.fusion.input
         ))
 
     encoder_macs = num_patches * patch_dim * dim
@@ -111,7 +113,7 @@ def pretraining(config: ConfigDict) -> counting.Cost:
         encoder_params += 2 * dim  # final norm
 
     aggregates = model.aggregator.kind != "none"
-    if model.decoder == "mae":
+    if model.decoder.kind == "mae":
         decoder_tokens = 1 + num_keep + num_pred
         macs, params = _mae_decoder(model, dim, num_keep + 1, decoder_tokens)
         num_unread = num_keep if aggregates else num_keep + 1
@@ -150,10 +152,10 @@ def pretraining(config: ConfigDict) -> counting.Cost:
 def classification(config: ConfigDict, *, differentiated: int) -> counting.Cost:
     """Returns what a classifier of whole images costs, by the formulas."""
     model, data = config.model, config.data
-    size, patch_size = vit.parse_size(model.size)
+    size, patch_size = vit.parse_size(model.encoder.size)
     rows, columns = patches.grid_size(tuple(data.image_size), patch_size)
     num_patches, patch_dim = rows * columns, patch_size**2 * data.channels
-    dim, hidden = size.dim, int(size.dim * model.mlp_ratio)
+    dim, hidden = size.dim, int(size.dim * model.encoder.mlp_ratio)
     encoder_macs = num_patches * patch_dim * dim
     encoder_macs += size.depth * _block_macs(num_patches + 1, dim, hidden)
     encoder_params = _linear(patch_dim, dim) + dim + (num_patches + 1) * dim

@@ -32,8 +32,7 @@ def make_classifier(ctor: dict[str, Any], **changes: Any) -> Classifier:
     """Makes the classifier of a fixture's constructor arguments."""
     return Classifier(
         encoder=vit.ViT(
-            size=vit.Size(ctor["embed_dim"], ctor["depth"], ctor["num_heads"]),
-            patch_size=ctor["patch_size"], image_size=(ctor["img_size"],) * 2,
+            size=_size(ctor), image_size=(ctor["img_size"],) * 2,
             mlp_ratio=ctor["mlp_ratio"], final_norm=not ctor["global_pool"],
             learned_positions=True, remat="selective",
             drop_path=ctor["drop_path_rate"],
@@ -41,6 +40,11 @@ def make_classifier(ctor: dict[str, Any], **changes: Any) -> Classifier:
         pool="mean" if ctor["global_pool"] else "cls",
         num_classes=ctor["num_classes"], **changes,
     )
+
+
+def _size(ctor: dict[str, Any]) -> str:
+    shape = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
+    return f"{shape}/{ctor['patch_size']}"
 
 
 def _load(model: Classifier, images: jax.Array, state: Data) -> Any:
@@ -106,9 +110,11 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
     model = make_classifier(ctor)
     images = jnp.asarray(nhwc(data["imgs"]))
     variables = _load(model, images, prefixed(data, "sd/"))
-    size = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
     config = ConfigDict(dict(
-        model=dict(size=f"{size}/{ctor['patch_size']}"),
+        model=dict(
+            encoder=dict(kind="vit", size=_size(ctor)), remat="none", dtype="float32"
+        ),
+        data=dict(image_size=(ctor["img_size"],) * 2, channels=images.shape[-1]),
         optim=optimizer(reference, decay_tokens=False),
     ))
     target = losses.smooth_labels(

@@ -43,22 +43,25 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     size = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
-    channels = ctor.get("in_chans", 3)
+    channels, mlp_ratio = ctor.get("in_chans", 3), ctor.get("mlp_ratio", 4.0)
     return ConfigDict(dict(
         model=dict(
-            size=f"{size}/{ctor['patch_size']}",
-            fusion="inter_block" if mixes else "last",
-            # The reference's [-1] stands for all blocks, not for the last one.
-            fusion_maps=None if list(maps) == [-1] else tuple(maps),
-            fusion_input=bool(ctor.get("use_input", False)),
-            decoder="mae" if is_mae else "cross",
-            decoder_dim=ctor["decoder_embed_dim"],
-            decoder_depth=ctor["decoder_depth"],
-            decoder_heads=ctor["decoder_num_heads"],
-            decoder_self_attention=bool(ctor.get("self_attn", False)),
-            remat="selective",
-            mlp_ratio=ctor.get("mlp_ratio", 4.0), dtype="float32",
-            aggregator=dict(kind="none"),
+            encoder=dict(
+                kind="vit", size=f"{size}/{ctor['patch_size']}", mlp_ratio=mlp_ratio
+            ),
+            fusion=dict(
+                kind="inter_block",
+                # The reference's [-1] stands for all blocks, not for the last one.
+                maps=None if list(maps) == [-1] else tuple(maps),
+                input=bool(ctor.get("use_input", False)),
+            ) if mixes else dict(kind="last"),
+            decoder=dict(
+                kind="mae" if is_mae else "cross", dim=ctor["decoder_embed_dim"],
+                depth=ctor["decoder_depth"], num_heads=ctor["decoder_num_heads"],
+                mlp_ratio=mlp_ratio,
+                self_attention=bool(ctor.get("self_attn", False)),
+            ),
+            aggregator=dict(kind="none"), remat="selective", dtype="float32",
         ),
         # Above the mask ratio: see `token_counts`.
         masking=common.masking(
@@ -94,7 +97,7 @@ def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, A
     like = jax.eval_shape(objective.init, jax.random.key(0))
     theirs = {name: tensor.of_array(value) for name, value in state.items()}
     ours, left_over = names.to_ours(names.MAE, theirs)
-    if config.model.decoder == "cross":
+    if names.attends_across(ours):
         ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
     variables = names.variables_of(ours, like, table=names.MAE, left_over=left_over)
     return objective, jax.tree.map(jnp.asarray, variables)
@@ -123,15 +126,15 @@ def _stored(module: nn.Module, method: str) -> bool:
 
 def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     """Returns every activation that a fixture may hold, under the fixture's names."""
-    config, model = objective.config, objective.model
-    is_mae = config.model.decoder == "mae"
+    model = objective.model
+    is_mae = model.decoder.gives_visible
     pred, state = model.apply(
         variables, images, ids,
         capture_intermediates=_stored, mutable=["intermediates"],
     )
     seen = state["intermediates"]
     encoded = seen["encoder"]["__call__"][0]
-    depth = config.model.decoder_depth
+    depth = model.decoder.depth
     target = objective.target(images)
     if is_mae:  # the reference predicts visible patches, too
         head = nn.apply(lambda model, x: model.decoder.head(x), model)
@@ -154,8 +157,8 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
             [decoder[f"decoder_blocks_{i}"]["__call__"][0] for i in range(depth)]
         )
         outputs["dec_kv_in"] = jnp.stack([encoded.tokens] * depth)
-    if model.fusion is not None:
-        chosen = [encoded.feature_maps[j] for j in model.fusion.maps]
+    if model.fusion.used_maps is not None:
+        chosen = [encoded.feature_maps[j] for j in model.fusion.used_maps]
         outputs["feats"] = jnp.stack(chosen)
         outputs["fm_mix"] = jnp.moveaxis(seen["fusion"]["mix"][0], 0, -1)
         outputs["dec_kv_in"] = jnp.stack(seen["fusion"]["__call__"][0])

@@ -18,6 +18,7 @@ from crossmae_jax import masking
 from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.models import posemb
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.runs import workdir
 from tests.parity_files import Data, load_npz, nhwc, token_counts
 from tests.parity_models import (
     compare_outputs,
@@ -86,11 +87,10 @@ def _pretraining(
         path, num_heads=ctor["num_heads"], decoder_heads=ctor["decoder_num_heads"]
     )
     card = weights.card
-    for name, value in card.model.items():
-        if name not in ("aggregator", "fusion_input") and (
-            name != "fusion_maps" or card.model["fusion"] == "inter_block"
-        ):
-            report.exact(f"model.{name}", str(value), str(config.model[name]))
+    known = workdir.flatten(config.model.to_dict())
+    for name, value in workdir.flatten(card.model).items():
+        if name in known and name != "fusion.input":
+            report.exact(f"model.{name}", str(value), str(known[name]))
     report.exact("image size", card.image_size, config.data.image_size)
     report.exact("standardised targets", card.normalize, config.target.normalize)
     objective, variables = Pretrain(structure.config_of(card)), _read(weights)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from crossmae_jax import losses, masking, patches
-from crossmae_jax.models import aggregator, layers
+from crossmae_jax.models import aggregator, layers, parts
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
 from tests.test_models import MAE, make_config
@@ -35,10 +35,13 @@ def _inputs(seed=0, num=2, dim=8, encoder_dim=16):
 
 
 def _aggregator(kind="conv", visible="decoder", **changes):
-    return aggregator.Aggregator(**dict(
-        kind=kind, dim=8, grid=GRID, kernel_size=3, num_heads=2, mlp_ratio=2.0,
-        visible=visible,
-    ) | changes)
+    options = dict(kind=kind, visible=visible, kernel_size=3) | changes
+    if kind == "transformer":  # which has no window
+        del options["kernel_size"]
+    return parts.make(
+        "aggregator", aggregator.AGGREGATORS, options, dim=8, grid=GRID, num_heads=2,
+        mlp_ratio=2.0,
+    )
 
 
 @pytest.mark.parametrize("side", [3, 7, 11])
@@ -303,12 +306,12 @@ def test_reconstruction_throws_as_many_as_training_does_and_says_which():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(CROSS, model__aggregator__kind="mean"),
-     "Unknown aggregator 'mean'. Known: conv, convnext, none, pool, transformer."),
+     "Unknown aggregator.kind 'mean'. Known: conv, convnext, none, pool, transformer."),
     (dict(CROSS, model__aggregator__kernel_size=4),
      "aggregator.kernel_size=4 has no middle; take an odd number"),
     (dict(CROSS, model__aggregator__kernel_size=-1), "kernel_size=-1 has no middle"),
     (dict(CROSS, model__aggregator__visible="decoder"),
-     "decoder='cross' has none; set config.model.aggregator.visible='encoder'"),
+     "that of CrossMAE has not; set config.model.aggregator.visible='encoder'"),
     (dict(CROSS, model__aggregator__visible="ones"),
      "Unknown aggregator.visible 'ones'. Known: decoder, encoder, zeros."),
     (dict(CROSS, masking__throw_ratio=0.0),

@@ -200,8 +200,8 @@ def _config(digits_dir, **changes):
         reconstruction=dict(every_epochs=0.0, num_images=3),
     )
     config.update_from_flattened_dict({
-        "epochs": 0.14, "baselines": False, "model.size": "W16-D2-H2/4",
-        "model.decoder_dim": 16, "model.decoder_depth": 1, "model.decoder_heads": 2,
+        "epochs": 0.14, "baselines": False, "model.encoder.size": "W16-D2-H2/4",
+        "model.decoder.dim": 16, "model.decoder.depth": 1, "model.decoder.num_heads": 2,
         "optim.warmup_epochs": 0.05, "data.batch_size": 96,
         "data.image_size": (16, 16), "data.data_dir": digits_dir, **changes,
     })

@@ -11,9 +11,9 @@ from crossmae_jax.probing import attention_weights, pretrained
 from tests.saved_runs import save_run
 
 CASES = {
-    "mae": ("digits_mae", "model.decoder_depth=3", "model.decoder_heads=4"),
-    "cross": ("digits_cross", "model.decoder_depth=2"),
-    "cross_self": ("digits_cross", "model.decoder_self_attention=True"),
+    "mae": ("digits_mae", "model.decoder.depth=3", "model.decoder.num_heads=4"),
+    "cross": ("digits_cross", "model.decoder.depth=2"),
+    "cross_self": ("digits_cross", "model.decoder.self_attention=True"),
 }
 
 
@@ -48,7 +48,7 @@ def test_keys_times_magnitudes_are_the_heads_in_every_block(
     assert found.num_visible == num_visible
     assert found.num_masked == (16 - (num_visible - 1) if name == "mae" else 0)
     total = found.num_visible * found.visible + found.num_masked * found.masked
-    heads, depth = model.card.model["decoder_heads"], model.card.model["decoder_depth"]
+    heads, depth = model.model.decoder.num_heads, model.model.decoder.depth
     np.testing.assert_allclose(total, np.full((3, depth), heads), rtol=2e-6)
     if name == "mae":
         assert np.ptp(found.share) > 0.01  # these weights attend unevenly
@@ -135,7 +135,7 @@ def ablated(tmp_path_factory):
     """
     model = crossmae_jax.load(save_run(
         tmp_path_factory.mktemp("runs") / "shallow", "digits_mae",
-        "model.dtype=float32", "model.decoder_depth=1",
+        "model.dtype=float32", "model.decoder.depth=1",
     ))
     objective = model._objective(None)
     variables = jax.tree.map(lambda x: 4 * x, model.variables)

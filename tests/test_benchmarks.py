@@ -13,8 +13,8 @@ from crossmae_jax.ops import attention
 from tests import attention_cases, fake_reference
 
 TINY = [
-    "model.size=W16-D1-H2/4", "model.decoder_dim=16", "model.decoder_depth=1",
-    "model.decoder_heads=2", "model.dtype=bfloat16",
+    "model.encoder.size=W16-D1-H2/4", "model.decoder.dim=16", "model.decoder.depth=1",
+    "model.decoder.num_heads=2", "model.dtype=bfloat16",
 ]
 
 
@@ -115,7 +115,7 @@ def test_configurations_take_turns_and_are_compared_pair_by_pair(monkeypatch, ca
     assert order == ["digits_mae", "digits_cross"] * 3
     printed = capsys.readouterr().out
     assert f"8 x cpu ({step._processor()}); python" in printed
-    assert "changed settings: model.size=W16-D1-H2/4" in printed
+    assert "changed settings: model.encoder.size=W16-D1-H2/4" in printed
     cells = [cell.strip() for cell in printed.splitlines()[-2].split("|")[1:-1]]
     assert cells[:3] == ["digits_cross", "4.0", "2000.0 (1000.0..3000.0)"]
     assert cells[4] == "unknown" and float(cells[5]) > 0

@@ -262,7 +262,7 @@ def test_failed_background_save_is_raised_and_can_be_repeated(saved, monkeypatch
 MISMATCHES = {
     "wider model": (
         dict(width=5), ["other shape (6)", "encoder/kernel  checkpoint (8, 4), model "
-                        "(8, 5)", "model.size"]),
+                        "(8, 5)", "model.encoder.size"]),
     "other dtype": (
         dict(dtype=jnp.bfloat16), ["other dtype (3)", "checkpoint float32, model "
                                    "bfloat16", "another precision"]),

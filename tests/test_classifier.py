@@ -190,8 +190,8 @@ def test_a_training_batch_of_one_image_is_refused():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(pool="max"), "Unknown pool 'max'. Known: cls, mean."),
-    (dict(head_norm="layer"), "Unknown head_norm 'layer'. Known: none, batch."),
+    (dict(pool="max"), "Unknown model.pool 'max'. Known: cls, mean."),
+    (dict(head_norm="layer"), "Unknown model.head_norm 'layer'. Known: none, batch."),
 ])
 def test_unknown_choices_are_refused(changes, message):
     with pytest.raises(ValueError) as error:

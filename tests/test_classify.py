@@ -18,7 +18,7 @@ from crossmae_jax.runs.workdir import read_config
 from tests import image_files
 
 TINY = {
-    "epochs": 2.0, "log_every_steps": 4, "model.size": "W16-D2-H2/4",
+    "epochs": 2.0, "log_every_steps": 4, "model.encoder.size": "W16-D2-H2/4",
     "optim.warmup_epochs": 0.2, "data.batch_size": 96, "data.image_size": (16, 16),
     "checkpoint.every_epochs": 0.4,
 }
@@ -41,8 +41,8 @@ def make_pretraining(digits_dir):
     """Returns the config of a short pre-training, evaluated as the digits are."""
     config = digits_cross.get_config()
     config.update_from_flattened_dict(TINY | {
-        "data.data_dir": digits_dir, "baselines": False, "model.decoder_dim": 16,
-        "model.decoder_depth": 1, "model.decoder_heads": 2, "epochs": 1.0,
+        "data.data_dir": digits_dir, "baselines": False, "model.decoder.dim": 16,
+        "model.decoder.depth": 1, "model.decoder.num_heads": 2, "epochs": 1.0,
     })
     return config
 
@@ -207,7 +207,7 @@ def test_one_way_of_mixing_can_be_had_alone(mixup, cutmix):
 
 def test_blocks_are_left_out_in_training_only():
     objective, config = objective_of(
-        model__drop_path=0.9, augment__erasing=0.0, model__head_std=1.0
+        model__encoder__drop_path=0.9, augment__erasing=0.0, model__head_std=1.0
     )
     variables = objective.init(jax.random.key(0))
     batch = batch_of(96, config)
@@ -304,7 +304,7 @@ def test_settings_that_contradict_themselves(digits_dir, tmp_path, changes, mess
 
 def test_an_encoder_of_another_size_is_refused(digits_dir, pretrained, tmp_path):
     config = make_config(
-        digits_dir, init_from=str(pretrained), model__size="W32-D2-H2/4"
+        digits_dir, init_from=str(pretrained), model__encoder__size="W32-D2-H2/4"
     )
     message = refused(config, tmp_path / "run")
     assert "file is width 16" in message and "model is width 32" in message

@@ -227,7 +227,7 @@ def test_the_shipped_references_are_three_whole_runs():
 
 
 def test_the_shipped_references_are_of_the_configuration_in_the_repository():
-    shipped = json.loads((SEEDS[0].parent / "config.json").read_text())
+    shipped = json.loads(workdir.read_config(SEEDS[0].parent).to_json())
     ours = json.loads(digits_cross.get_config().to_json())
     assert workdir.differing(shipped, ours) == {}
     environment = json.loads((SEEDS[0].parent / "environment.json").read_text())

@@ -35,13 +35,16 @@ KEYS = {
     "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
     "baselines": bool, "init_from": str, "init_channels": str,
     "model": {
-        "size": str, "mlp_ratio": float, "fusion": str, "fusion_maps": None,
-        "fusion_input": bool, "decoder": str, "decoder_dim": int, "decoder_depth": int,
-        "decoder_heads": int, "decoder_self_attention": bool, "remat": str,
-        "dtype": str,
+        "encoder": {"kind": str, "size": str, "mlp_ratio": float},
+        "fusion": {"kind": str, "maps": None, "input": bool},
+        "decoder": {
+            "kind": str, "dim": int, "depth": int, "num_heads": int, "mlp_ratio": float,
+            "self_attention": bool,
+        },
         "aggregator": {
             "kind": str, "kernel_size": int, "visible": str, "rewrites_retained": bool,
         },
+        "remat": str, "dtype": str,
     },
     "masking": {
         "mask_ratio": float, "pred_ratio": float, "throw_ratio": float, "retain": str,
@@ -67,8 +70,10 @@ KEYS = {
 }
 CLASSIFY_KEYS = {key: KEYS[key] for key in KEYS if key not in ("masking", "target")} | {
     "model": {
-        "size": str, "mlp_ratio": float, "pool": str, "head_norm": str,
-        "head_std": float, "drop_path": float, "remat": str, "dtype": str,
+        "encoder": {
+            "kind": str, "size": str, "mlp_ratio": float, "drop_path": float,
+        },
+        "pool": str, "head_norm": str, "head_std": float, "remat": str, "dtype": str,
     },
     "augment": {
         "label_smoothing": float, "erasing": float, "mixup": float, "cutmix": float,
@@ -158,16 +163,16 @@ def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")
     size, kind = name.split("_", 1)
     model = config.model
-    assert model.size == {
+    assert model.encoder.size == {
         "vits": "S/16", "vitb": "B/16", "vitl": "L/16", "vith": "H/14"
     }[size]
-    assert (model.decoder_dim, model.decoder_heads) == (
+    assert (model.decoder.dim, model.decoder.num_heads) == (
         (256, 8) if size == "vits" else (512, 16)
     )
     mae, progressive = kind.startswith("mae"), kind.endswith("prmim")
     method = ("mae", "last", 8) if mae else ("cross", "inter_block", 12)
-    assert (model.decoder, model.fusion, model.decoder_depth) == method
-    assert model.fusion_input and model.fusion_maps is None
+    assert (model.decoder.kind, model.fusion.kind, model.decoder.depth) == method
+    assert model.fusion.input and model.fusion.maps is None
     ratio = 0.75 if mae or progressive or kind == "cross75" else 0.25
     assert (config.masking.mask_ratio, config.masking.pred_ratio) == (0.75, ratio)
     assert config.data.batch_size == 4096
@@ -194,7 +199,7 @@ def test_the_recipes_of_fine_tuning_are_the_references():
         config = load(ROOT / "configs" / f"finetune_{name}.py")
         assert (
             config.epochs, config.optim.base_lr, config.optim.layer_decay,
-            config.model.drop_path,
+            config.model.encoder.drop_path,
         ) == expected
         assert optimizers.peak_lr(config) == pytest.approx(4 * config.optim.base_lr)
         assert (config.optim.min_lr, config.optim.warmup_epochs) == (1e-6, 5.0)
@@ -237,9 +242,9 @@ def test_configs_import_neither_jax_nor_the_library():
 
 def test_two_experiments_share_no_state():
     first, second = (load(ROOT / "configs" / "digits_cross.py") for _ in range(2))
-    first.model.decoder_depth = 99
-    assert second.model.decoder_depth != 99
-    assert load(ROOT / "configs" / "digits_mae.py").model.decoder_depth != 99
+    first.model.decoder.depth = 99
+    assert second.model.decoder.depth != 99
+    assert load(ROOT / "configs" / "digits_mae.py").model.decoder.depth != 99
 
 
 def rows():
@@ -261,8 +266,8 @@ def test_the_table_of_classifiers_states_their_recipe(path):
     config = load(path)
     tuned = "all" if config.tune_blocks is None else f"{config.tune_blocks:g}"
     assert rows()[path.stem][1:6] == [
-        config.model.size, tuned, f"{config.epochs:g}", f"{config.optim.base_lr:g}",
-        f"{config.optim.layer_decay:g}",
+        config.model.encoder.size, tuned, f"{config.epochs:g}",
+        f"{config.optim.base_lr:g}", f"{config.optim.layer_decay:g}",
     ]
 
 

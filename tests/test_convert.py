@@ -236,8 +236,8 @@ def test_an_aggregator_has_no_place_in_the_references_layout(tmp_path):
 
 def test_blocks_that_no_decoder_saw_are_named_in_an_export(tmp_path):
     run = save_run(
-        tmp_path / "run", "digits_cross", "model.fusion_maps=(0,)",
-        "model.size=W16-D2-H2/4",
+        tmp_path / "run", "digits_cross", "model.fusion.maps=(0,)",
+        "model.encoder.size=W16-D2-H2/4",
     )
     done = convert.export_weights(run, tmp_path / "out", format="timm")
     assert any("blocks from 1 on were not trained" in line for line in done.lines)

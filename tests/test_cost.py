@@ -240,7 +240,7 @@ def test_mixing_costs_what_the_table_says(kind, kernel_size, cell):
 @pytest.mark.parametrize("pred_ratio, depth, times", DECODERS)
 def test_decoders_compare_as_in_the_table(pred_ratio, depth, times):
     config = vitb_cross.get_config()
-    config.masking.pred_ratio, config.model.decoder_depth = pred_ratio, depth
+    config.masking.pred_ratio, config.model.decoder.depth = pred_ratio, depth
     mae = count(vitb_mae.get_config())
     share = macs(mae, "decoder") / macs(count(config), "decoder")
     assert f"{share:.2f}" == times
@@ -248,7 +248,7 @@ def test_decoders_compare_as_in_the_table(pred_ratio, depth, times):
 
 def test_inter_block_attention_costs_less_than_a_thousandth():
     config = vitb_cross75.get_config()
-    config.model.fusion = "last"
+    config.model.fusion.kind = "last"
     mae, last = count(vitb_mae.get_config()), count(config)
     assert f"{last.macs / mae.macs:.3f}" == "0.987"
     fused = count(vitb_cross75.get_config())

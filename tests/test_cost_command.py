@@ -151,7 +151,7 @@ WRONG = {
     "could not convert string to float: 'half'\nWrite":
         (2, [CONFIG, "--config.masking.throw_ratio=half"]),
     "invalid literal for int() with base 10: '8.5'\nWrite":
-        (2, [CONFIG, "--config.model.decoder_depth=8.5"]),
+        (2, [CONFIG, "--config.model.decoder.depth=8.5"]),
     "Unknown command line flag 'againts'. Did you mean: against ?\nWrite":
         (2, [CONFIG, f"--againts={MAE}"]),
     "--config.model.aggregator is a group of settings. There are: kernel_size, kind,":
@@ -167,7 +167,7 @@ WRONG = {
         (1, [CONFIG, "--config.model.aggregator.kind=conv"]),
     "error: configs/finetune_folder.py: data.num_classes is not set, and no data is":
         (1, ["--config=configs/finetune_folder.py"]),
-    f"error: {MAE}: Unknown aggregator 'cnov'. Known: conv, convnext, none, pool":
+    f"error: {MAE}: Unknown aggregator.kind 'cnov'. Known: conv, convnext, none, pool":
         (1, [*PROGRESSIVE, "--config.model.aggregator.kind=cnov"]),
 }
 

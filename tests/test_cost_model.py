@@ -29,8 +29,9 @@ def test_real_models_cost_what_the_formulas_say(module):
     assert counting.count(config) == cost_formulas.pretraining(config)
 
 
+OPTIONS = ("fusion.kind", "decoder.self_attention", "fusion.maps", "fusion.input")
 VARIANTS = [
-    dict(zip(("fusion", "decoder_self_attention", "fusion_maps", "fusion_input"), row))
+    dict(zip(OPTIONS, row))
     for row in itertools.chain(
         itertools.product(["last"], [False, True], [None], [True]),
         itertools.product(
@@ -45,7 +46,8 @@ AGGREGATORS = [
         (digits_mae, aggregator.VISIBLE), (digits_cross, ("encoder", "zeros"))
     )
     for row in itertools.chain(
-        itertools.product(aggregator.AGGREGATORS, visible, [3], [False]),
+        itertools.product(("conv", "convnext", "pool"), visible, [3], [False]),
+        itertools.product(("transformer",), visible, [7], [False]),
         [("none", "zeros", 3, False), ("conv", "zeros", 7, True)],
     )
 ]
@@ -56,8 +58,9 @@ def tiny(module, **changes):
     config = module.get_config()
     config.data.channels, config.data.mean, config.data.std = 2, (0.5,) * 2, (1.0,) * 2
     config.data.image_size = (8, 12)
-    config.model.decoder_dim, config.model.mlp_ratio = 48, 2.0
-    config.model.update(changes)
+    config.model.decoder.dim = 48
+    config.model.encoder.mlp_ratio = config.model.decoder.mlp_ratio = 2.0
+    config.model.update_from_flattened_dict(changes)
     return config
 
 
@@ -93,7 +96,7 @@ def test_micro_batches_and_what_is_computed_again_change_nothing():
 def classifier(**changes):
     """Returns a small classifier's config whose widths all differ."""
     config = finetune_digits.get_config()
-    config.model.size, config.data.num_classes = "W24-D3-H2/4", 10
+    config.model.encoder.size, config.data.num_classes = "W24-D3-H2/4", 10
     config.model.update(changes)
     return config
 
@@ -120,7 +123,7 @@ def test_frozen_blocks_need_one_pass(tune_blocks, blocks):
     config = classifier(pool="cls")
     config.tune_blocks = tune_blocks
     counted = counting.count(config)
-    hidden, tokens = int(24 * config.model.mlp_ratio), counted.num_patches + 1
+    hidden, tokens = int(24 * config.model.encoder.mlp_ratio), counted.num_patches + 1
     block = 4 * tokens * 24**2 + 2 * tokens**2 * 24 + 2 * tokens * 24 * hidden
     assert counted.differentiated == blocks * block + 24 * 10
 
@@ -128,6 +131,6 @@ def test_frozen_blocks_need_one_pass(tune_blocks, blocks):
 def test_half_a_block_is_its_mlp():
     config = classifier(pool="cls")
     config.tune_blocks = 0.5
-    hidden, counted = int(24 * config.model.mlp_ratio), counting.count(config)
+    hidden, counted = int(24 * config.model.encoder.mlp_ratio), counting.count(config)
     mlp = 2 * (counted.num_patches + 1) * 24 * hidden
     assert counted.differentiated == mlp + 24 * 10

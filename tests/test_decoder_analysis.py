@@ -48,7 +48,7 @@ def test_a_data_set_is_the_mean_over_its_images(runs, folder, batch_size):
     np.testing.assert_allclose(found.visible, each.visible.mean(0), rtol=1e-5)
     np.testing.assert_allclose(found.masked, each.masked.mean(0), rtol=1e-5)
     total = found.num_visible * found.visible + found.num_masked * found.masked
-    np.testing.assert_allclose(total, model.card.model["decoder_heads"], rtol=1e-5)
+    np.testing.assert_allclose(total, model.model.decoder.num_heads, rtol=1e-5)
 
 
 def test_ablations_are_scored_on_the_same_masks(runs, folder):

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 import crossmae_jax
-from crossmae_jax import train
+from crossmae_jax import train_step
 from crossmae_jax.commands import doctor
 from crossmae_jax.distributed import environment
 
@@ -148,7 +148,7 @@ def test_doctor_reports_every_problem_and_fails(capsys, monkeypatch):
 
     monkeypatch.setattr(environment, "check_accelerator", idle)
     monkeypatch.setattr(environment, "PACKAGES", ("jax", "no-such-package"))
-    monkeypatch.setattr(train, "init_state", broken)
+    monkeypatch.setattr(train_step, "init_state", broken)
     assert doctor.main([]) == 1
     printed = capsys.readouterr().out
     assert "PROBLEM: NVIDIA GPU found, but it is idle." in printed

@@ -123,7 +123,7 @@ def test_this_machine_is_known_to_be_no_accelerator(found):
 def test_the_command_prints_it(run, found):
     status, printed, errors = run(*FLAGS, "--config.data.batch_size=16")
     assert (status, errors) == (0, "")
-    assert printed.startswith(f"`{CONFIG}` with `model.size=W16-D1-H2/4`")
+    assert printed.startswith(f"`{CONFIG}` with `model.encoder.size=W16-D1-H2/4`")
     for text in (
         "fits            yes: ", "8 x cpu; not run", "unknown: no figures for 'cpu'",
         f"2 images in 2 parts, {found.flops / 1e12:.4g} TFLOP",

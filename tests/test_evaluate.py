@@ -120,8 +120,8 @@ def test_exported_weights_need_a_config_and_give_the_same(
     assert "is no run with checkpoints; name the --config=FILE" in said
     arguments += [
         "--config=configs/digits_cross.py", f"--config.data.data_dir={digits_dir}",
-        "--config.model.decoder_dim=16", "--config.model.decoder_depth=1",
-        "--config.model.decoder_heads=2", *settings,
+        "--config.model.decoder.dim=16", "--config.model.decoder.depth=1",
+        "--config.model.decoder.num_heads=2", *settings,
     ]
     assert command.main(arguments) == 0
     written = report(tmp_path)

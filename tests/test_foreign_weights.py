@@ -132,7 +132,8 @@ def test_statistics_of_images_survive_every_folder(tmp_path):
         card = opening.open_weights(folder).card
         assert card.mean == (0.485, 0.456, 0.406)
         assert card.std == (0.229, 0.224, 0.225)
-        assert card.image_size == (32, 32) and card.model["size"] == "W16-D2-H2/8"
+        assert card.image_size == (32, 32)
+        assert card.model["encoder"]["size"] == "W16-D2-H2/8"
 
 
 @pytest.mark.parametrize("change, said", [

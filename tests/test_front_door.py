@@ -122,7 +122,7 @@ def test_both_ways_to_train_hand_over_the_same_settings(program):
         "-c", RECORDER, *program, CONFIG, "--workdir", "runs/x",
         "--config.optim.base_lr=2", "--config.optim.clip_norm=3.5",
         "--config.epochs=0.5", "--config.data.image_size=(8, 16)",
-        "--config.model.fusion_maps=(0, -1)", "--config.data.dir=/some/where",
+        "--config.model.fusion.maps=(0, -1)", "--config.data.dir=/some/where",
         "--noconfig.data.flip", "--config.evals.knn.k=5",
         "--config.evals.knn.pools=('cls', 'mean')",
     )
@@ -134,7 +134,7 @@ def test_both_ways_to_train_hand_over_the_same_settings(program):
     assert config["evals"]["knn"]["pools"] == ["cls", "mean"]
     assert config["data"]["image_size"] == [8, 16]
     assert config["data"]["dir"] == "/some/where" and config["data"]["flip"] is False
-    assert config["model"]["fusion_maps"] == [0, -1]
+    assert config["model"]["fusion"]["maps"] == [0, -1]
 
 
 @pytest.mark.parametrize("program", [["crossmae_jax.main"], ["crossmae_jax", "train"]])

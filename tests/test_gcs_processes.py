@@ -26,8 +26,8 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
     digits.prepare(digits_dir)
     whole = test_processes.arguments(digits_dir, RUN, **{
         "mesh.fsdp": 2, "epochs": 6.5 * 64 / 1442, "checkpoint.every_epochs":
-        2 * 64 / 1442, "optim.warmup_epochs": 0.1, "model.size": "W16-D1-H2/4",
-        "model.fusion_maps": (-1,),
+        2 * 64 / 1442, "optim.warmup_epochs": 0.1, "model.encoder.size": "W16-D1-H2/4",
+        "model.fusion.maps": (-1,),
     })
     settings = tmp_path / "settings.py"
     settings.write_text(SETTINGS)

@@ -17,9 +17,8 @@ DEPTH = 3
 
 
 def make_classifier(**changes):
-    size = vit.Size(dim=8, depth=DEPTH, num_heads=2)
     encoder = dict(
-        size=size, patch_size=4, image_size=(8, 8), final_norm=True,
+        size=f"W8-D{DEPTH}-H2/4", image_size=(8, 8), final_norm=True,
         learned_positions=True, mlp_ratio=2.0,
     )
     changes = {"pool": "cls", **changes}
@@ -36,7 +35,11 @@ def params_of(**changes):
 
 def config_of(**changes):
     config = make_config(decay_tokens=False, **changes)
-    config.model = dict(size=f"W8-D{DEPTH}-H2/4")
+    config.model = dict(
+        encoder=dict(kind="vit", size=f"W8-D{DEPTH}-H2/4"), remat="none",
+        dtype="float32",
+    )
+    config.data.update(dict(image_size=(8, 8), channels=3))
     return config
 
 

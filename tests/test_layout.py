@@ -13,8 +13,9 @@ from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.optim import optimizers
 
 SMALL = [
-    "model.size='W64-D2-H2/16'", "model.decoder_dim=32", "model.decoder_depth=2",
-    "model.decoder_heads=2", "data.batch_size=16", "model.dtype='float32'",
+    "model.encoder.size='W64-D2-H2/16'", "model.decoder.dim=32",
+    "model.decoder.depth=2", "model.decoder.num_heads=2", "data.batch_size=16",
+    "model.dtype='float32'",
 ]
 
 
@@ -50,7 +51,7 @@ def test_kernels_and_their_moments_are_cut_and_nothing_else(path):
 
 
 def test_inputs_that_do_not_divide_leave_the_outputs_to_be_cut():
-    found = specs("mesh.fsdp=8", "model.size='W64-D2-H2/14'")
+    found = specs("mesh.fsdp=8", "model.encoder.size='W64-D2-H2/14'")
     kernel = found["variables/params/encoder/patch_embed/proj/kernel"]
     assert kernel[0].shape == (588, 64)
     assert kernel[1].spec == PartitionSpec(None, "fsdp")
@@ -64,11 +65,13 @@ def test_one_copy_for_each_device_is_whole_everywhere():
 @pytest.mark.parametrize("overrides", [
     ["mesh.fsdp=2", "model.remat='none'"],
     ["mesh.fsdp=4", "optim.accum_steps=2", "optim.clip_norm=1.0"],
-    ["mesh.fsdp=8", "model.size='W64-D1-H2/14'", "model.remat='full'"],
+    ["mesh.fsdp=8", "model.encoder.size='W64-D1-H2/14'", "model.remat='full'"],
 ], ids=str)
 def test_training_is_the_same_however_the_state_lies(overrides):
     def losses(*overrides):
-        config = load("model.size='W64-D1-H2/16'", "model.decoder_depth=1", *overrides)
+        config = load(
+            "model.encoder.size='W64-D1-H2/16'", "model.decoder.depth=1", *overrides
+        )
         objective = OBJECTIVES[config.objective](config)
         key = jax.random.key(0, impl="threefry2x32")
         schedule = lambda step: jax.numpy.float32(1e-3)  # noqa: E731

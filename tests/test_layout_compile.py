@@ -9,8 +9,8 @@ from tests import compiling
 
 # Wide and on few images, so that weights are most of what a block needs.
 WIDE = [
-    "model.decoder_dim=128", "model.decoder_depth=1", "model.decoder_heads=2",
-    "model.fusion=last",
+    "model.decoder.dim=128", "model.decoder.depth=1", "model.decoder.num_heads=2",
+    "model.fusion.kind=last",
 ]
 
 
@@ -43,7 +43,7 @@ def _kernel_bytes(width, depth):
 def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
     shallow, deep = compiling.compile_for("v5e:2x4", [
         {"step": "configs/vitb_cross.py", "overrides": [
-            f"model.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
+            f"model.encoder.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
             "mesh.fsdp=8",
         ]} for depth in (2, 6)
     ])
@@ -80,7 +80,7 @@ def test_vit_h_with_4096_images_fits_256_chips():
     """By its growth with depth; compiled whole it takes minutes (docs/scale.md)."""
     one, three = compiling.compile_for("v5e:16x16", [
         {"step": "configs/vith_cross.py", "overrides": [
-            f"model.size=W1280-D{depth}-H16/14", f"model.decoder_depth={depth}",
+            f"model.encoder.size=W1280-D{depth}-H16/14", f"model.decoder.depth={depth}",
             "data.batch_size=4096", "mesh.fsdp=4",
         ]} for depth in (1, 3)
     ])

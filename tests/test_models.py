@@ -22,14 +22,18 @@ def make_config(**changes):
     config = ConfigDict(dict(
         seed=0,
         model=dict(
-            size="W16-D3-H2/4", fusion="inter_block",
-            fusion_maps=config_dict.placeholder(tuple), fusion_input=True,
-            decoder="cross", decoder_dim=8, decoder_depth=2, decoder_heads=2,
-            decoder_self_attention=False, mlp_ratio=2.0, remat="selective",
-            dtype="float32",
-            aggregator=dict(
-                kind="none", kernel_size=3, visible="encoder", rewrites_retained=False
+            encoder=dict(kind="vit", size="W16-D3-H2/4", mlp_ratio=2.0),
+            fusion=dict(
+                kind="inter_block", maps=config_dict.placeholder(tuple), input=True
             ),
+            decoder=dict(
+                kind="cross", dim=8, depth=2, num_heads=2, mlp_ratio=2.0,
+                self_attention=False,
+            ),
+            aggregator=dict(
+                kind="none", kernel_size=7, visible="encoder", rewrites_retained=False
+            ),
+            remat="selective", dtype="float32",
         ),
         masking=common.masking(pred_ratio=0.25),
         target=dict(normalize=True),
@@ -56,13 +60,13 @@ def _ids(objective, num=2, num_pred=None):
 
 
 MAE = dict(
-    model__fusion="last", model__decoder="mae", masking__pred_ratio=0.75
+    model__fusion__kind="last", model__decoder__kind="mae", masking__pred_ratio=0.75
 )
 VARIANTS = {
     "cross": {},
-    "cross_last": dict(model__fusion="last"),
-    "cross_self_attention": dict(model__decoder_self_attention=True),
-    "cross_subset": dict(model__fusion_maps=(0, -1), model__fusion_input=False),
+    "cross_last": dict(model__fusion__kind="last"),
+    "cross_self_attention": dict(model__decoder__self_attention=True),
+    "cross_subset": dict(model__fusion__maps=(0, -1), model__fusion__input=False),
     "mae": MAE,
 }
 
@@ -101,11 +105,12 @@ def test_every_variant_takes_oblong_images_of_any_channels(changes, dtype):
 ])
 def test_parameter_counts_are_the_papers(size, decoder, parameters):
     base = dict(
-        model__size=size, model__mlp_ratio=4.0, data__image_size=(224, 224),
-        model__decoder_dim=decoder[0], model__decoder_heads=decoder[1],
+        model__encoder__size=size, model__encoder__mlp_ratio=4.0,
+        model__decoder__mlp_ratio=4.0, data__image_size=(224, 224),
+        model__decoder__dim=decoder[0], model__decoder__num_heads=decoder[1],
     )
     counted = []
-    for changes in (dict(MAE, model__decoder_depth=8), dict(model__decoder_depth=12)):
+    for changes in (dict(MAE, model__decoder__depth=8), dict(model__decoder__depth=12)):
         objective = Pretrain(make_config(**base, **changes))
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         counted.append(sum(x.size for x in jax.tree.leaves(shapes)) / 1e6)
@@ -121,7 +126,7 @@ def test_position_tables_are_not_trainable():
 
 
 def test_visible_patches_are_encoded_as_if_all_had_been_projected_and_some_dropped():
-    config = make_config(model__fusion="last")
+    config = make_config(model__fusion__kind="last")
     objective = Pretrain(config)
     variables = objective.init(jax.random.key(0))
     images, ids = _images(config), _ids(objective)
@@ -153,18 +158,19 @@ def test_a_patch_is_decoded_alike_whichever_others_are(name):
 
 @pytest.mark.parametrize("reference, changes", [
     ("models_mae", MAE),
-    ("models_cross_wfm_input_selfattn", dict(model__decoder_self_attention=True)),
+    ("models_cross_wfm_input_selfattn", dict(model__decoder__self_attention=True)),
 ])
 def test_initial_values_follow_the_reference(reference, changes):
     golden = Path(__file__).parent / "golden" / "init_schemes.json"
     expected = json.loads(golden.read_text())[reference]
     config = make_config(
-        **changes, model__size="W32-D2-H2/8", model__decoder_dim=24,
-        model__decoder_depth=sum(
+        **changes, model__encoder__size="W32-D2-H2/8", model__decoder__dim=24,
+        model__decoder__depth=sum(
             name.endswith("norm2.bias") and name.startswith("decoder_blocks")
             for name in expected
         ),
-        model__mlp_ratio=4.0, data__image_size=(32, 32),
+        model__encoder__mlp_ratio=4.0, model__decoder__mlp_ratio=4.0,
+        data__image_size=(32, 32),
     )
     objective = Pretrain(config)
     keys = jax.random.split(jax.random.key(0), 160)
@@ -194,10 +200,11 @@ def test_initial_values_follow_the_reference(reference, changes):
 
 def test_inter_block_attention_is_a_weighted_sum_and_a_norm():
     maps = tuple(_images(make_config(), seed)[:, :, :, 0] for seed in range(3))
-    module = fusion.InterBlockAttention(maps=(0, 2), decoder_depth=2)
-    variables = module.init(jax.random.key(0), maps)
+    module = fusion.InterBlockAttention(encoder_depth=2, num_contexts=2, maps=(1,))
+    encoded = vit.Encoded(maps[-1], maps)
+    variables = module.init(jax.random.key(0), encoded)
     weights = variables["params"]["kernel"]
-    for i, context in enumerate(module.apply(variables, maps)):
+    for i, context in enumerate(module.apply(variables, encoded)):
         mixture = weights[0, i] * maps[0] + weights[1, i] * maps[2]
         centred = mixture - mixture.mean(-1, keepdims=True)
         scale = jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
@@ -210,21 +217,27 @@ def test_maps_are_taken_in_ascending_order():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(model__decoder="croos"), "Unknown decoder 'croos'. Known: cross, mae."),
-    (dict(model__fusion="mean"), "Unknown fusion 'mean'. Known: inter_block, last."),
-    (dict(model__dtype="float16"), "Unknown dtype 'float16'"),
-    (dict(model__size="XL/16"), "Unknown model size 'XL/16'. Known: Ti, S, B, L, H"),
-    (dict(model__size="B"), "Unknown model size 'B'"),
-    (dict(model__size="W10-D1-H3/4"), "width 10 does not divide into 3 heads"),
-    (dict(model__decoder="mae"), "set config.model.fusion='last' or decoder='cross'"),
-    (dict(MAE, model__decoder_self_attention=True), "an option of decoder='cross'"),
-    (dict(model__decoder_heads=3), "decoder_dim=8 does not divide into"),
-    (dict(model__decoder_heads=0), "decoder_dim=8 does not divide into"),
+    (dict(model__decoder__kind="croos"),
+     "Unknown decoder.kind 'croos'. Known: cross, mae."),
+    (dict(model__fusion__kind="mean"),
+     "Unknown fusion.kind 'mean'. Known: inter_block, last."),
+    (dict(model__encoder__kind="resnet"), "Unknown encoder.kind 'resnet'. Known: vit."),
+    (dict(model__dtype="float16"), "Unknown model.dtype 'float16'"),
+    (dict(model__encoder__size="XL/16"),
+     "Unknown model size 'XL/16'. Known: Ti, S, B, L, H"),
+    (dict(model__encoder__size="B"), "Unknown model size 'B'"),
+    (dict(model__encoder__size="W10-D1-H3/4"), "width 10 does not divide into 3 heads"),
+    (dict(model__decoder__kind="mae"), "MAE's decoder takes one context for all of its "
+     "blocks, but the fusion makes 2; set config.model.fusion.kind='last' or "
+     "config.model.decoder.kind='cross'."),
+    (dict(model__decoder__num_heads=3),
+     "decoder.dim=8 does not divide into decoder.num_heads=3"),
+    (dict(model__decoder__num_heads=0), "decoder.dim=8 does not divide into"),
     (dict(data__image_size=(224,)), "Image size (224,) must be height and width"),
-    (dict(model__decoder_dim=6), "Width 6 is not a multiple of 4"),
-    (dict(model__fusion_maps=(0, 3)), "blocks of an encoder of depth 3: -3 to 2"),
-    (dict(model__fusion_maps=(0, -3)), "names a block twice"),
-    (dict(model__fusion_maps=()), "must name blocks"),
+    (dict(model__decoder__dim=6), "Width 6 is not a multiple of 4"),
+    (dict(model__fusion__maps=(0, 3)), "blocks of an encoder of depth 3: -3 to 2"),
+    (dict(model__fusion__maps=(0, -3)), "names a block twice"),
+    (dict(model__fusion__maps=()), "must name blocks"),
     (dict(data__image_size=(18, 24)), "18x24 is not a multiple of patch 4"),
     (dict(masking__pred_ratio=0.9), "pred_ratio=0.9 predicts 21 of 24 patches"),
 ])

@@ -13,7 +13,7 @@ from tests.test_models import MAE, make_config
 MODELS = {
     "mae": (names.MAE, dict(MAE)),
     "cross": (names.MAE, {}),
-    "cross with self-attention": (names.MAE, dict(model__decoder_self_attention=True)),
+    "cross with self-attention": (names.MAE, dict(model__decoder__self_attention=True)),
     "huggingface": (names.HUGGINGFACE_MAE, dict(MAE)),
 }
 

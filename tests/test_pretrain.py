@@ -38,7 +38,7 @@ def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
 
 
 def test_features_come_from_the_last_block_that_is_trained():
-    objective, variables, batch = _objective(model__fusion_maps=(0, 1))
+    objective, variables, batch = _objective(model__fusion__maps=(0, 1))
     encoded = objective.model.apply(
         variables, objective.normalize(batch), method="encode"
     )

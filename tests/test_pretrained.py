@@ -19,9 +19,9 @@ from tests.test_convert import GOLDEN, HEADS
 @pytest.fixture(scope="module", params=["digits_mae", "digits_cross"])
 def run(request, tmp_path_factory):
     """A float32 model of two blocks; CrossMAE's decoder sees the first."""
-    overrides = ["model.size=W16-D2-H2/4", "model.dtype=float32"]
+    overrides = ["model.encoder.size=W16-D2-H2/4", "model.dtype=float32"]
     if request.param == "digits_cross":
-        overrides.append("model.fusion_maps=(0,)")
+        overrides.append("model.fusion.maps=(0,)")
     return save_run(
         tmp_path_factory.mktemp("runs") / request.param, request.param, *overrides
     )
@@ -77,7 +77,7 @@ def test_features_of_the_reference_at_a_larger_size_come_out():
         GOLDEN / "ckpt_encoder_only.pth", num_heads=2, image_size=(56, 56)
     )
     images = jnp.asarray(data["imgs/interp"].transpose(0, 2, 3, 1))
-    tokens = encoder._model.apply(encoder.variables, images).tokens
+    tokens = encoder.model.apply(encoder.variables, images).tokens
     np.testing.assert_allclose(tokens, data["tokens/cls_interp"], atol=3e-5)
 
 

@@ -17,7 +17,9 @@ from tests.test_convert import GOLDEN, HEADS
 
 CASES = {
     "mae": ("digits_mae",),
-    "cross": ("digits_cross", "model.decoder_depth=3", "model.size=W16-D3-H2/4"),
+    "cross": (
+        "digits_cross", "model.decoder.depth=3", "model.encoder.size=W16-D3-H2/4"
+    ),
     "prmim": ("digits_cross_prmim",),
 }
 
@@ -81,7 +83,7 @@ def test_parts_of_a_prediction_end_with_the_prediction(models, images):
     for name in ("mae", "cross"):
         model = models[name]
         after = model.after_each_block(images, seed=2)
-        depth = model.card.model["decoder_depth"]
+        depth = model.card.model["decoder"]["depth"]
         assert len(after) == 1 + depth
         found, expected = after[-1], model.reconstruct(images, seed=2)
         np.testing.assert_allclose(found.prediction, expected.prediction, atol=1e-5)
@@ -205,13 +207,13 @@ class TestPartialReconstruction:
         def run(shift):
             bound = objective.model.bind(model.variables)
             decoder = bound.decoder
-            context = bound.fusion(bound.encode(normal, ids.keep).feature_maps)
+            context = bound.fusion(bound.encode(normal, ids.keep))
             x = decoder.queries(ids.pred) + shift
             for block, seen in zip(decoder.decoder_blocks, context, strict=True):
                 x = block(x, seen)
             return decoder.head(x).sum((0, 2))  # q
 
-        shape = (1, ids.pred.shape[1], model.card.model["decoder_dim"])
+        shape = (1, ids.pred.shape[1], model.card.model["decoder"]["dim"])
         matrix = jnp.abs(jax.jacobian(run)(jnp.zeros(shape)))[:, 0].sum(-1)  # q q
         assert (jnp.diag(matrix) > 0).all()
         np.testing.assert_array_equal(matrix - jnp.diag(jnp.diag(matrix)), 0)

@@ -21,8 +21,8 @@ def arguments(digits_dir, workdir, **changes):
         "epochs": (STEPS + 0.5) * 64 / 1442, "optim.warmup_epochs": 0.2,
         "baselines": False, "log_every_steps": 1, "checkpoint.keep": 50,
         "checkpoint.every_epochs": 10 * 64 / 1442,
-        "model.size": "W32-D2-H2/4", "model.decoder_dim": 16,
-        "model.decoder_depth": 1, "model.decoder_heads": 2,
+        "model.encoder.size": "W32-D2-H2/4", "model.decoder.dim": 16,
+        "model.decoder.depth": 1, "model.decoder.num_heads": 2,
     } | changes
     return [
         "crossmae_jax.main",

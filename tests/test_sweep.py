@@ -12,7 +12,7 @@ from tests.test_classify import make_config
 
 SETTINGS = [
     "--config=configs/finetune_digits.py", "--config.epochs=2.0",
-    "--config.model.size=W16-D2-H2/4", "--config.optim.warmup_epochs=0.2",
+    "--config.model.encoder.size=W16-D2-H2/4", "--config.optim.warmup_epochs=0.2",
     "--config.data.batch_size=96", "--config.optim.base_lr=0.03",
 ]
 

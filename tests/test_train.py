@@ -29,8 +29,9 @@ ROOT = Path(__file__).parent.parent
 # 96 images a step and 1442 in all: 15.02 steps an epoch.
 TINY = {
     "epochs": 1.0, "log_every_steps": 4, "baselines": False,
-    "model.size": "W16-D2-H2/4", "model.decoder_dim": 16, "model.decoder_depth": 1,
-    "model.decoder_heads": 2, "optim.warmup_epochs": 0.2, "data.batch_size": 96,
+    "model.encoder.size": "W16-D2-H2/4", "model.decoder.dim": 16,
+    "model.decoder.depth": 1, "model.decoder.num_heads": 2,
+    "optim.warmup_epochs": 0.2, "data.batch_size": 96,
     "data.image_size": (16, 16), "checkpoint.every_epochs": 0.4,
 }
 
@@ -177,7 +178,7 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     train.run(config, tmp_path / "old")
     assert "\nRESUMED at step 15 of 15" in capsys.readouterr().out
     # What an aggregator would find at visible places depends on the decoder.
-    stored["model"]["decoder"] = "mae"
+    stored["model"]["decoder"]["kind"] = "mae"
     path.write_text(json.dumps(stored))
     assert read_config(tmp_path / "old").model.aggregator.visible == "decoder"
 

@@ -9,8 +9,8 @@ from crossmae_jax.cost import counting
 from tests import fake_reference
 
 TINY = [
-    "model.size=W16-D1-H2/4", "model.decoder_dim=16", "model.decoder_depth=1",
-    "model.decoder_heads=2", "data.image_size=(8, 8)", "data.batch_size=8",
+    "model.encoder.size=W16-D1-H2/4", "model.decoder.dim=16", "model.decoder.depth=1",
+    "model.decoder.num_heads=2", "data.image_size=(8, 8)", "data.batch_size=8",
 ]
 CROSS = "configs/vitb_cross.py"
 
@@ -69,7 +69,7 @@ def forgets():
 
 
 def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
-    config = step.load_config(CROSS, overrides=[*TINY, "model.fusion_input=False"])
+    config = step.load_config(CROSS, overrides=[*TINY, "model.fusion.input=False"])
     number = counting.count(config).params
     directory = fake_reference.write(tmp_path / "fake", num_params=number)
     before, paths = sys.modules.get("timm"), list(sys.path)
@@ -83,7 +83,7 @@ def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
     )
     assert sys.modules.get("timm") is before and sys.path == paths
     assert "timm.layers.helpers" not in sys.modules or before is not None
-    config.model.decoder_depth = 2
+    config.model.decoder.depth = 2
     with pytest.raises(ValueError, match=f"has {number} parameters, ours 1"):
         peer.build(config, directory)
 

@@ -386,12 +386,12 @@ def _likely_reason(missing: list, shapes: list, dtypes: list) -> str:
         return "the weights are kept in another precision"
     if not missing:
         return (
-            "the model has other widths, patches, image size or channels (model.size, "
-            "model.decoder_dim, data.image_size, data.channels)"
+            "the model has other widths, patches, image size or channels "
+            "(model.encoder.size, model.decoder.dim, data.image_size, data.channels)"
         )
     return (
-        "the model has other parts or another depth (model.size, model.decoder, "
-        "model.decoder_depth, model.fusion, model.fusion_maps, model.aggregator)"
+        "the model has other parts or another depth (model.encoder.size, "
+        "model.decoder.depth, model.fusion.maps, or the kind of one of them)"
     )
 
 

@@ -74,9 +74,8 @@ def main(argv: list[str]) -> int:
         to.mkdir(parents=True, exist_ok=True)  # before the work, not after it
         found = decoder_analysis.attention(model, source, **how)
         parts = [found.table()]
-        if model.card.model["decoder"] == "mae" and (
-            "aggregator" not in model.card.parts
-        ):
+        # One self-attention over visible and masked patches, as MAE has it.
+        if model.model.decoder.gives_visible and model.model.aggregator is None:
             scores = decoder_analysis.ablations(model, source, **how)
             parts.append(decoder_analysis.table(scores))
         count = min(how["num_images"] or len(source), len(source))

@@ -22,13 +22,11 @@ def _config(batch_size: int):
 
     return ConfigDict(dict(
         model=dict(
-            size="W64-D1-H2/8", mlp_ratio=4.0, fusion="inter_block", fusion_maps=None,
-            fusion_input=True, decoder="cross", decoder_dim=32, decoder_depth=1,
-            decoder_heads=2, decoder_self_attention=False, remat="selective",
-            dtype="bfloat16",
-            aggregator=dict(
-                kind="conv", kernel_size=3, visible="encoder", rewrites_retained=False
-            ),
+            encoder=dict(kind="vit", size="W64-D1-H2/8"),
+            fusion=dict(kind="inter_block"),
+            decoder=dict(kind="cross", dim=32, depth=1, num_heads=2),
+            aggregator=dict(kind="conv", kernel_size=3),
+            remat="selective", dtype="bfloat16",
         ),
         masking=dict(
             mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.5, retain="furthest"

@@ -6,6 +6,7 @@ guessed by the next reader. Our files carry it in a card, as JSON.
 """
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -13,9 +14,11 @@ from ml_collections import ConfigDict
 
 import crossmae_jax
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.models import aggregator, encoders, fusion, parts
+from crossmae_jax.runs import settings
 
 KINDS = ("pretrain", "encoder", "classifier")
-_LINEAGE = ("fusion", "fusion_maps", "fusion_input")
+_PARTS = ("encoder", "fusion", "decoder", "aggregator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,22 @@ class Card:
     origin: str
     library: str = f"crossmae_jax {crossmae_jax.__version__}"
 
+    @functools.cached_property
+    def encoder(self) -> encoders.Encoder:
+        """The encoder that the weights are for, or are a part of."""
+        return parts.make(
+            "encoder", encoders.ENCODERS, self.model["encoder"],
+            image_size=self.image_size, channels=self.channels,
+        )
+
+    @functools.cached_property
+    def fusion(self) -> fusion.Fusion:
+        """What a decoder sees of the encoder; of a classifier there is none."""
+        return parts.make(
+            "fusion", fusion.FUSIONS, self.model["fusion"],
+            encoder_depth=self.encoder.depth, num_contexts=1,
+        )
+
     @property
     def parts(self) -> list[str]:
         """Names the parts of the model that the weights are for."""
@@ -58,8 +77,10 @@ class Card:
         if self.kind == "classifier":
             pooled = ["fc_norm"] if self.model["pool"] == "mean" else []
             return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
-        mixes = self.model["fusion"] == "inter_block"
-        aggregates = self.model["aggregator"]["kind"] != "none"
+        mixes = self.fusion.used_maps is not None
+        aggregates = parts.choose(
+            "aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
+        ) is not None
         return [
             "encoder", *["fusion"] * mixes, "decoder", *["aggregator"] * aggregates
         ]
@@ -67,7 +88,7 @@ class Card:
     @property
     def patch_size(self) -> int:
         """The side of a patch in pixels."""
-        return int(self.model["size"].partition("/")[2])
+        return self.encoder.patch_size
 
     def to_json(self) -> str:
         """Returns the card as JSON, with what follows from it for other readers."""
@@ -76,19 +97,19 @@ class Card:
 
     def encoder_only(self) -> "Card":
         """Returns the card of the encoder by itself."""
-        model = {"size": self.model["size"], "mlp_ratio": self.model["mlp_ratio"]}
-        if self.kind == "classifier":
-            fusion = "last" if self.model["pool"] == "cls" else "inter_block"
-            model |= {"fusion": fusion, "fusion_maps": None, "fusion_input": True}
-        else:
-            model |= {name: self.model[name] for name in _LINEAGE}
-        return dataclasses.replace(self, kind="encoder", model=model)
+        lineage = self.model.get("fusion")
+        if self.kind == "classifier":  # one without a norm is as CrossMAE's
+            lineage = {"kind": "last" if self.model["pool"] == "cls" else "inter_block"}
+        return dataclasses.replace(
+            self, kind="encoder",
+            model={"encoder": self.model["encoder"], "fusion": lineage},
+        )
 
     def lines(self) -> list[str]:
         """Describes the card for people, a fact per line."""
         height, width = self.image_size
 
-        def said(value):
+        def known(value):
             return "not known" if value is None else value
 
         ratios = None if self.masking is None else ", ".join(
@@ -97,24 +118,32 @@ class Card:
         target = None if self.normalize is None else (
             "standardised patches" if self.normalize else "pixels"
         )
-        settings = ", ".join(
-            f"{name} {_flat(value)}" for name, value in self.model.items()
-            if name != "dtype"
-        )
+        rest = {  # what belongs to no part
+            name: value for name, value in self.model.items()
+            if name not in ("dtype", *_PARTS)
+        }
         recipe = ", ".join(f"{k} {_flat(v)}" for k, v in self.recipe.items())
         return [
             f"{self.kind}: {', '.join(self.parts)}",
-            f"model      {settings}",
+            *(
+                f"{part:10} {_listed(self.model[part])}"
+                for part in _PARTS if part in self.model
+            ),
+            *[f"head       {_listed(rest)}"] * bool(rest),
             f"images     {height} x {width} px, {self.channels} channels, patches of "
             f"{self.patch_size}",
-            f"mean, std  {said(_flat(self.mean))}, {said(_flat(self.std))}",
-            f"target     {said(target)}",
-            f"masking    {said(ratios)}",
+            f"mean, std  {known(_flat(self.mean))}, {known(_flat(self.std))}",
+            f"target     {known(target)}",
+            f"masking    {known(ratios)}",
             f"recipe     {recipe or 'not known'}",
-            f"step       {said(self.step)}",
+            f"step       {known(self.step)}",
             f"origin     {self.origin}",
             f"card       by {self.library}",
         ]
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {_flat(value)}" for name, value in options.items())
 
 
 def _flat(value: Any) -> Any:
@@ -135,6 +164,7 @@ def from_json(text: str) -> Card:
     try:
         values = json.loads(text)
         values = {name: values[name] for name in names}
+        values["model"] = _model(values["model"])
         for name in ("image_size", "mean", "std"):
             if values[name] is not None:
                 values[name] = tuple(values[name])
@@ -150,28 +180,32 @@ def from_json(text: str) -> Card:
     return card
 
 
+def _model(stored: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a model, read from JSON, as configs write them."""
+    return settings.as_written(settings.grouped({"model": stored})[0]["model"])
+
+
 def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
     """Returns the card of a run's weights."""
-    settings = json.loads(config.to_json())
-    data, optim = settings["data"], settings.get("optim", {})
-    settings["model"].pop("remat", None)  # says how gradients are computed, no more
+    stored = json.loads(config.to_json())
+    data, optim = stored["data"], stored.get("optim", {})
+    stored["model"].pop("remat", None)  # says how gradients are computed, no more
     recipe = {
         "data": data.get("name") or data.get("source"),
-        "epochs": settings.get("epochs"), "batch_size": data.get("batch_size"),
+        "epochs": stored.get("epochs"), "batch_size": data.get("batch_size"),
         "optimizer": optim.pop("name", None), **optim,
     }
-    if settings.get("objective", "pretrain") == "classify":
+    if stored.get("objective", "pretrain") == "classify":
         model = {
-            name: settings["model"][name]
-            for name in ("size", "mlp_ratio", "pool", "head_norm")
+            name: stored["model"][name] for name in ("encoder", "pool", "head_norm")
         }
         model["num_classes"] = data["num_classes"]
         kind, normalize, masking = "classifier", None, None
     else:
-        kind, model = "pretrain", settings["model"]
-        normalize, masking = settings["target"]["normalize"], settings["masking"]
+        kind, model = "pretrain", stored["model"]
+        normalize, masking = stored["target"]["normalize"], stored["masking"]
     return Card(
-        kind=kind, model=model, image_size=tuple(data["image_size"]),
+        kind=kind, model=_model(model), image_size=tuple(data["image_size"]),
         channels=data["channels"], mean=tuple(data["mean"]), std=tuple(data["std"]),
         normalize=normalize, masking=masking,
         recipe={name: value for name, value in recipe.items() if value is not None},

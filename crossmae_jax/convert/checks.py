@@ -101,7 +101,7 @@ def compare(weights: Weights, path: Path, format: str) -> list[str]:
 def _inputs(card: Card) -> tuple[np.ndarray, np.ndarray]:
     """Returns random images, and the noise that orders their patches."""
     random, (height, width) = np.random.default_rng(0), card.image_size
-    num_patches = (height // card.patch_size) * (width // card.patch_size)
+    num_patches = card.encoder.grid[0] * card.encoder.grid[1]
     shape = (NUM_IMAGES, height, width, card.channels)
     # Patches that are standardised already would hide whether targets are.
     images = 1 + 2 * random.standard_normal(shape, np.float32)
@@ -226,7 +226,7 @@ def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
     _check_same(ours, weights.tensors, but="encoder/", left_over=unknown)
     _, rest = names.to_ours(names.TIMM, theirs)
     state = {name: x for name, x in state.items() if name not in rest}
-    if weights.card.model["decoder"] == "cross":
+    if names.attends_across(weights.tensors):
         # timm adds the class token's row, the reference does not.
         state["pos_embed"] = state["pos_embed"].clone()
         state["pos_embed"][:, 0] = 0

@@ -18,7 +18,6 @@ from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.opening import Weights
-from crossmae_jax.models import vit
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -48,10 +47,6 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
     if parts == "encoder" and card.kind != "encoder":
         return encoder_of(weights), []
-    decoder = card.model.get("decoder")
-    no_place = card.kind == "pretrain" and (
-        format == "timm" or format == "huggingface" and decoder != "mae"
-    )
     if "aggregator" in card.parts and format in ("mae", "huggingface"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
@@ -63,7 +58,9 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
             "Classifiers are not exported to transformers; take format 'timm', or the "
             "encoder with parts='encoder'."
         )
-    if no_place:
+    if card.kind == "pretrain" and (
+        format == "timm" or format == "huggingface" and _not_in_vit_mae(weights)
+    ):
         left_out = ", ".join(part for part in card.parts if part != "encoder")
         return encoder_of(weights), [
             f"left out: {left_out} ({format} has no place for them)"
@@ -71,17 +68,24 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     return weights, []
 
 
+def _not_in_vit_mae(weights: Weights) -> list[str]:
+    """Returns the tensors that transformers' ViTMAEForPreTraining does not have."""
+    _, left_over = names.to_theirs(
+        names.HUGGINGFACE_MAE, weights.tensors, patch_size=weights.card.patch_size
+    )
+    return left_over
+
+
 def warnings(card: Card) -> list[str]:
     """Names what a reader of the exported encoder cannot see in it."""
     lines = []
-    if card.kind == "encoder" and card.model["fusion"] == "inter_block":
+    if card.kind == "encoder" and not card.fusion.final_norm:
         lines.append(
             "the encoder has no norm after its last block, as CrossMAE has none; pool "
             "the mean of the patch tokens"
         )
-        size, _ = vit.parse_size(card.model["size"])
-        last = structure.mixed_maps(card.model)[-1]
-        if last < size.depth:
+        last = card.fusion.used_maps[-1]
+        if last < card.encoder.depth:
             lines.append(
                 f"blocks from {last} on were not trained: no decoder block attended to "
                 "them"
@@ -102,7 +106,7 @@ def write_mae(weights: Weights, path: Path) -> None:
     Raises:
       ConversionError: if the scripts' CrossMAE would compute something else.
     """
-    if weights.card.model.get("decoder") == "cross" and (
+    if names.attends_across(weights.tensors) and (
         weights.tensors["encoder/pos_embed"].read()[0].any()
     ):
         raise ConversionError(
@@ -195,23 +199,22 @@ def _fresh_norm(cls_token: Tensor) -> dict[str, Tensor]:
 
 def timm_config(card: Card) -> dict[str, Any]:
     """Returns a config.json from which timm builds the model."""
-    size, patch_size = vit.parse_size(card.model["size"])
-    name = next((n for n, known in vit.SIZES.items() if known == size), "Ti")
-    classifies = card.kind == "classifier"
-    normed = card.model["pool"] == "cls" if classifies else (
-        card.model["fusion"] == "last"
-    )
+    encoder, classifies = card.encoder, card.kind == "classifier"
+    size = encoder.title.removeprefix("ViT-").partition("/")[0]
+    normed = card.model["pool"] == "cls" if classifies else card.fusion.final_norm
     num_classes = card.model["num_classes"] if classifies else 0
     pool = "token" if normed else "avg"
     height, width = card.image_size
     arguments = dict(
-        global_pool=pool, img_size=[height, width], patch_size=patch_size,
-        in_chans=card.channels, embed_dim=size.dim, depth=size.depth,
-        num_heads=size.num_heads, mlp_ratio=card.model["mlp_ratio"],
+        global_pool=pool, img_size=[height, width], patch_size=encoder.patch_size,
+        in_chans=card.channels, embed_dim=encoder.dim, depth=encoder.depth,
+        num_heads=encoder.num_heads, mlp_ratio=encoder.mlp_ratio,
     )
     if not normed and not classifies:  # no norm at all, neither here nor there
         arguments |= dict(final_norm=False, fc_norm=False)
-    architecture = f"vit_{_TIMM_SIZES[name]}_patch{14 if name == 'H' else 16}_224"
+    # Of another size: any of timm's, for the arguments say all that differs.
+    name, patches = _TIMM_SIZES.get(size, "tiny"), 14 if size == "H" else 16
+    architecture = f"vit_{name}_patch{patches}_224"
     pretrained = dict(
         input_size=[card.channels, height, width], interpolation="bicubic",
         crop_pct=0.875, num_classes=num_classes, pool_size=None,
@@ -220,36 +223,34 @@ def timm_config(card: Card) -> dict[str, Any]:
     if card.mean is not None and card.std is not None:
         pretrained |= dict(mean=list(card.mean), std=list(card.std))
     return dict(
-        architecture=architecture, num_classes=num_classes, num_features=size.dim,
+        architecture=architecture, num_classes=num_classes, num_features=encoder.dim,
         global_pool=pool, model_args=arguments, pretrained_cfg=pretrained,
     )
 
 
 def huggingface_config(card: Card) -> dict[str, Any]:
     """Returns a config.json from which transformers builds the model."""
-    size, patch_size = vit.parse_size(card.model["size"])
-    height, width = card.image_size
+    encoder, (height, width) = card.encoder, card.image_size
     config = dict(
-        hidden_size=size.dim, num_hidden_layers=size.depth,
-        num_attention_heads=size.num_heads,
-        intermediate_size=int(size.dim * card.model["mlp_ratio"]),
+        hidden_size=encoder.dim, num_hidden_layers=encoder.depth,
+        num_attention_heads=encoder.num_heads,
+        intermediate_size=int(encoder.dim * encoder.mlp_ratio),
         hidden_act="gelu", qkv_bias=True, layer_norm_eps=1e-6,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         image_size=height if height == width else [height, width],
-        patch_size=patch_size, num_channels=card.channels, dtype="float32",
+        patch_size=encoder.patch_size, num_channels=card.channels, dtype="float32",
     )
     if card.kind == "encoder":
         return dict(architectures=["ViTModel"], model_type="vit", **config)
-    model = card.model
+    decoder = structure.build(card).decoder
     known = {"norm_pix_loss": card.normalize}
     if card.masking is not None:
         known["mask_ratio"] = card.masking["mask_ratio"]
     return dict(
         architectures=["ViTMAEForPreTraining"], model_type="vit_mae", **config, **known,
-        decoder_hidden_size=model["decoder_dim"],
-        decoder_num_hidden_layers=model["decoder_depth"],
-        decoder_num_attention_heads=model["decoder_heads"],
-        decoder_intermediate_size=int(model["decoder_dim"] * model["mlp_ratio"]),
+        decoder_hidden_size=decoder.dim, decoder_num_hidden_layers=decoder.depth,
+        decoder_num_attention_heads=decoder.num_heads,
+        decoder_intermediate_size=int(decoder.dim * decoder.mlp_ratio),
     )
 
 

@@ -284,6 +284,11 @@ def variables_of(
     }, sep="/")
 
 
+def attends_across(ours: Iterable[str]) -> bool:
+    """Returns whether tensors are of a decoder with cross-attention: CrossMAE's."""
+    return "decoder/decoder_blocks_0/cross_attn/q/bias" in ours
+
+
 def check_match(
     tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], *, table: Table = (),
     left_over: Iterable[str] = (), reason: str = "",

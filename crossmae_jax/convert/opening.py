@@ -268,7 +268,8 @@ def _open_foreign(
             raise ConversionError(f"{path} has a card; leave out {', '.join(told)}.")
         card = cards.from_json(rest[EMBEDDED])
         evidence.append("model: from the card in the file")
-        if card.model.get("fusion") == "inter_block" and "encoder/norm/scale" in ours:
+        normed = card.kind == "classifier" or card.fusion.final_norm
+        if not normed and "encoder/norm/scale" in ours:
             del ours["encoder/norm/scale"], ours["encoder/norm/bias"]
             evidence.append("left out: the norm that the export added (fresh_norm)")
     else:
@@ -284,7 +285,7 @@ def _open_foreign(
             origin=f"{path.name} ({format})", recipe=hints.recipe(rest),
             evidence=evidence,
         )
-        if card.model.get("decoder") == "cross":
+        if names.attends_across(ours):
             positions = "encoder/pos_embed"
             ours[positions] = names.zero_class_row(ours[positions])
     _check(ours, card, path, table=table, left_over=left_over)
@@ -300,7 +301,7 @@ def _check(
         names.check_match(
             tensors, {name: leaf.shape for name, leaf in expected.items()},
             table=table, left_over=left_over or (),
-            reason=f"{path} is cut, or holds more than a {structure.size_name(card)}",
+            reason=f"{path} is cut, or holds more than a {card.encoder.title}",
         )
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error

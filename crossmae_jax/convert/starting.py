@@ -21,13 +21,13 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from crossmae_jax import patches
 from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.models import posemb, vit
+from crossmae_jax.models import encoders, mim, posemb
+from crossmae_jax.runs import workdir
 
 PARTS = (
     "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
@@ -79,12 +79,12 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
       ConversionError: if a part that both sides have does not fit.
     """
     weights = opening.open_weights(path, fallback=_fallback(config))
-    card, model = weights.card, config.model
+    card = weights.card
     ours = names.without_collections(abstract_variables)
     theirs = dict(weights.tensors)
     parts = {_part(name) for name in ours} & {_part(name) for name in theirs}
-    parts -= _of_another_kind(card, model)
-    _check_hidden(card, model, parts)
+    parts -= _of_another_kind(card, config)
+    _check_hidden(card, config, parts)
     changed = _adapt(theirs, card, config, path) + _resize(theirs, card, config)
     names.check_match(
         {name: value for name, value in theirs.items() if _part(name) in parts},
@@ -125,42 +125,42 @@ def _line(title: str, found: Any, remark: str = "") -> str:
 
 def _fallback(config: ConfigDict) -> Facts:
     """Returns what the model can add to a file that does not tell all of itself."""
-    size, _ = vit.parse_size(config.model.size)
     return Facts(
-        num_heads=size.num_heads, decoder_heads=config.model.get("decoder_heads"),
+        num_heads=encoders.build_encoder(config).num_heads,
+        decoder_heads=config.model.get("decoder", {}).get("num_heads"),
         image_size=tuple(config.data.image_size),
     )
 
 
-def _of_another_kind(card: Card, model: ConfigDict) -> set[str]:
+def _of_another_kind(card: Card, config: ConfigDict) -> set[str]:
     """Returns the parts that both sides have, but that are not the same thing."""
-    if card.kind != "pretrain" or "decoder" not in model:
+    if card.kind != "pretrain" or "decoder" not in config.model:
         return set()
     other = set()
-    kind = [
-        (side["decoder"], side["decoder_self_attention"])
-        for side in (card.model, model)
-    ]
-    if kind[0] != kind[1]:
+    theirs, ours = (
+        (type(decoder), decoder.self_attention)
+        for decoder in (structure.build(card).decoder, mim.build(config).decoder)
+    )
+    if theirs != ours:
         other |= {"decoder", "fusion"}
-    if card.model["aggregator"] != model.aggregator.to_dict():
+    if card.model["aggregator"] != config.model.aggregator.to_dict():
         other.add("aggregator")
     return other
 
 
-def _check_hidden(card: Card, model: ConfigDict, parts: set[str]) -> None:
+def _check_hidden(card: Card, config: ConfigDict, parts: set[str]) -> None:
     """Compares what decides over the numbers, but shows in no shape."""
-    sizes = [vit.parse_size(side["size"]) for side in (card.model, model)]
-    (theirs, _), (ours, _) = sizes
+    theirs, ours = card.encoder, encoders.build_encoder(config)
     pairs = {}
     if "encoder" in parts and (theirs.dim, theirs.depth) == (ours.dim, ours.depth):
         pairs["heads of the encoder"] = (theirs.num_heads, ours.num_heads)
-    if "decoder" in parts and card.model["decoder_dim"] == model.decoder_dim:
-        pairs["decoder_heads"] = (card.model["decoder_heads"], model.decoder_heads)
+    if "decoder" in parts:
+        decoders = card.model["decoder"], config.model.decoder
+        if decoders[0]["dim"] == decoders[1]["dim"]:
+            pairs["decoder.num_heads"] = tuple(side["num_heads"] for side in decoders)
     if "fusion" in parts and theirs.depth == ours.depth:
-        pairs["maps that are mixed"] = tuple(
-            structure.mixed_maps(side) for side in (card.model, model)
-        )
+        mixing = mim.build_fusion(config, ours, num_contexts=1)
+        pairs["maps that are mixed"] = (card.fusion.used_maps, mixing.used_maps)
     wrong = [
         f"{what}: {a}, the model has {b}" for what, (a, b) in pairs.items() if a != b
     ]
@@ -215,9 +215,7 @@ def adapt_channels(
 
 
 def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
-    _, patch_size = vit.parse_size(config.model.size)
-    grid = patches.grid_size(card.image_size, card.patch_size)
-    new_grid = patches.grid_size(tuple(config.data.image_size), patch_size)
+    grid, new_grid = card.encoder.grid, encoders.build_encoder(config).grid
     if grid == new_grid:
         return []
     for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
@@ -231,16 +229,17 @@ def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
 
 def _reason(card: Card, config: ConfigDict) -> str:
     """Says in which settings file and model differ."""
-    model, told = config.model, []
-    wanted = dataclasses.replace(
-        card, model=dict(size=model.size, mlp_ratio=model.mlp_ratio)
+    told, titles = [], (card.encoder.title, encoders.build_encoder(config).title)
+    if titles[0] != titles[1]:
+        told.append(f"file is {titles[0]}, model is {titles[1]}")
+    theirs, ours = (
+        workdir.flatten(side) for side in (card.model, config.model.to_dict())
     )
-    file_size, model_size = structure.size_name(card), structure.size_name(wanted)
-    if file_size != model_size:
-        told.append(f"file is {file_size}, model is {model_size}")
-    for name in ("mlp_ratio", "decoder_dim", "decoder_depth"):
-        if name in card.model and name in model and card.model[name] != model[name]:
-            told.append(f"file has {name}={card.model[name]}, model {model[name]}")
+    for name in (
+        "encoder.mlp_ratio", "decoder.dim", "decoder.depth", "decoder.mlp_ratio"
+    ):
+        if name in theirs and name in ours and theirs[name] != ours[name]:
+            told.append(f"file has {name}={theirs[name]}, model {ours[name]}")
     if card.channels != config.data.channels:
         told.append(
             f"file is for {card.channels} channels, model for {config.data.channels}"

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crossmae_jax.convert import names
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.models import classifier, fusion, mim, vit
+from crossmae_jax.models import classifier, encoders, mim, vit
 from crossmae_jax.objectives import pretrain
 
 # Heads of every published decoder by its width: ViT-S has 256, the others 512.
@@ -31,17 +32,16 @@ def config_of(card: Card) -> ConfigDict:
     What the card does not know is filled in with values that no tensor depends on.
     """
     masking = dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.0, retain="random")
-    model = dict(card.model, remat="none", dtype="float32")
-    if model.get("fusion_maps") is not None:
-        model["fusion_maps"] = tuple(model["fusion_maps"])
     return ConfigDict(dict(
-        model=model, masking=card.masking or masking,
+        model=dict(card.model, remat="none", dtype="float32"),
+        masking=card.masking or masking,
         target=dict(normalize=card.normalize in (True, None)),
         loss=dict(thrown_weight=1.0),
         data=dict(
             image_size=card.image_size, channels=card.channels,
             mean=card.mean or (0.0,) * card.channels,
             std=card.std or (1.0,) * card.channels,
+            num_classes=card.model.get("num_classes"),
         ),
     ))
 
@@ -52,18 +52,8 @@ def build(card: Card) -> Any:
     if card.kind == "pretrain":
         return mim.build(config)
     if card.kind == "encoder":
-        return mim.build_encoder(config)
-    size, patch_size = vit.parse_size(card.model["size"])
-    pool = card.model["pool"]
-    return classifier.Classifier(
-        encoder=vit.ViT(
-            size=size, patch_size=patch_size, image_size=card.image_size,
-            channels=card.channels, mlp_ratio=card.model["mlp_ratio"],
-            final_norm=pool == "cls", learned_positions=True,
-        ),
-        pool=pool, num_classes=card.model["num_classes"],
-        head_norm=card.model.get("head_norm", "none"),
-    )
+        return encoders.build_encoder(config, final_norm=card.fusion.final_norm)
+    return classifier.build(config)
 
 
 def abstract_variables(card: Card) -> Any:
@@ -86,36 +76,6 @@ def abstract_variables(card: Card) -> Any:
     if card.kind == "classifier":
         return variables
     return {collection: {"encoder": tree} for collection, tree in variables.items()}
-
-
-def mixed_maps(model: Any) -> tuple[int, ...]:
-    """Returns the positions of the feature maps that a model's decoder is trained on.
-
-    Args:
-      model: as in a card or `config.model`; in a card read from JSON tuples are lists.
-    """
-    size, _ = vit.parse_size(model["size"])
-    blocks = model["fusion_maps"]
-    return fusion.resolve_maps(
-        None if blocks is None else tuple(blocks), depth=size.depth,
-        include_input=model["fusion_input"],
-    )
-
-
-def last_map(card: Card) -> int | None:
-    """Returns the last feature map that the decoder is trained on, or None for all."""
-    if card.model["fusion"] != "inter_block":
-        return None
-    return mixed_maps(card.model)[-1]
-
-
-def size_name(card: Card) -> str:
-    """Returns what people call the size of the encoder: "ViT-B/16"."""
-    size, patch_size = vit.parse_size(card.model["size"])
-    name = next((name for name, known in vit.SIZES.items() if known == size), None)
-    if name is None:
-        return f"width {size.dim}, depth {size.depth}, patches of {patch_size}"
-    return f"ViT-{name}/{patch_size}"
 
 
 def infer(
@@ -166,17 +126,18 @@ def infer(
         f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
         f"{image_size[1]} px"
     )
-    hidden = tensors["encoder/blocks_0/mlp/fc1/bias"].shape[0]
-    ratio = hidden / dim
-    if int(dim * ratio) != hidden:  # rounded down to just below, as 240 / 176
-        ratio = (hidden + 0.5) / dim
-    model = {"size": f"{size}/{patch_size}", "mlp_ratio": ratio}
+    model: dict[str, Any] = {"encoder": dict(
+        kind="vit", size=f"{size}/{patch_size}",
+        mlp_ratio=_mlp_ratio(tensors, "encoder/blocks_0", dim),
+    )}
     has_norm = "encoder/norm/scale" in tensors
     kind, masking = "encoder", None
     if any(name.startswith("decoder/") for name in tensors):
         kind = "pretrain"
         model |= _decoder_settings(tensors, depth, facts, fallback, evidence)
-        pred = facts.mask_ratio if model["decoder"] == "mae" else facts.pred_ratio
+        # MAE predicts all that is masked.
+        asks = names.attends_across(tensors)
+        pred = facts.pred_ratio if asks else facts.mask_ratio
         if (facts.mask_ratio is None) != (pred is None):
             raise ConversionError(
                 f"mask_ratio={facts.mask_ratio} and pred_ratio={pred}: give both, or "
@@ -202,8 +163,7 @@ def infer(
                else "class token (there is no fc_norm)")
         )
     else:
-        lineage = "last" if has_norm else "inter_block"
-        model |= {"fusion": lineage, "fusion_maps": None, "fusion_input": True}
+        model["fusion"] = {"kind": "last" if has_norm else "inter_block"}
         evidence.append(
             "no decoder, no head; " + ("with" if has_norm else "without") +
             " a norm after the last block"
@@ -224,6 +184,13 @@ def _depth(tensors: Tensors, prefix: str) -> int:
                 f"The file has blocks up to {max(blocks)}, but no {prefix}{number}."
             )
     return len(blocks)
+
+
+def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
+    hidden = tensors[f"{block}/mlp/fc1/bias"].shape[0]
+    if int(dim * (hidden / dim)) != hidden:  # rounded down to just below, as 240 / 176
+        return (hidden + 0.5) / dim
+    return hidden / dim
 
 
 def _size(dim: int, depth: int, facts: Facts, fallback: Facts) -> tuple[str, str]:
@@ -277,12 +244,11 @@ def _decoder_settings(
             f"The decoder's width {dim} is no published one, so that its number of "
             "heads cannot be told from the tensors; give decoder_heads."
         )
-    first = "decoder/decoder_blocks_0"
-    kind = "cross" if f"{first}/cross_attn/q/bias" in tensors else "mae"
+    first, crosses = "decoder/decoder_blocks_0", names.attends_across(tensors)
     mixes = "fusion/kernel" in tensors
     attends = f"{first}/self_attn/qkv/bias" in tensors
     evidence.append(
-        f"decoder: {'cross' if kind == 'cross' else 'self'}-attention"
+        f"decoder: {'cross' if crosses else 'self'}-attention"
         f"{' and self-attention' if attends else ''}, width {dim}, depth "
         f"{decoder_depth}, {heads} heads"
         + (
@@ -299,13 +265,17 @@ def _decoder_settings(
             + (" and the encoder's input" if with_input else "")
         )
     return dict(
-        fusion="inter_block" if mixes else "last", fusion_maps=maps,
-        fusion_input=with_input, decoder=kind, decoder_dim=dim,
-        decoder_depth=decoder_depth, decoder_heads=heads,
-        decoder_self_attention=attends,
+        fusion=dict(
+            kind="inter_block" if mixes else "last", maps=maps, input=with_input
+        ),
+        decoder=dict(
+            kind="cross" if crosses else "mae", dim=dim, depth=decoder_depth,
+            num_heads=heads, mlp_ratio=_mlp_ratio(tensors, first, dim),
+            self_attention=attends,
+        ),
         aggregator=dict(
             kind="none", kernel_size=7, rewrites_retained=False,
-            visible="decoder" if kind == "mae" else "encoder",
+            visible="encoder" if crosses else "decoder",
         ),
     )
 

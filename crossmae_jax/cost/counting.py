@@ -32,10 +32,9 @@ import flax
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, objectives, patches
+from crossmae_jax import masking, objectives
 from crossmae_jax.cost import products
 from crossmae_jax.data import pipeline
-from crossmae_jax.models import vit
 
 _Path = tuple[str, ...]
 _PARTS = ("encoder", "decoder", "aggregator", "head")
@@ -115,7 +114,8 @@ def count(config: ConfigDict) -> Cost:
     # A linear layer's multiply-adds over its weights: the tokens that it runs on.
     kernels = {path[:-1]: n for path, n in params.items() if path[-1] == "kernel"}
     rows = {path: n // kernels[path] for path, n in macs.items() if path in kernels}
-    num_patches = _num_patches(objective.model.encoder)
+    grid = objective.model.encoder.grid
+    num_patches = grid[0] * grid[1]
     # An objective that draws no patches shows the model all of them.
     tokens = getattr(objective, "counts", masking.TokenCounts(num_patches, 0, 0))
     decoder_tokens = _decoder_tokens(rows)
@@ -167,11 +167,6 @@ def _macs(
         {path: number // num_images for path, number in macs.items()},
         differentiated // num_images,
     )
-
-
-def _num_patches(encoder: vit.ViT) -> int:
-    rows, columns = patches.grid_size(encoder.image_size, encoder.patch_size)
-    return rows * columns
 
 
 def _decoder_tokens(rows: Mapping[_Path, int]) -> int:

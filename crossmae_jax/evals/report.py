@@ -17,7 +17,7 @@ import jax
 
 from crossmae_jax import paths
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import results
+from crossmae_jax.runs import results, settings
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 
@@ -103,7 +103,7 @@ def begun(directory: Path, report: Report) -> Report:
     earlier = Report(**content)
     for what, old, new in (
         ("checkpoint", earlier.checkpoint["sha256"], report.checkpoint["sha256"]),
-        ("configuration", earlier.config, report.config),
+        ("configuration", settings.completed(earlier.config), report.config),
     ):
         if old != new:
             raise ValueError(

@@ -33,7 +33,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from crossmae_jax import masking, patches
-from crossmae_jax.models import layers, posemb
+from crossmae_jax.models import layers, parts, posemb
 from crossmae_jax.ops import depthwise
 
 
@@ -98,39 +98,37 @@ class ConvNeXt(nn.Module):
         return x + tokens.reshape(x.shape)
 
 
-AGGREGATORS = ("conv", "convnext", "pool", "transformer")
 VISIBLE = ("decoder", "encoder", "zeros")
 
 
 class Aggregator(nn.Module):
-    """Makes the thrown patches' tokens of those around them.
+    """Makes the thrown patches' tokens of those around them, with a `mixer`.
 
     Attributes:
-      kind: one of `AGGREGATORS`.
       visible: what lies at visible places: the decoder's outputs there ("decoder"), the
         features that its last block attends to, projected ("encoder"), or "zeros".
       rewrites_retained: retained places take the aggregator's output, too.
+      resizes: its parameters fit any grid.
     """
 
-    kind: str
     dim: int
     grid: tuple[int, int]
-    kernel_size: int
-    num_heads: int
-    mlp_ratio: float
-    visible: str
+    visible: str = "encoder"
     rewrites_retained: bool = False
     dtype: DTypeLike = jnp.float32
 
+    resizes = True
+
+    def __post_init__(self):
+        parts.check_choice("aggregator.visible", self.visible, VISIBLE)
+        super().__post_init__()
+
+    def make_mixer(self) -> nn.Module:
+        """Returns the layer that mixes the places of a grid."""
+        raise NotImplementedError
+
     def setup(self):
-        if self.kind == "conv":
-            self.mixer = DepthwiseConv(self.kernel_size, self.dtype)
-        elif self.kind == "pool":
-            self.mixer = AveragePool(self.kernel_size)
-        elif self.kind == "transformer":
-            self.mixer = GridTransformer(self.num_heads, self.mlp_ratio, self.dtype)
-        else:
-            self.mixer = ConvNeXt(self.kernel_size, self.mlp_ratio, self.dtype)
+        self.mixer = self.make_mixer()
         if self.visible == "encoder":
             self.visible_embed = layers.Dense(self.dim, self.dtype)
 
@@ -173,3 +171,68 @@ class Aggregator(nn.Module):
         shape = (tokens.shape[0], self.grid[0] * self.grid[1], self.dim)
         places = patches.put_tokens(jnp.zeros(shape, self.dtype), ids_present, tokens)
         return places.reshape(-1, *self.grid, self.dim)
+
+
+class _Windows(Aggregator):
+    """An aggregator that looks at a window around each place.
+
+    Attributes:
+      kernel_size: side of the window, odd.
+    """
+
+    kernel_size: int = 7  # PR-MIM, section 3.2
+
+    def __post_init__(self):
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"aggregator.kernel_size={self.kernel_size} has no middle; take an odd "
+                "number, such as 7."
+            )
+        super().__post_init__()
+
+
+class ConvAggregator(_Windows):
+    """The paper's: a depth-wise convolution."""
+
+    def make_mixer(self) -> nn.Module:
+        return DepthwiseConv(self.kernel_size, self.dtype)
+
+
+class PoolAggregator(_Windows):
+    """The mean over the window."""
+
+    def make_mixer(self) -> nn.Module:
+        return AveragePool(self.kernel_size)
+
+
+class ConvNeXtAggregator(_Windows, kw_only=True):
+    """A ConvNeXt block; `mlp_ratio` is the decoder's."""
+
+    mlp_ratio: float
+
+    def make_mixer(self) -> nn.Module:
+        return ConvNeXt(self.kernel_size, self.mlp_ratio, self.dtype)
+
+
+class TransformerAggregator(Aggregator, kw_only=True):
+    """A transformer block; heads and `mlp_ratio` are the decoder's.
+
+    Its positions are those of the grid that it was trained on.
+    """
+
+    num_heads: int
+    mlp_ratio: float
+
+    resizes = False
+
+    def make_mixer(self) -> nn.Module:
+        return GridTransformer(self.num_heads, self.mlp_ratio, self.dtype)
+
+
+AGGREGATORS = {
+    "none": None,
+    "conv": ConvAggregator,
+    "convnext": ConvNeXtAggregator,
+    "pool": PoolAggregator,
+    "transformer": TransformerAggregator,
+}

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
-from crossmae_jax.models import layers, vit
+from crossmae_jax.models import encoders, layers, parts
 
 POOLS = ("cls", "mean")
 HEAD_NORMS = ("none", "batch")
@@ -92,20 +93,19 @@ class Classifier(nn.Module):
       )
     """
 
-    encoder: vit.ViT
+    encoder: encoders.Encoder
     pool: str
     num_classes: int
     dtype: DTypeLike = jnp.float32
     head_norm: str = "none"
     head_std: float = 2e-5
 
+    def __post_init__(self):
+        parts.check_choice("model.pool", self.pool, POOLS)
+        parts.check_choice("model.head_norm", self.head_norm, HEAD_NORMS)
+        super().__post_init__()
+
     def setup(self):
-        for name, known in (("pool", POOLS), ("head_norm", HEAD_NORMS)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"Unknown {name} {value!r}. Known: {', '.join(known)}."
-                )
         # A layer that is not called has no parameters.
         self.fc_norm = layers.LayerNorm(self.dtype)
         self.batch_norm = BatchNorm()
@@ -141,3 +141,20 @@ class Classifier(nn.Module):
         if self.head_norm == "batch":
             features = self.batch_norm(features, train=train)
         return self.head(features)
+
+
+def build(config: ConfigDict) -> Classifier:
+    """Makes the classifier that `config.model` and `config.data` describe.
+
+    Raises:
+      ValueError: for an unknown choice, or choices that do not fit each other.
+    """
+    model = config.model
+    head = {name: model[name] for name in ("head_norm", "head_std") if name in model}
+    return Classifier(
+        encoder=encoders.build_encoder(
+            config, final_norm=model.pool == "cls", learned_positions=True
+        ),
+        pool=model.pool, num_classes=config.data.num_classes,
+        dtype=parts.computing(model)["dtype"], **head,
+    )

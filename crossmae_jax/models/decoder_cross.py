@@ -20,11 +20,14 @@ from crossmae_jax.models import layers, posemb
 class CrossDecoder(nn.Module):
     """Decodes `ids.pred` from one context per block, or from one shared by all.
 
-    Attributes:
+    Attributes are those of `decoders.Decoder`, and:
       out_dim: values in a patch vector.
       self_attention: the queries also attend to each other (the paper's ablation); a
         prediction then depends on which others are made.
     """
+
+    method = "CrossMAE"
+    gives_visible = needs_masked = shares_context = False
 
     dim: int
     depth: int
@@ -35,6 +38,10 @@ class CrossDecoder(nn.Module):
     self_attention: bool = False
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        layers.check_heads("decoder", self.dim, self.num_heads)
+        super().__post_init__()
 
     def setup(self):
         self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))

@@ -17,7 +17,13 @@ from crossmae_jax.models import layers, posemb
 
 
 class MAEDecoder(nn.Module):
-    """Decodes `ids.pred` from one context: the encoder's class and visible tokens."""
+    """Decodes `ids.pred` from one context: the encoder's class and visible tokens.
+
+    Attributes are those of `decoders.Decoder`.
+    """
+
+    method = "MAE"
+    gives_visible = needs_masked = self_attention = shares_context = True
 
     dim: int
     depth: int
@@ -27,6 +33,10 @@ class MAEDecoder(nn.Module):
     mlp_ratio: float = 4.0
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):
+        layers.check_heads("decoder", self.dim, self.num_heads)
+        super().__post_init__()
 
     def setup(self):
         self.decoder_pos_embed = self.variable(

@@ -11,12 +11,51 @@ re-initialises every linear layer, so that W is in effect Xavier-uniform, and so
 here. The norm follows the mixture; the encoder has no norm of its own.
 """
 
+from typing import Protocol, runtime_checkable
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from crossmae_jax.models import layers
+from crossmae_jax.models import layers, vit
+
+
+@runtime_checkable
+class Fusion(Protocol):
+    """Makes contexts for the decoder of what the encoder returns.
+
+    Attributes:
+      final_norm: the encoder that it reads ends in a norm.
+      used_maps: positions in `Encoded.feature_maps` of those that the decoder is
+        trained on, ascending: 0 is the encoder's input, 1 is block 0. None where it
+        takes the encoder's output, for which every block is trained.
+      num_contexts: one for all blocks of the decoder, or one for each.
+    """
+
+    final_norm: bool
+    used_maps: tuple[int, ...] | None
+    num_contexts: int
+
+    def __call__(
+        self, encoded: vit.Encoded
+    ) -> tuple[Float[Array, "b k d"], ...]:
+        """Returns the contexts."""
+        ...
+
+
+class Last(nn.Module):
+    """Hands the decoder the encoder's output as its only context.
+
+    Attributes are those of `Fusion`.
+    """
+
+    final_norm = True
+    used_maps = None
+    num_contexts = 1
+
+    def __call__(self, encoded: vit.Encoded) -> tuple[Float[Array, "b k d"], ...]:
+        return (encoded.tokens,)
 
 
 def resolve_maps(
@@ -36,12 +75,12 @@ def resolve_maps(
     resolved = sorted(block + depth if block < 0 else block for block in blocks)
     if not resolved or resolved[0] < 0 or resolved[-1] >= depth:
         raise ValueError(
-            f"fusion_maps={tuple(blocks)} must name blocks of an encoder of depth "
+            f"fusion.maps={tuple(blocks)} must name blocks of an encoder of depth "
             f"{depth}: {-depth} to {depth - 1}; leave it unset for all of them."
         )
     if len(set(resolved)) < len(resolved):
         raise ValueError(
-            f"fusion_maps={tuple(blocks)} names a block twice (blocks {resolved}); "
+            f"fusion.maps={tuple(blocks)} names a block twice (blocks {resolved}); "
             "name each once."
         )
     return (0,) * include_input + tuple(block + 1 for block in resolved)
@@ -50,33 +89,48 @@ def resolve_maps(
 class InterBlockAttention(nn.Module):
     """Mixes the chosen feature maps, once for each decoder block.
 
-    Attributes:
-      maps: positions in the encoder's feature maps, from `resolve_maps`.
-      decoder_depth: number of mixtures.
+    Attributes are those of `Fusion`, and:
+      encoder_depth: number of blocks that there are to choose from.
+      num_contexts: number of mixtures.
+      maps: blocks to mix, as `resolve_maps` takes them; None mixes all.
+      input: the input of the first block is mixed in, too.
       remat: one of `layers.REMATS`; unless "none" the gradient pass mixes again.
     """
 
-    maps: tuple[int, ...]
-    decoder_depth: int
+    encoder_depth: int
+    num_contexts: int
+    maps: tuple[int, ...] | None = None
+    input: bool = True
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
+
+    final_norm = False
+
+    def __post_init__(self):
+        _ = self.used_maps  # refuses blocks that there are not
+        super().__post_init__()
+
+    @property
+    def used_maps(self) -> tuple[int, ...]:
+        """Positions of the maps that are mixed, see `Fusion`."""
+        return resolve_maps(
+            self.maps, depth=self.encoder_depth, include_input=self.input
+        )
 
     def setup(self):
         self.kernel = self.param(
             "kernel", nn.initializers.xavier_uniform(),
-            (len(self.maps), self.decoder_depth),
+            (len(self.used_maps), self.num_contexts),
         )
         self.dec_norms = [
-            layers.LayerNorm(self.dtype) for _ in range(self.decoder_depth)
+            layers.LayerNorm(self.dtype) for _ in range(self.num_contexts)
         ]
 
-    def __call__(
-        self, feature_maps: tuple[Float[Array, "b k d"], ...]
-    ) -> tuple[Float[Array, "b k d"], ...]:
+    def __call__(self, encoded: vit.Encoded) -> tuple[Float[Array, "b k d"], ...]:
         normed_mixtures = InterBlockAttention._normed_mixtures
         if self.remat != "none":
             normed_mixtures = nn.remat(normed_mixtures)
-        return normed_mixtures(self, feature_maps)
+        return normed_mixtures(self, encoded.feature_maps)
 
     def _normed_mixtures(self, feature_maps):
         mixtures = self.mix(feature_maps)
@@ -86,5 +140,8 @@ class InterBlockAttention(nn.Module):
         self, feature_maps: tuple[Float[Array, "b k d"], ...]
     ) -> Float[Array, "i b k d"]:
         """Returns the mixtures before their norms, decoder block first."""
-        chosen = jnp.stack([feature_maps[j] for j in self.maps])
+        chosen = jnp.stack([feature_maps[j] for j in self.used_maps])
         return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))
+
+
+FUSIONS = {"inter_block": InterBlockAttention, "last": Last}

@@ -34,6 +34,14 @@ REMATS = ("none", "selective", "full")
 token_init = nn.initializers.normal(stddev=0.02)
 
 
+def check_heads(part: str, dim: int, num_heads: int) -> None:
+    """Raises ValueError if a width does not divide into heads."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(
+            f"{part}.dim={dim} does not divide into {part}.num_heads={num_heads}."
+        )
+
+
 class Decoded(NamedTuple):
     """What a decoder's last block returns, before the norm and linear of its `head`.
 

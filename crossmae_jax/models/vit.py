@@ -76,25 +76,31 @@ class Encoded(NamedTuple):
 
 
 def mean_feature(
-    encoded: Encoded, last_map: int | None
+    encoded: Encoded, used_maps: tuple[int, ...] | None
 ) -> Float[Array, "b d"]:
     """Returns the mean over patch tokens, a feature of the image.
 
     Args:
-      last_map: position in the feature maps of the last one that the decoder was
-        trained on: blocks behind it are not trained. None for a decoder that sees the
+      used_maps: positions in the feature maps of those that the decoder was trained on:
+        blocks behind the last are not trained. None for a decoder that sees the
         encoder's normed output.
     """
-    return _output(encoded, last_map)[:, 1:].astype(jnp.float32).mean(1)
+    return _output(encoded, used_maps)[:, 1:].astype(jnp.float32).mean(1)
 
 
-def class_token(encoded: Encoded, last_map: int | None) -> Float[Array, "b d"]:
+def class_token(
+    encoded: Encoded, used_maps: tuple[int, ...] | None
+) -> Float[Array, "b d"]:
     """Returns the class token of what `mean_feature` is the mean of."""
-    return _output(encoded, last_map)[:, 0].astype(jnp.float32)
+    return _output(encoded, used_maps)[:, 0].astype(jnp.float32)
 
 
-def _output(encoded: Encoded, last_map: int | None) -> Float[Array, "b v d"]:
-    return encoded.tokens if last_map is None else encoded.feature_maps[last_map]
+def _output(
+    encoded: Encoded, used_maps: tuple[int, ...] | None
+) -> Float[Array, "b v d"]:
+    if used_maps is None:
+        return encoded.tokens
+    return encoded.feature_maps[used_maps[-1]]
 
 
 def drop_path_rates(maximum: float, *, depth: int) -> tuple[float, ...]:
@@ -115,6 +121,7 @@ class ViT(nn.Module):
     """Encoder.
 
     Attributes:
+      size: as `parse_size` reads it.
       final_norm: CrossMAE has none when it mixes feature maps: each mixture is normed.
       learned_positions: makes the position table a parameter, as in fine-tuning.
       remat: what the gradient pass computes again, one of `layers.REMATS`.
@@ -123,9 +130,8 @@ class ViT(nn.Module):
         depend on the key and on a sample's place in the batch, not on the devices.
     """
 
-    size: Size
-    patch_size: int
-    image_size: tuple[int, int]
+    size: str
+    image_size: tuple[int, ...]
     channels: int = 3
     mlp_ratio: float = 4.0
     final_norm: bool = True
@@ -133,6 +139,44 @@ class ViT(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     drop_path: float = 0.0
+
+    def __post_init__(self):
+        _ = self.grid  # refuses a size or an image that cannot be
+        super().__post_init__()
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return parse_size(self.size)[0].dim
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return parse_size(self.size)[0].depth
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of every block."""
+        return parse_size(self.size)[0].num_heads
+
+    @property
+    def patch_size(self) -> int:
+        """The side of a patch in pixels."""
+        return parse_size(self.size)[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        return patches.grid_size(self.image_size, self.patch_size)
+
+    @property
+    def title(self) -> str:
+        """What people call it: "ViT-B/16", or its measures."""
+        shape, patch_size = parse_size(self.size)
+        for name, known in SIZES.items():
+            if known == shape:
+                return f"ViT-{name}/{patch_size}"
+        return f"width {shape.dim}, depth {shape.depth}, patches of {patch_size}"
 
     @nn.compact
     def __call__(
@@ -147,8 +191,7 @@ class ViT(nn.Module):
                 f"built for {'x'.join(map(str, expected))} (height x width x channels);"
                 " set config.data.image_size and config.data.channels to match."
             )
-        grid = patches.grid_size(self.image_size, self.patch_size)
-        table = functools.partial(posemb.sincos, grid, self.size.dim)
+        table = functools.partial(posemb.sincos, self.grid, self.dim)
         if self.learned_positions:
             pos_embed = self.param("pos_embed", lambda _key: jnp.asarray(table()))
         else:
@@ -161,20 +204,20 @@ class ViT(nn.Module):
         if ids_keep is not None:
             x = patches.take_tokens(x, ids_keep)
             position = jnp.take(pos_embed[1:], ids_keep, axis=0)
-        x = layers.PatchEmbed(self.size.dim, self.dtype, name="patch_embed")(x)
+        x = layers.PatchEmbed(self.dim, self.dtype, name="patch_embed")(x)
         x = x + position.astype(self.dtype)
 
-        cls_token = self.param("cls_token", layers.token_init, (1, 1, self.size.dim))
+        cls_token = self.param("cls_token", layers.token_init, (1, 1, self.dim))
         cls_token = (cls_token + pos_embed[None, :1]).astype(self.dtype)
-        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.size.dim))
+        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.dim))
         x = jnp.concatenate([cls_token, x], axis=1)
 
         feature_maps = [x]
-        rates = drop_path_rates(self.drop_path, depth=self.size.depth)
+        rates = drop_path_rates(self.drop_path, depth=self.depth)
         for i, rate in enumerate(rates):
             x = layers.Block(
-                self.size.dim, self.size.num_heads, self.mlp_ratio, self.remat,
-                self.dtype, rate, name=f"blocks_{i}",
+                self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype,
+                rate, name=f"blocks_{i}",
             )(x)
             feature_maps.append(x)
         if self.final_norm:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import augment, losses
-from crossmae_jax.models import classifier, layers, vit
+from crossmae_jax.models import classifier
 from crossmae_jax.optim import layerwise
 
 Variables = dict[str, Any]
@@ -50,19 +50,7 @@ class Classify:
                 " per class, or use a data set with the feature 'label'."
             )
         _check(config)
-        model, data = config.model, config.data
-        size, patch_size = vit.parse_size(model.size)
-        self.depth, dtype = size.depth, jnp.dtype(model.dtype)
-        self.model = classifier.Classifier(
-            encoder=vit.ViT(
-                size=size, patch_size=patch_size, image_size=tuple(data.image_size),
-                channels=data.channels, mlp_ratio=model.mlp_ratio,
-                final_norm=model.pool == "cls", learned_positions=True,
-                remat=model.remat, dtype=dtype, drop_path=model.drop_path,
-            ),
-            pool=model.pool, num_classes=self.num_classes, dtype=dtype,
-            head_norm=model.head_norm, head_std=model.head_std,
-        )
+        self.model = classifier.build(config)
 
     outputs = frozenset({"features", "class_token", "logits"})
 
@@ -91,7 +79,7 @@ class Classify:
         drop_key = jax.random.fold_in(jax.random.fold_in(key, 2), first)
         params = layerwise.stop_frozen(
             variables["params"], tune_blocks=self.config.tune_blocks,
-            depth=self.depth,
+            depth=self.model.encoder.depth,
         )
         found, updated = self.model.apply(
             {**variables, "params": params}, images, train=True,
@@ -147,17 +135,7 @@ def _cutmix_probability(options: ConfigDict) -> float:
 
 
 def _check(config: ConfigDict) -> None:
-    model, options = config.model, config.augment
-    for name, value, known in (
-        ("pool", model.pool, classifier.POOLS),
-        ("head_norm", model.head_norm, classifier.HEAD_NORMS),
-        ("dtype", model.dtype, ("bfloat16", "float32")),
-        ("remat", model.remat, layers.REMATS),
-    ):
-        if value not in known:
-            raise ValueError(
-                f"Unknown model.{name} {value!r}. Known: {', '.join(known)}."
-            )
+    options = config.augment
     for name in ("label_smoothing", "erasing"):
         if not 0 <= options[name] <= 1:
             raise ValueError(

@@ -58,8 +58,8 @@ class Pretrain:
         self.config = config
         self.model = mim.build(config)
         self.image_size = tuple(config.data.image_size)
-        _, self.patch_size = vit.parse_size(config.model.size)
-        self.grid = patches.grid_size(self.image_size, self.patch_size)
+        self.patch_size = self.model.encoder.patch_size
+        self.grid = self.model.encoder.grid
         self.num_patches = self.grid[0] * self.grid[1]
         self.counts = masking.token_counts(
             self.num_patches,
@@ -193,11 +193,10 @@ class Pretrain:
         """
         images = self.normalize(batch)
         encoded = self.model.apply(variables, images, method="encode")
-        fusion = self.model.fusion
-        last_map = None if fusion is None else fusion.maps[-1]
+        used_maps = self.model.fusion.used_maps
         return {
-            "features": vit.mean_feature(encoded, last_map),
-            "class_token": vit.class_token(encoded, last_map),
+            "features": vit.mean_feature(encoded, used_maps),
+            "class_token": vit.class_token(encoded, used_maps),
         }
 
     def masked_ids(self, key: Key[Array, ""], sample: Array) -> masking.TokenIds:

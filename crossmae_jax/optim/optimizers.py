@@ -35,7 +35,7 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from crossmae_jax.models import vit
+from crossmae_jax.models import encoders
 from crossmae_jax.optim import layerwise
 
 LR_SCALES = {
@@ -153,7 +153,7 @@ def make_optimizer(
 
     Raises:
       ValueError: for an unknown optimiser, or a number of blocks or decay of rates that
-        the encoder `config.model.size` cannot have.
+        the encoder of `config.model` cannot have.
     """
     optim = config.optim
     if optim.name not in OPTIMIZERS:
@@ -167,7 +167,7 @@ def make_optimizer(
     tune_blocks = config.get("tune_blocks")
     if tune_blocks is None and optim.layer_decay == 1:
         return tx
-    depth = vit.parse_size(config.model.size)[0].depth
+    depth = encoders.build_encoder(config).depth
     if tune_blocks is not None:
         tx = layerwise.freeze(tx, tune_blocks=tune_blocks, depth=depth)
     if optim.layer_decay != 1:

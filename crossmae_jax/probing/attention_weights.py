@@ -33,7 +33,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking
-from crossmae_jax.models import decoder_mae, layers, mim
+from crossmae_jax.models import layers, mim
 
 CLASS_TOKEN = -1
 WITHOUT = ("masked", "visible")
@@ -178,7 +178,7 @@ def predict_without(
         )
     if kind is None:
         return model.apply(variables, images, ids)
-    if not isinstance(model.decoder, decoder_mae.MAEDecoder):
+    if not model.decoder.gives_visible:
         raise ValueError(
             f"without={kind!r} is about one self-attention over visible and masked "
             "patches, which a CrossMAE does not have; load an MAE."

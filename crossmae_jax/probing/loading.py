@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crossmae_jax import patches
 from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
@@ -42,22 +41,22 @@ def load(
     )
     card, tensors = weights.card, dict(weights.tensors)
     if image_size is not None:
-        aggregator = card.model.get("aggregator", {"kind": "none"})["kind"]
-        if aggregator == "transformer" and tuple(image_size) != tuple(card.image_size):
+        resized = dataclasses.replace(card, image_size=tuple(image_size))
+        aggregator = getattr(structure.build(card), "aggregator", None)
+        if aggregator is not None and not aggregator.resizes and (
+            resized.image_size != card.image_size
+        ):
             raise ConversionError(
-                "The positions of aggregator.kind='transformer' are those of "
-                f"{card.image_size}, and cannot be resized to {tuple(image_size)}."
+                "The positions of this model's aggregator are those of "
+                f"{card.image_size}, and cannot be resized to {resized.image_size}."
             )
-        grids = [
-            patches.grid_size(tuple(size), card.patch_size)
-            for size in (card.image_size, image_size)
-        ]
         for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
             if name in tensors:
                 tensors[name] = tensors[name].then(functools.partial(
-                    posemb.resize, grid=grids[0], new_grid=grids[1]
+                    posemb.resize, grid=card.encoder.grid,
+                    new_grid=resized.encoder.grid,
                 ))
-        card = dataclasses.replace(card, image_size=tuple(image_size))
+        card = resized
     card = dataclasses.replace(card, mean=mean or card.mean, std=std or card.std)
     like = structure.abstract_variables(card)
     variables = jax.tree.map(jnp.asarray, names.variables_of(tensors, like))

@@ -40,6 +40,7 @@ class Pretrained:
 
     Attributes:
       card: what the weights are.
+      model: the Flax module of them.
       variables: the weights.
 
     Example:
@@ -60,7 +61,7 @@ class Pretrained:
             )
         self.card = card
         self.variables = variables
-        self._model = structure.build(card)
+        self.model = structure.build(card)
         self._mesh = parallel.make_mesh(jax.local_devices()[:1])  # of new arrays
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._objectives: dict[float | None, pretrain.Pretrain] = {}
@@ -121,7 +122,7 @@ class Pretrained:
     def mixed_maps(self) -> tuple[int, ...]:
         """Returns the feature maps that the decoder sees: 0 is the encoder's input."""
         self.inter_block_weights()
-        return structure.mixed_maps(self.card.model)
+        return self.card.fusion.used_maps
 
     def reconstruct(
         self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
@@ -188,10 +189,11 @@ class Pretrained:
             "predict", predict, images, mask_ratio, seed, None, jnp.asarray(ids)
         )
         seen = np.intersect1d(keep, ids)
-        if self.card.model["decoder"] == "mae" and len(seen):
+        if objective.model.decoder.needs_masked and len(seen):
             raise ValueError(
-                f"Patches {seen.tolist()} are visible in some of these images, and an "
-                "MAE predicts masked ones only; leave them out, or give one image."
+                f"Patches {seen.tolist()} are visible in some of these images, and "
+                f"{objective.model.decoder.method} predicts masked ones only; leave "
+                "them out, or give one image."
             )
         return pred
 
@@ -260,9 +262,11 @@ class Pretrained:
           ConversionError: if there is no decoder.
           ValueError: if masked patches attend to each other in a layer of its own.
         """
-        if self.card.kind == "pretrain" and self.card.model["decoder_self_attention"]:
+        self._need_decoder()
+        decoder = self.model.decoder
+        if decoder.self_attention and not decoder.gives_visible:
             raise ValueError(
-                f"{self.card.origin} has decoder_self_attention: what goes to masked "
+                f"{self.card.origin} has decoder.self_attention: what goes to masked "
                 "patches and what to visible ones comes from two softmaxes, and cannot "
                 "be compared. Load an MAE, or a CrossMAE without it."
             )
@@ -314,17 +318,17 @@ class Pretrained:
     def _encode(self, variables: Any, images: Array) -> dict[str, Array]:
         images = self._normalize(images)
         if self.card.kind == "classifier":
-            found = self._model.apply(variables, images)._asdict()
+            found = self.model.apply(variables, images)._asdict()
             return {name: x for name, x in found.items() if x is not None}
         found = self._whole(variables, images)
-        features = vit.mean_feature(found, structure.last_map(self.card))
+        features = vit.mean_feature(found, self.card.fusion.used_maps)
         return {"tokens": found.tokens, "features": features}
 
     def _whole(self, variables: Any, images: Array) -> vit.Encoded:
         """Encodes whole images."""
         if self.card.kind == "encoder":
-            return self._model.apply(variables, images)
-        return self._model.apply(
+            return self.model.apply(variables, images)
+        return self.model.apply(
             variables, images, method=lambda model, images: model.encoder(images)
         )
 

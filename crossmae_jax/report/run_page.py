@@ -16,6 +16,7 @@ import PIL.Image
 
 import crossmae_jax
 from crossmae_jax import paths, visualize
+from crossmae_jax.models import mim
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
 from crossmae_jax.report.html import Section
@@ -84,9 +85,9 @@ def _page(run: Run) -> str:
 def _title(config: Mapping[str, Any]) -> str:
     """Returns the method, the model and the data, such as "CrossMAE B/16, digits"."""
     if config.get("objective", "pretrain") == "pretrain":
-        method = {"cross": "CrossMAE", "mae": "MAE"}[config["model.decoder"]]
-        if config["model.aggregator.kind"] != "none":
-            method = f"PR-MIM on {method}"
+        method = mim.method(**{
+            part: config[f"model.{part}.kind"] for part in ("decoder", "aggregator")
+        })
     elif config["tune_blocks"] is None:
         method = "Fine-tuning of"
     elif config["tune_blocks"] == 0:
@@ -98,7 +99,7 @@ def _title(config: Mapping[str, Any]) -> str:
     source = config["data.source"]
     folder = (config["data.dir"] or "").rstrip("/").split("/")[-2:]
     names = {"tfds": config["data.name"], "folder": "/".join(folder)}
-    return f"{method} {config['model.size']}, {names.get(source) or source}"
+    return f"{method} {config['model.encoder.size']}, {names.get(source) or source}"
 
 
 def _state(run: Run) -> str:

@@ -25,10 +25,10 @@ from typing import Any
 
 import jax
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import settings
 
 # Keys that may differ when a run is resumed: where things lie, how often to look.
 _FREE = (
@@ -37,44 +37,11 @@ _FREE = (
     "data.eval_crop_ratio", "data.max_bad_share", "model.remat", "mesh",
 )
 
-# Settings that are younger than some runs, with what those runs did.
-_BEFORE = {
-    "checkpoint.best": "",
-    "data.crop": "ten_tries",
-    "data.eval_crop_ratio": 0.875,
-    "data.randaug_magnitude": 9.0,
-    "data.randaug_ops": 0,
-    "init_channels": "",
-    "init_from": "",
-    "loss.thrown_weight": 1.0,
-    "masking.retain": "random",
-    "masking.throw_ratio": 0.0,
-    "model.aggregator.kernel_size": 7,
-    "model.aggregator.kind": "none",
-    "model.aggregator.rewrites_retained": False,
-    "model.remat": "none",
-    "optim.decay_tokens": True,
-    "optim.layer_decay": 1.0,
-    "optim.name": "adamw",
-}
-
 
 def is_run(path: str | AnyPath) -> bool:
     """Says whether a path is the workdir of a run with checkpoints."""
     path = paths.path(path)
     return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
-
-
-# Settings that may be unset, and their types, which JSON does not tell of nothing.
-_OPTIONAL = {
-    "data.data_dir": str,
-    "data.dir": str,
-    "data.eval_dir": str,
-    "data.num_classes": int,
-    "model.fusion_maps": tuple,
-    "optim.clip_norm": float,
-    "tune_blocks": float,
-}
 
 
 def read_config(workdir: str | AnyPath) -> ConfigDict:
@@ -88,35 +55,8 @@ def read_config(workdir: str | AnyPath) -> ConfigDict:
         raise FileNotFoundError(
             f"{path} does not exist; give the --workdir that a run was started with."
         )
-    return ConfigDict(_as_written(_completed(json.loads(path.read_text()))))
-
-
-def _as_written(values: Any, path: str = "") -> Any:
-    """Returns settings as configs write them: JSON has no tuples, no placeholders."""
-    if isinstance(values, dict):
-        return {
-            name: _as_written(value, f"{path}.{name}" if path else name)
-            for name, value in values.items()
-        }
-    if values is None and path in _OPTIONAL:
-        return placeholder(_OPTIONAL[path])
-    return tuple(map(_as_written, values)) if isinstance(values, list) else values
-
-
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the settings that did not exist yet when a run was started."""
-    config.setdefault("mesh", {"fsdp": 0})
-    if config.get("objective", "pretrain") != "pretrain":
-        return config
-    decoder = config.get("model", {}).get("decoder")
-    visible = "decoder" if decoder == "mae" else "encoder"
-    for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):
-        *parents, key = name.split(".")
-        node = config
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node.setdefault(key, value)
-    return config
+    stored = settings.completed(json.loads(path.read_text()))
+    return ConfigDict(settings.as_written(stored))
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -177,7 +117,7 @@ def claim(
                 )
             old = json.loads((workdir / file).read_text())
             if file == "config.json":
-                old = _completed(old)
+                old = settings.completed(old)
             changed = _differences(old, new)
             if changed:
                 raise ValueError(

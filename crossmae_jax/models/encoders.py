@@ -1,0 +1,57 @@
+"""Encoders by kind, and what every one of them tells about itself."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from crossmae_jax.models import parts, vit
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Turns the visible patches of images into vectors.
+
+    Attributes:
+      grid: patches along height and width.
+      patch_size: the side of a patch in pixels.
+      dim: width of the vectors.
+      depth: number of blocks.
+      title: what people call it, such as "ViT-B/16".
+    """
+
+    grid: tuple[int, int]
+    patch_size: int
+    dim: int
+    depth: int
+    title: str
+
+    def __call__(
+        self,
+        images: Float[Array, "b height width c"],
+        ids_keep: Int[Array, "b v"] | None = None,
+    ) -> vit.Encoded:
+        """Encodes all patches, or those in `ids_keep`."""
+        ...
+
+
+ENCODERS = {"vit": vit.ViT}
+
+
+def build_encoder(
+    config: ConfigDict, *, final_norm: bool = True, learned_positions: bool = False
+) -> Encoder:
+    """Makes the encoder that `config.model` and `config.data` describe.
+
+    Args:
+      final_norm: whether it ends in a norm; likewise `learned_positions` as in `ViT`.
+
+    Raises:
+      ValueError: for an unknown choice, or choices that do not fit each other.
+    """
+    return parts.make(
+        "encoder", ENCODERS, config.model.encoder,
+        image_size=tuple(config.data.image_size), channels=config.data.channels,
+        final_norm=final_norm, learned_positions=learned_positions,
+        **parts.computing(config.model),
+    )

@@ -1,0 +1,157 @@
+"""Settings that older versions wrote, in the form of this one.
+
+Two things happen to settings as the library grows. Some are added: a run from before
+did then what `_BEFORE` says. And some move: the model's lay side by side once
+(`model.decoder_dim`) and are grouped by its parts now (`model.decoder.dim`). Whoever
+reads a stored configuration reads it through `completed`; files of experiments go
+through `of_file`, since people keep their own.
+
+The kinds that are named here are those that there were when settings lay side by side.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+# What settings are called now. One that is two now goes to those whose group there is.
+RENAMED: dict[str, tuple[str, ...]] = {
+    "model.size": ("model.encoder.size",),
+    "model.mlp_ratio": ("model.encoder.mlp_ratio", "model.decoder.mlp_ratio"),
+    "model.drop_path": ("model.encoder.drop_path",),
+    "model.fusion": ("model.fusion.kind",),
+    "model.fusion_maps": ("model.fusion.maps",),
+    "model.fusion_input": ("model.fusion.input",),
+    "model.decoder": ("model.decoder.kind",),
+    "model.decoder_dim": ("model.decoder.dim",),
+    "model.decoder_depth": ("model.decoder.depth",),
+    "model.decoder_heads": ("model.decoder.num_heads",),
+    "model.decoder_self_attention": ("model.decoder.self_attention",),
+}
+
+# Options beside a kind that did not look at them, and the value that says nothing.
+_IGNORED = {
+    ("fusion", "last"): {"maps": None, "input": True},
+    ("aggregator", "transformer"): {"kernel_size": 7},
+}
+
+# Settings that are younger than some runs, with what those runs did.
+_BEFORE = {
+    "checkpoint.best": "",
+    "data.crop": "ten_tries",
+    "data.eval_crop_ratio": 0.875,
+    "data.randaug_magnitude": 9.0,
+    "data.randaug_ops": 0,
+    "init_channels": "",
+    "init_from": "",
+    "loss.thrown_weight": 1.0,
+    "masking.retain": "random",
+    "masking.throw_ratio": 0.0,
+    "model.aggregator.kernel_size": 7,
+    "model.aggregator.kind": "none",
+    "model.aggregator.rewrites_retained": False,
+    "model.remat": "none",
+    "optim.decay_tokens": True,
+    "optim.layer_decay": 1.0,
+    "optim.name": "adamw",
+}
+
+# Settings that may be unset, and their types, which JSON does not tell of nothing.
+_OPTIONAL = {
+    "data.data_dir": str,
+    "data.dir": str,
+    "data.eval_dir": str,
+    "data.num_classes": int,
+    "model.fusion.maps": tuple,
+    "optim.clip_norm": float,
+    "tune_blocks": float,
+}
+
+
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns stored settings with the names of this version, and all that it has.
+
+    Args:
+      config: of a run, as JSON has it.
+    """
+    config, _ = grouped(config)
+    config.setdefault("mesh", {"fsdp": 0})
+    if config.get("objective", "pretrain") != "pretrain":
+        return config
+    decoder = config.get("model", {}).get("decoder", {}).get("kind")
+    visible = "decoder" if decoder == "mae" else "encoder"
+    for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):
+        *parents, key = name.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node.setdefault(key, value)
+    return config
+
+
+def grouped(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns settings grouped by the parts of the model, and what had to be moved.
+
+    Returns:
+      A copy of the settings, and their old names where they had any.
+    """
+    config = copy.deepcopy(dict(config))
+    model = config.get("model", {})
+    old = {
+        name: model.pop(_key(name)) for name in RENAMED
+        if _key(name) in model and not isinstance(model[_key(name)], Mapping)
+    }
+    # Those with one successor first: they decide which groups there are.
+    for name in sorted(old, key=lambda name: len(RENAMED[name])):
+        for new in RENAMED[name]:
+            _, part, option = new.split(".")
+            if len(RENAMED[name]) == 1 or part in model:
+                model.setdefault(part, {})[option] = old[name]
+    if old:
+        model["encoder"] = {"kind": "vit"} | model.get("encoder", {})
+        for (part, kind), options in _IGNORED.items():
+            if model.get(part, {}).get("kind") == kind:
+                model[part].update(options)
+    return config, list(old)
+
+
+def _key(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def of_file(config: ConfigDict) -> tuple[ConfigDict, list[str]]:
+    """Returns the settings of an experiment's file, grouped, and the old names in it.
+
+    Those of a file that has none are returned as they are.
+    """
+    values, old = grouped(config.to_dict(preserve_field_references=True))
+    return (ConfigDict(as_written(values)) if old else config), old
+
+
+def moved(name: str, config: ConfigDict) -> str:
+    """Says what a setting is called now; "" of a name that is no old one.
+
+    Args:
+      name: without "config.", such as "model.decoder_dim".
+      config: to which it was to belong.
+    """
+    groups = config.get("model", {})
+    new = [
+        successor for successor in RENAMED.get(name, ())
+        if successor.split(".")[1] in groups
+    ]
+    return f"{name} is now {' and '.join(new)}" if new else ""
+
+
+def as_written(values: Any, path: str = "") -> Any:
+    """Returns settings as configs write them: JSON has no tuples, no placeholders."""
+    if isinstance(values, dict):
+        return {
+            name: as_written(value, f"{path}.{name}" if path else name)
+            for name, value in values.items()
+        }
+    if values is None and path in _OPTIONAL:
+        return placeholder(_OPTIONAL[path])
+    return tuple(map(as_written, values)) if isinstance(values, list) else values
