@@ -198,6 +198,7 @@ def images(
         mean=mean,
         std=std,
         batch_size=batch_size,
+        transform="classification",  # a crop of the image, and its label if it has one
         crop="ten_tries",  # "single_try" is the linear probe's
         crop_scale=crop_scale,
         flip=flip,

@@ -47,7 +47,7 @@ def config(**changes) -> ConfigDict:
     return ConfigDict(dict(
         source="folder", name="", data_dir=None, split="train", eval_split="", dir=None,
         eval_dir=None, image_size=(16, 16), channels=3, mean=(0.5,) * 3, std=(0.2,) * 3,
-        batch_size=8, crop="ten_tries", crop_scale=(0.2, 1.0), flip=True,
-        randaug_ops=0, randaug_magnitude=9.0, eval_crop_ratio=0.875, workers=0,
-        max_bad_share=0.001,
+        batch_size=8, transform="classification", crop="ten_tries",
+        crop_scale=(0.2, 1.0), flip=True, randaug_ops=0, randaug_magnitude=9.0,
+        eval_crop_ratio=0.875, workers=0, max_bad_share=0.001,
     ) | changes)

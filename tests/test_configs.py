@@ -60,8 +60,8 @@ KEYS = {
     "data": {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,
         "dir": None, "eval_dir": None, "image_size": tuple, "channels": int,
-        "mean": tuple, "std": tuple, "batch_size": int, "crop": str,
-        "crop_scale": tuple, "flip": bool, "randaug_ops": int,
+        "mean": tuple, "std": tuple, "batch_size": int, "transform": str,
+        "crop": str, "crop_scale": tuple, "flip": bool, "randaug_ops": int,
         "randaug_magnitude": float, "eval_crop_ratio": float, "workers": int,
         "max_bad_share": float,
     },

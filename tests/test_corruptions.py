@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
-from crossmae_jax.data import pipeline, sources, transforms
+from crossmae_jax.data import decoding, pipeline, sources, transforms
 from crossmae_jax.data.sets import corruptions
 from tests.image_files import config, encode, pixels, write
 
@@ -141,7 +141,7 @@ def test_grey_and_the_smallest_images_work(name, size, tmp_path):
 def test_a_damaged_file_is_a_bad_image(tmp_path):
     write(tmp_path / "a.jpg", b"no image")
     source = corrupted(sources.FolderSource(str(tmp_path)))
-    with pytest.raises(transforms.BadImage, match="a.jpg"):
+    with pytest.raises(decoding.BadImage, match="a.jpg"):
         source[0]
 
 

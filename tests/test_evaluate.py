@@ -341,7 +341,8 @@ class Part:
     """The first images of a source: enough where only what becomes of them counts."""
 
     def __init__(self, source):
-        self._source, self.num_classes = source, source.num_classes
+        self._source = source
+        self.kinds, self.num_classes = source.kinds, source.num_classes
         self.fingerprint = f"part of {source.fingerprint}"
 
     def __len__(self):

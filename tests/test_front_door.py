@@ -155,7 +155,7 @@ import sys
 from crossmae_jax import errors, main, train
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import environment
-from crossmae_jax.data import bad_images, transforms
+from crossmae_jax.data import bad_images, decoding
 from crossmae_jax.ops import attention_check
 
 names, sys.argv = sys.argv[1].split(), sys.argv[1:]
@@ -176,7 +176,7 @@ def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path)
     for_users = [
         "errors.SetupError", "environment.AcceleratorError",
         "checkpointer.MismatchError",
-        "bad_images.TooManyBadImages", "transforms.ChannelMismatch",
+        "bad_images.TooManyBadImages", "decoding.ChannelMismatch",
         "attention_check.KernelError",
     ]
     bugs = ["ValueError", "RuntimeError", "FloatingPointError"]

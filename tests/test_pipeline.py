@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from crossmae_jax.data import pipeline, sources, transforms
+from crossmae_jax.data import decoding, order, pipeline, sources, transforms
 from crossmae_jax.data.bad_images import TooManyBadImages
 from crossmae_jax.data.randaug import RandAugment
 from tests.image_files import config, encode, pixels, write, write_folder
@@ -71,14 +71,14 @@ def test_every_image_comes_once_an_epoch(folder):
     batches = _train(folder, config(batch_size=N), num_steps=3)
     orders = []
     for epoch in range(3):
-        order = [
-            pipeline._shuffled(s, num_images=N, seed=3)
+        numbers = [
+            order.shuffled(s, num_images=N, seed=3)
             for s in range(N * epoch, N * epoch + N)
         ]
-        assert sorted(order) == list(range(N))
-        labels = [folder[i]["label"] for i in order]
+        assert sorted(numbers) == list(range(N))
+        labels = [folder[i]["label"] for i in numbers]
         assert batches[epoch]["label"].tolist() == labels
-        orders.append(order)
+        orders.append(numbers)
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
@@ -103,20 +103,21 @@ def test_batch_pixels_are_those_of_the_transform(folder, crop, num_ops, num_work
     )
     batch = _train(folder, data, start_step=4, num_steps=1)[0]
     for row, sample in enumerate(batch["sample"].tolist()):
-        record = folder[pipeline._shuffled(sample, num_images=N, seed=3)]
-        rng = np.random.Generator(pipeline._philox(3, sample, stream=1))
-        expected = transforms.train_image(
-            record["image"], rng, image_size=(16, 16), channels=3,
-            crop=crop, crop_scale=(0.2, 1.0), flip=True, randaug=randaug, name="",
-        )
-        np.testing.assert_array_equal(batch["image"][row], expected)
+        record = folder[order.shuffled(sample, num_images=N, seed=3)]
+        expected = transforms.Classification(
+            image_size=(16, 16), channels=3, crop=crop, crop_scale=(0.2, 1.0),
+            flip=True, randaug=randaug, eval_crop_ratio=0.875,
+        )(record, order.draws(sample, seed=3))
+        assert expected.keys() == batch.keys() - {"sample"}
+        for name, value in expected.items():
+            np.testing.assert_array_equal(batch[name][row], value)
 
 
 def test_the_order_is_what_it_was():
     # A change here changes every run that is under way: never adapt the numbers.
-    order = [pipeline._shuffled(s, num_images=10, seed=1) for s in range(20)]
-    assert order == ORDER
-    draws = np.random.Generator(pipeline._philox(1, 2, stream=1)).random(3)
+    numbers = [order.shuffled(s, num_images=10, seed=1) for s in range(20)]
+    assert numbers == ORDER
+    draws = order.draws(2, seed=1).random(3)
     np.testing.assert_allclose(draws, DRAWS, atol=1e-12)
 
 
@@ -237,8 +238,9 @@ def test_bad_image_is_replaced_by_the_next_good_one(damaged, tmp_path):
         name="",
     )
     images = np.concatenate([b["image"] for b in batches])
-    order = [pipeline._shuffled(s, num_images=40, seed=0) for s in range(80)]
-    replaced = [s for s in range(80) if order[s] in (5, 6)]
+    replaced = [
+        s for s in range(80) if order.shuffled(s, num_images=40, seed=0) in (5, 6)
+    ]
     assert len(replaced) == 4
     for sample in replaced:
         np.testing.assert_array_equal(images[sample], good)
@@ -301,7 +303,7 @@ def test_nothing_but_bad_images_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("num", [0, 1])
 def test_channel_mismatch_stops_at_once_and_names_the_file(folder, num):
-    with pytest.raises(transforms.ChannelMismatch, match=r"class\d.*data.channels=1"):
+    with pytest.raises(decoding.ChannelMismatch, match=r"class\d.*data.channels=1"):
         _train(folder, config(channels=1, max_bad_share=1.0, workers=num))
 
 

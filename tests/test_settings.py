@@ -77,6 +77,9 @@ def test_settings_that_did_not_exist_are_what_runs_did_then(decoder, visible):
         kind="none", kernel_size=7, visible=visible, rewrites_retained=False
     )
     assert config["model"]["remat"] == "none" and config["init_from"] == ""
+    for stored in (config, settings.completed(dict(objective="classify"))):
+        assert stored["data"]["transform"] == "classification"
+        assert stored["mesh"] == dict(fsdp=0)
 
 
 def test_the_settings_of_a_shipped_run_are_those_of_its_config():

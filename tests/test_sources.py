@@ -58,6 +58,7 @@ def test_folder_is_read_at_any_depth_in_one_order(tmp_path):
 def test_first_level_folders_are_classes(tmp_path):
     source = _folder(tmp_path, "dog/2.png", "cat/x/1.png", "dog/0.png")
     assert source.classes == ("cat", "dog") and source.num_classes == 2
+    assert source.kinds == {"label"}
     assert [source[i]["label"] for i in range(3)] == [0, 1, 1]
 
 
@@ -68,8 +69,8 @@ def test_first_level_folders_are_classes(tmp_path):
 ])
 def test_other_folders_have_no_labels(tmp_path, names):
     source = _folder(tmp_path, *names)
-    assert source.num_classes == 0
-    assert {source[i]["label"] for i in range(len(source))} == {-1}
+    assert source.num_classes == 0 and source.kinds == set()
+    assert all(source[i].keys() == {"name", "image"} for i in range(len(source)))
 
 
 def test_folders_without_images_are_no_classes(tmp_path):
@@ -302,13 +303,14 @@ def test_arrays_and_many_shards(tmp_path):
         "from crossmae_jax.data import sources\n"
         "s = sources.TfdsSource('many_shards', data_dir=sys.argv[1], split='train')\n"
         "assert s[0]['image'].shape == (4, 4, 5), s[0]\n"
-        "print(s.num_classes, s[0]['label'], sum(int(s[i]['image'][0, 0, 0])\n"
-        "    for i in range(len(s))))\n"
+        "print(s.num_classes, *s.kinds, *sorted(s[0]))\n"
+        "print(sum(int(s[i]['image'][0, 0, 0]) for i in range(len(s))))\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
     )
-    assert result.stdout.split() == ["0", "-1", str(sum(range(80)))], result.stderr
+    total = str(sum(range(80)))
+    assert result.stdout.split() == ["0", "image", "name", total], result.stderr
 
 
 def test_data_files_do_not_import_jax():

@@ -167,7 +167,9 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     stored = json.loads(path.read_text())
     del stored["loss"], stored["model"]["aggregator"]
     del stored["masking"]["throw_ratio"], stored["masking"]["retain"]
-    for name in ("crop", "eval_crop_ratio", "randaug_ops", "randaug_magnitude"):
+    for name in (
+        "transform", "crop", "eval_crop_ratio", "randaug_ops", "randaug_magnitude"
+    ):
         del stored["data"][name]
     for name in ("name", "decay_tokens", "layer_decay"):
         del stored["optim"][name]

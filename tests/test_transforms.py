@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, JpegImagePlugin
 
-from crossmae_jax.data import transforms
+from crossmae_jax.data import crops, decoding, transforms
 from crossmae_jax.data.randaug import RandAugment
 from tests.image_files import encode, pixels
 
@@ -16,19 +16,22 @@ def _rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def _train(image, rng=None, **changes):
-    settings = dict(
+def _pixels(image, rng, **changes):
+    transform = transforms.Classification(**dict(
         image_size=(16, 16), channels=3, crop="ten_tries", crop_scale=(0.2, 1.0),
-        flip=False, randaug=None, name="NAME",
-    )
-    return transforms.train_image(image, rng or _rng(), **(settings | changes))
+        flip=False, randaug=None, eval_crop_ratio=0.875,
+    ) | changes)
+    sample = transform({"name": "NAME", "image": image}, rng)
+    assert sample["label"] == -1
+    return sample["image"]
 
 
-def _eval(image, *, image_size=(16, 16), channels=3, crop_ratio=0.875):
-    return transforms.eval_image(
-        image, image_size=image_size, channels=channels, crop_ratio=crop_ratio,
-        name="NAME",
-    )
+def _train(image, rng=None, **changes):
+    return _pixels(image, rng or _rng(), **changes)
+
+
+def _eval(image, *, crop_ratio=0.875, **changes):
+    return _pixels(image, None, eval_crop_ratio=crop_ratio, **changes)
 
 
 class _Stream(np.random.Generator):
@@ -47,7 +50,7 @@ class _Stream(np.random.Generator):
 
 def test_crop_follows_the_draws():
     # Area .2 + .8 * .375 = .5 of 40 * 60, ratio exp(0) = 1: the side is sqrt(1200).
-    box = transforms.random_resized_crop(
+    box = crops.random_resized_crop(
         _Stream(0.375, 0.5, 0.5, 0.999), 40, 60, scale=(0.2, 1.0)
     )
     assert box == (3, 25, 35, 35)
@@ -55,7 +58,7 @@ def test_crop_follows_the_draws():
 
 def test_crop_that_does_not_fit_is_drawn_again():
     # All of the area at ratio 4/3 is too wide for a square; the second try is small.
-    box = transforms.random_resized_crop(
+    box = crops.random_resized_crop(
         _Stream(1.0, 1.0, 0.0, 0.5, 0.0, 0.0), 100, 100, scale=(0.25, 1.0)
     )
     assert box == (0, 0, 50, 50)
@@ -68,28 +71,28 @@ def test_crop_that_does_not_fit_is_drawn_again():
 ])
 def test_crop_falls_back_to_the_centre(height, width, expected):
     # More than the whole area never fits, so all ten tries fail.
-    box = transforms.random_resized_crop(_rng(), height, width, scale=(2.0, 3.0))
+    box = crops.random_resized_crop(_rng(), height, width, scale=(2.0, 3.0))
     assert box == expected
 
 
 def test_single_try_cuts_the_sides_to_the_image():
     # All of the area of 100 x 200 at ratio 4/3: 122 x 163, of which 100 rows exist.
-    box = transforms.single_try_crop(
+    box = crops.single_try_crop(
         _Stream(1.0, 1.0, 0.999, 0.999), 100, 200, scale=(0.25, 1.0)
     )
     assert box == (0, 37, 100, 163)
     # A quarter at ratio 3/4: 82 x 61, which fits, at the middle of the free places.
-    box = transforms.single_try_crop(
+    box = crops.single_try_crop(
         _Stream(0.0, 0.0, 0.5, 0.5), 100, 200, scale=(0.25, 1.0)
     )
     assert box == (9, 70, 82, 61)
-    assert transforms.single_try_crop(_rng(), 1, 1, scale=(0.01, 0.01)) == (0, 0, 1, 1)
+    assert crops.single_try_crop(_rng(), 1, 1, scale=(0.01, 0.01)) == (0, 0, 1, 1)
 
 
 def test_train_image_takes_the_crop_that_is_named():
     array, settings, changed = pixels(0, 40, 60), dict(crop_scale=(0.5, 1.0)), 0
     for seed in range(20):
-        box = transforms.single_try_crop(_rng(seed), 40, 60, scale=(0.5, 1.0))
+        box = crops.single_try_crop(_rng(seed), 40, 60, scale=(0.5, 1.0))
         area = (box.left, box.top, box.left + box.width, box.top + box.height)
         cropped = Image.fromarray(array).crop(area)
         expected = np.asarray(cropped.resize((16, 16), Image.Resampling.BICUBIC))
@@ -102,7 +105,7 @@ def test_train_image_takes_the_crop_that_is_named():
 def test_crops_are_distributed_as_documented():
     rng, height, width = _rng(1), 500, 500
     boxes = [
-        transforms.random_resized_crop(rng, height, width, scale=(0.1, 0.4))
+        crops.random_resized_crop(rng, height, width, scale=(0.1, 0.4))
         for _ in range(4000)
     ]
     for box in boxes:
@@ -123,7 +126,7 @@ def test_crops_are_distributed_as_documented():
 
 def test_train_image_is_crop_then_bicubic():
     array = pixels(0, 40, 60)
-    box = transforms.random_resized_crop(_rng(5), 40, 60, scale=(0.2, 1.0))
+    box = crops.random_resized_crop(_rng(5), 40, 60, scale=(0.2, 1.0))
     area = (box.left, box.top, box.left + box.width, box.top + box.height)
     cropped = Image.fromarray(array).crop(area)
     expected = np.asarray(cropped.resize((16, 16), Image.Resampling.BICUBIC))
@@ -135,14 +138,14 @@ def test_crop_of_a_wide_target_keeps_its_shape():
     array = pixels(0, 100, 200)
     for seed in range(50):
         rng, drawn = _rng(seed), []
-        original = transforms.random_resized_crop
+        original = crops.random_resized_crop
 
         def spy(*args, **kwargs):
             drawn.append(original(*args, **kwargs))
             return drawn[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(transforms, "random_resized_crop", spy)
+            patch.setitem(crops.CROPS, "ten_tries", spy)
             assert _train(array, rng, image_size=(8, 16)).shape == (8, 16, 3)
         ratios.append(drawn[0].width / drawn[0].height)
     assert 1.45 < min(ratios) and max(ratios) < 2.75
@@ -190,7 +193,7 @@ def test_large_jpeg_is_reduced_without_visible_change(monkeypatch):
     )
     reduced = _train(image, _rng(2), image_size=(64, 64)).astype(int)
     assert sizes and sizes[0][0] < 1200
-    monkeypatch.setattr(transforms, "_KEEP", 1000)
+    monkeypatch.setattr(decoding, "_KEEP", 1000)
     full = _train(image, _rng(2), image_size=(64, 64)).astype(int)
     assert 0 < np.abs(reduced - full).mean() < 1
 
@@ -298,7 +301,7 @@ def test_any_number_of_channels_from_arrays():
 @pytest.mark.parametrize("found,channels", [(3, 1), (3, 4), (4, 2), (1, 4)])
 def test_channel_mismatch_says_what_to_set(found, channels):
     image = encode(pixels(0, 16, 16, channels=found))
-    with pytest.raises(transforms.ChannelMismatch) as caught:
+    with pytest.raises(decoding.ChannelMismatch) as caught:
         _train(image, channels=channels)
     message = str(caught.value)
     assert message.startswith(f"NAME has {found} channels")
@@ -307,7 +310,7 @@ def test_channel_mismatch_says_what_to_set(found, channels):
 
 
 def test_array_of_the_wrong_channels_is_a_mismatch():
-    with pytest.raises(transforms.ChannelMismatch, match="7 channels.*channels=3"):
+    with pytest.raises(decoding.ChannelMismatch, match="7 channels.*channels=3"):
         _eval(pixels(0, 16, 16, channels=7))
 
 
@@ -339,5 +342,5 @@ def test_damaged_images_are_named():
     }
     for reason, image in damaged.items():
         for transform in (_train, _eval):
-            with pytest.raises(transforms.BadImage, match=f"(?i)^NAME: .*{reason}"):
+            with pytest.raises(decoding.BadImage, match=f"(?i)^NAME: .*{reason}"):
                 transform(image)

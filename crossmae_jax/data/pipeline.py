@@ -1,21 +1,21 @@
-"""From a source to batches: order, augmentation, substitutes, prefetching.
+"""From a source to batches: order, transform, substitutes, prefetching.
 
-Samples s = 0, 1, 2, ... are counted over the whole run; with n images
+Which image a sample is and what is drawn for it are functions of (seed, sample)
+(`order`), and samples are counted over the whole run. So a batch is a function of
+(seed, step) alone: the same for any number of workers, threads and hosts. A restart at
+step t is a start at sample t * batch_size; there is no iterator state to save or to
+lose.
 
-    epoch, position = divmod(s, n)
-    image           = permutation(seed, epoch)[position]
-    crop, flip, ... = drawn from Philox(key=(seed, s))
-
-so a batch is a function of (seed, step) alone: the same for any number of workers,
-threads and hosts. A restart at step t is a start at sample t * batch_size; there is no
-iterator state to save or to lose.
+What arrays a batch has, the transform of the configuration says (`transforms`): one for
+each of its fields. Here two more are added, the number of each sample and, in
+evaluation, whether it is one or padding.
 
 A batch is cut into chunks of at most 64 images. Workers turn chunk numbers into decoded
 chunks, in order (`workers`), and the parent joins them to batches: that is why the
 number of workers cannot change a batch.
 
 An image that cannot be read or decoded is replaced by the next one in the source that
-can be, with the sample's own crop; `bad_images` notes and limits that.
+can be, with the sample's own draws; `bad_images` notes and limits that.
 """
 
 import collections
@@ -31,9 +31,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from crossmae_jax.data import randaug, transforms, workers
+from crossmae_jax.data import order, sources, transforms, workers
 from crossmae_jax.data.bad_images import Bad, BadImages, TooManyBadImages
+from crossmae_jax.data.decoding import BadImage
+from crossmae_jax.data.fields import Field
 from crossmae_jax.data.sources import Source
+from crossmae_jax.data.transforms import Transform
 
 Batch = dict[str, np.ndarray]
 
@@ -61,32 +64,20 @@ def train_batches(
       workdir: where `bad_images.jsonl` goes; nowhere when None.
 
     Returns:
-      An iterator of {"image": u8[b height width c], "label": i32[b], "sample": u32[b]}.
+      An iterator of {a field of the transform: its array [b ...], "sample": u32[b]}.
     """
     _check_not_empty(source)
     if seed < 0:
         raise ValueError(f"seed={seed}; expected 0 or more.")
-    if data.crop not in transforms.CROPS:
-        raise ValueError(
-            f"Unknown data.crop {data.crop!r}. Known: {', '.join(transforms.CROPS)}."
-        )
-    local = _Slice.of(data.batch_size, start_step, process_index, process_count)
-    augment = functools.partial(
-        _train_image,
+    loader = _Loader(
+        source,
+        sources.transform_for(source, data),
+        _Slice.of(data.batch_size, start_step, process_index, process_count),
+        functools.partial(order.shuffled, num_images=len(source), seed=seed),
         seed=seed,
-        image_size=tuple(data.image_size),
-        channels=data.channels,
-        crop=data.crop,
-        crop_scale=tuple(float(share) for share in data.crop_scale),
-        flip=data.flip,
-        randaug=randaug.from_config(data),
     )
-    order = functools.partial(_shuffled, num_images=len(source), seed=seed)
-    loader = _Loader(source, local, order, augment, _pixels(data))
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
-    return Batches(
-        loader, num_steps, data.workers, bad_images, ("image", "label", "sample")
-    )
+    return Batches(loader, num_steps, data.workers, bad_images)
 
 
 def eval_batches(
@@ -105,47 +96,49 @@ def eval_batches(
       num_images: only so many images, spread evenly over the source.
 
     Returns:
-      An iterator of {"image": u8[b height width c], "label": i32[b], "valid": bool[b],
-      "sample": u32[b]}; sample is the index in the source. Padding is black, with label
-      -1 and sample 0.
+      An iterator of {a field of the transform: its array [b ...], "valid": bool[b],
+      "sample": u32[b]}; sample is the index in the source. Padding holds what the
+      fields are filled with, and sample 0.
     """
     _check_not_empty(source)
     count = len(source) if num_images is None else min(num_images, len(source))
-    local = _Slice.of(batch_size, 0, process_index, process_count)
-    if not 0 < data.eval_crop_ratio <= 1:
-        raise ValueError(
-            f"config.data.eval_crop_ratio={data.eval_crop_ratio} must lie between 0 "
-            "and 1; it is the share of the resized image's side that is kept."
-        )
-    prepare = functools.partial(
-        _eval_image,
-        image_size=tuple(data.image_size),
-        channels=data.channels,
-        crop_ratio=data.eval_crop_ratio,
+    loader = _Loader(
+        source,
+        sources.transform_for(source, data),
+        _Slice.of(batch_size, 0, process_index, process_count),
+        functools.partial(order.evenly, num_images=len(source), count=count),
+        seed=None,
     )
-    order = functools.partial(_evenly, num_images=len(source), count=count)
-    loader = _Loader(source, local, order, prepare, _pixels(data), by_index=True)
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
-    keys = ("image", "label", "valid", "sample")
-    return Batches(loader, -(-count // batch_size), data.workers, bad_images, keys)
+    return Batches(loader, -(-count // batch_size), data.workers, bad_images)
 
 
 def blank_batch(data: ConfigDict, *, batch_size: int, valid: bool = False) -> Batch:
-    """Returns zeros, in no memory, with the shapes and types of a global batch.
+    """Returns padding, in no memory, with the shapes and types of a global batch.
 
     Args:
       valid: of evaluation, which has an array more.
     """
-    shapes = {
-        "image": ((batch_size, *data.image_size, data.channels), np.uint8),
-        "label": ((batch_size,), np.int32),
-        **({"valid": ((batch_size,), np.bool_)} if valid else {}),
-        "sample": ((batch_size,), np.uint32),
-    }
+    fields = _all_fields(transforms.make(data), evaluation=valid)
     return {
-        name: np.broadcast_to(np.zeros((), dtype), shape)
-        for name, (shape, dtype) in shapes.items()
+        name: np.broadcast_to(
+            np.array(field.fill, field.dtype), (batch_size, *field.shape)
+        )
+        for name, field in fields.items()
     }
+
+
+def _all_fields(transform: Transform, *, evaluation: bool) -> dict[str, Field]:
+    """Returns what a batch consists of: what the transform makes, and our numbers."""
+    ours = {"valid": Field((), "bool", False), "sample": Field((), "uint32", 0)}
+    if taken := sorted(ours.keys() & transform.fields.keys()):
+        raise ValueError(
+            f"{type(transform).__name__} has a field {taken[0]!r}, which is an array "
+            "of every batch already; give it another name."
+        )
+    if not evaluation:
+        del ours["valid"]
+    return {**transform.fields, **ours}
 
 
 class Batches(Iterator[Batch]):
@@ -162,11 +155,9 @@ class Batches(Iterator[Batch]):
         num_batches: int,
         num_workers: int,
         bad_images: BadImages,
-        keys: tuple[str, ...],
     ):
         self.wait_seconds = 0.0
         self._bad_images = bad_images
-        self._keys = keys
         num_chunks = num_batches * loader.chunks_per_batch
         self.num_workers, chunks = workers.start(
             loader,
@@ -197,12 +188,12 @@ class Batches(Iterator[Batch]):
         try:
             batch, bad = self._ahead.popleft().result()
             self.wait_seconds += time.perf_counter() - start
-            self._bad_images.add(len(batch["label"]), bad)
+            self._bad_images.add(len(batch["sample"]), bad)
         except BaseException:
             self.close()
             raise
         self._request()
-        return {key: batch[key] for key in self._keys}
+        return batch
 
     def close(self) -> None:
         """Stops threads and worker processes; a second call does nothing."""
@@ -237,34 +228,24 @@ class _Joiner:
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
 
     def __call__(self) -> tuple[Batch, list[Bad]]:
-        size = self.loader.local.size
-        batch = {
-            "image": np.empty((size, *self.loader.pixels), np.uint8),
-            "label": np.empty(size, np.int32),
-            "sample": np.empty(size, np.uint32),
-            "valid": np.empty(size, bool),
-        }
+        batch = self.loader.empty(self.loader.local.size)
         bad: list[Bad] = []
         for part in range(self.loader.chunks_per_batch):
             if self.stop.is_set():
                 raise concurrent.futures.CancelledError
             begin, end = self.loader.bounds(part)
             chunk = next(self.chunks)
-            batch["image"][begin:end] = chunk["image"]
-            for key in ("label", "sample", "valid"):
-                batch[key][begin:end] = getattr(chunk["notes"], key)
-            bad.extend(chunk["notes"].bad)
+            for name, array in batch.items():
+                array[begin:end] = chunk["arrays"][name]
+            bad.extend(chunk["bad"].images)
         return batch, bad
 
 
 @dataclasses.dataclass(frozen=True)
-class _Notes:
-    """What a chunk says about its pixels; no tree, so that it travels as one object."""
+class _Replaced:
+    """The bad images of a chunk; no tree, so that they travel as one object."""
 
-    label: np.ndarray
-    sample: np.ndarray
-    valid: np.ndarray
-    bad: list[Bad]
+    images: list[Bad]
 
 
 class _Slice(NamedTuple):
@@ -290,58 +271,79 @@ class _Slice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Loader:
-    """Chunk number -> decoded chunk; runs in the workers."""
+    """Chunk number -> decoded chunk; runs in the workers.
+
+    Attributes:
+      image_of: sample -> index in the source; -1 is padding.
+      seed: of what is drawn in training; None in evaluation, which draws nothing.
+    """
 
     source: Source
+    transform: Transform
     local: _Slice
-    order: Callable[[int], int]
-    transform: Callable[..., np.ndarray]
-    pixels: tuple[int, int, int]
-    by_index: bool = False
+    image_of: Callable[[int], int]
+    seed: int | None
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Field]:
+        """All arrays of a batch."""
+        return _all_fields(self.transform, evaluation=self.seed is None)
 
     @functools.cached_property
     def chunks_per_batch(self) -> int:
-        fits = max(1, _CHUNK_BYTES // int(np.prod(self.pixels)))
+        fits = max(1, _CHUNK_BYTES // self._sample_bytes)
         return -(-self.local.size // min(_CHUNK_IMAGES, fits))
 
     @property
     def chunk_bytes(self) -> int:
-        images = -(-self.local.size // self.chunks_per_batch)
-        return images * int(np.prod(self.pixels))
+        samples = -(-self.local.size // self.chunks_per_batch)
+        return samples * self._sample_bytes
+
+    @property
+    def _sample_bytes(self) -> int:
+        return sum(field.num_bytes for field in self.fields.values())
 
     def bounds(self, part: int) -> tuple[int, int]:
         """Where a chunk begins and ends in the local batch."""
         size, parts = self.local.size, self.chunks_per_batch
         return part * size // parts, (part + 1) * size // parts
 
+    def empty(self, samples: int) -> Batch:
+        """Arrays for so many samples, whatever the memory held before."""
+        return {
+            name: np.empty((samples, *field.shape), field.dtype)
+            for name, field in self.fields.items()
+        }
+
     def __call__(self, chunk: int) -> dict[str, Any]:
         step, part = divmod(chunk, self.chunks_per_batch)
         begin, end = self.bounds(part)
         first = (self.local.start_step + step) * self.local.batch_size
         first += self.local.first
-        images = np.zeros((end - begin, *self.pixels), np.uint8)
-        label = np.full(end - begin, -1, np.int32)
-        number = np.zeros(end - begin, np.uint64)
-        valid = np.zeros(end - begin, bool)
+        arrays = self.empty(end - begin)
+        padding = {name: field.fill for name, field in self.fields.items()}
         bad: list[Bad] = []
         for row, sample in enumerate(range(first + begin, first + end)):
-            index = self.order(sample)
+            index = self.image_of(sample)
+            values = padding
             if index >= 0:
-                images[row], label[row] = self._load(sample, index, bad)
-                number[row] = index if self.by_index else sample
-                valid[row] = True
-        # Sample numbers wrap after 4 billion, in the batch only.
-        notes = _Notes(label, number.astype(np.uint32), valid, bad)
-        return {"image": images, "notes": notes}
+                values = self._load(sample, index, bad) | self._number(sample, index)
+            for name, array in arrays.items():
+                array[row] = values[name]
+        return {"arrays": arrays, "bad": _Replaced(bad)}
 
-    def _load(self, sample: int, index: int, bad: list[Bad]) -> tuple[np.ndarray, int]:
+    def _number(self, sample: int, index: int) -> dict[str, Any]:
+        if self.seed is None:
+            return {"valid": True, "sample": index}
+        return {"sample": sample % 2**32}  # wraps, in the batch only
+
+    def _load(self, sample: int, index: int, bad: list[Bad]) -> dict[str, Any]:
         for attempt in range(min(_SUBSTITUTES, len(self.source))):
             at = (index + attempt) % len(self.source)
+            rng = None if self.seed is None else order.draws(sample, seed=self.seed)
             try:
-                record = self.source[at]
-                pixels = self.transform(record["image"], sample, name=record["name"])
-                return pixels, record["label"]
-            except transforms.BadImage as error:
+                return self._checked(self.transform(self.source[at], rng))
+            except BadImage as error:
                 reason = str(error)
             except OSError as error:
                 reason = f"{self.source.name(at)}: {type(error).__name__}: {error}"
@@ -351,45 +353,17 @@ class _Loader:
             f"{reason}. Check the data set: {self.source!r}."
         )
 
-
-def _train_image(image: Any, sample: int, *, seed: int, **kwargs: Any) -> np.ndarray:
-    rng = np.random.Generator(_philox(seed, sample, stream=1))
-    return transforms.train_image(image, rng, **kwargs)
-
-
-def _eval_image(image: Any, sample: int, **kwargs: Any) -> np.ndarray:
-    return transforms.eval_image(image, **kwargs)
-
-
-def _shuffled(sample: int, *, num_images: int, seed: int) -> int:
-    """The image of a training sample: a new permutation every epoch."""
-    epoch, position = divmod(sample, num_images)
-    return int(_permutation(num_images, seed, epoch)[position])
-
-
-def _evenly(sample: int, *, num_images: int, count: int) -> int:
-    """The image of an evaluation sample; -1 is padding."""
-    return sample * num_images // count if sample < count else -1
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    # Raw bits are sorted because NumPy promises a stable stream of bits, but not that
-    # permutation() will always make the same use of it.
-    bits = _philox(seed, epoch, stream=0).random_raw(num_images)
-    return np.argsort(bits, kind="stable").astype(np.uint32)
-
-
-def _philox(seed: int, number: int, *, stream: int) -> np.random.Philox:
-    """Bits for (seed, number); `stream` keeps permutations and crops apart."""
-    return np.random.Philox(
-        key=np.array([seed, number], np.uint64),
-        counter=np.array([0, 0, 0, stream], np.uint64),
-    )
-
-
-def _pixels(data: ConfigDict) -> tuple[int, int, int]:
-    return (*data.image_size, data.channels)
+    def _checked(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Refuses what NumPy would fit into arrays by repeating or rounding it."""
+        for name, field in self.transform.fields.items():
+            value = np.asarray(values[name])
+            if value.shape != field.shape or value.dtype != field.dtype:
+                raise TypeError(
+                    f"{type(self.transform).__name__} made {name!r} of the type "
+                    f"{value.dtype} and shape {value.shape}; its field promises "
+                    f"{field.dtype} {field.shape}."
+                )
+        return values
 
 
 def _check_not_empty(source: Source) -> None:

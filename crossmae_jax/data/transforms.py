@@ -1,189 +1,158 @@
-"""From a stored image to the uint8 pixels of a batch: decode, crop, resize, flip.
+"""From the record of a source to the arrays of a sample: `config.data.transform`.
 
-Training takes a random resized crop and a flip, evaluation a resize and a centre crop,
-as MAE (arXiv:2111.06377) does with torchvision:
+    classification   a crop of the image; its label, -1 where there is none
 
-    random resized crop   area  ~ uniform(crop_scale) * height * width
-                          ratio ~ log-uniform(3/4, 4/3), width over height
-        "ten_tries"       until it fits, then the largest centre crop with a legal ratio
-        "single_try"      sides that do not fit are cut to the image's
-    evaluation            shorter side to size / crop_ratio, then the centre
-    resize                bicubic with antialiasing (PIL), to uint8
-
-MAE's linear probe takes the single try, which is BYOL's crop (arXiv:2006.07733). The
-crop ratio is 224 / 256, and 1 for targets of more than 224 pixels. Fine-tuning changes
-the cropped and flipped image with RandAugment (`randaug`).
-
-Where we differ, and why:
-
-- For a target that is not square the ratio is relative to the target's own (a crop for
-  a 1:2 input has ratios around 1:2), so that training does not stretch what evaluation
-  leaves alone. For square targets this is torchvision's rule to the letter.
-- Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size (the decoder's own scaled
-  DCT) where the crop still keeps twice the target's resolution. A 12-megapixel photo
-  decodes about three times as fast; the pixels differ by less than one grey level on
-  average. Images of ImageNet's usual size are decoded in full.
-- Four or more channels are resized one by one: PIL would treat the fourth as opacity.
-
-The rotation that a camera notes in EXIF is not applied, as in the references. 16-bit
-grey keeps its high byte. Transparency is dropped, not blended. Grey images in a set of
-colour images are repeated to three channels; every other mismatch is an error.
+A transform draws one `View` for a sample and hands all of its fields through it. Those
+of the classification are a random resized crop and a flip, and the centre in evaluation
+(`crops`); fine-tuning changes the cropped image with RandAugment (`randaug`), as MAE
+does (arXiv:2111.06377).
 """
 
-import io
-import math
-import struct
-import zlib
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from crossmae_jax import errors
+from crossmae_jax.data import crops, decoding, randaug
+from crossmae_jax.data.fields import Field
 from crossmae_jax.data.randaug import RandAugment
 
-EVAL_CROP_RATIO = 224 / 256
-CROPS = ("single_try", "ten_tries")
+NO_LABEL = -1
 
-# What PIL raises on damaged files, by format and by where the damage is.
-_PIL_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-_GREY_MODES = ("1", "L", "LA", "La")
-_ASPECT = (3 / 4, 4 / 3)
-_KEEP = 2  # a crop of a reduced JPEG has at least this many pixels per target pixel
+Record = Mapping[str, Any]  # what a source gives: "name", "image" and its kinds
 
 
-class BadImage(ValueError):
-    """An image that cannot be read or decoded; the message names it."""
+@runtime_checkable
+class Transform(Protocol):
+    """From a record to a sample; small to pickle, because it runs in worker processes.
 
-
-class ChannelMismatch(errors.UserError, ValueError):
-    """An image whose channels are not those of the configuration."""
-
-
-class Box(NamedTuple):
-    """A rectangle of pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def random_resized_crop(
-    rng: np.random.Generator, height: int, width: int, *, scale, ratio=_ASPECT
-) -> Box:
-    """Draws the rectangle of a random resized crop.
-
-    Args:
-      scale: least and greatest share of the image's area.
-      ratio: least and greatest width / height.
+    Attributes:
+      fields: the arrays of a sample by name. "sample" and "valid" are the pipeline's.
+      needs: kinds of records (see `sources.Source`) that it cannot do without.
     """
-    for _ in range(10):
-        crop_height, crop_width = _sides(rng, height * width, scale, ratio)
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            return _place(rng, height, width, crop_height, crop_width)
-    crop_height, crop_width = height, width
-    if width / height < ratio[0]:
-        crop_height = min(height, max(1, round(width / ratio[0])))
-    elif width / height > ratio[1]:
-        crop_width = min(width, max(1, round(height * ratio[1])))
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return Box(top, left, crop_height, crop_width)
+
+    fields: Mapping[str, Field]
+    needs: frozenset[str]
+
+    def __call__(
+        self, record: Record, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
+        """Returns an array for each field, of its shape and type.
+
+        Args:
+          rng: of the sample, and of no other; None in evaluation, which draws nothing.
+
+        Raises:
+          BadImage: if something of the record cannot be decoded: another record will
+            stand in for it.
+        """
 
 
-def single_try_crop(
-    rng: np.random.Generator, height: int, width: int, *, scale, ratio=_ASPECT
-) -> Box:
-    """Draws area and ratio once, and cuts sides that do not fit to the image's."""
-    crop_height, crop_width = _sides(rng, height * width, scale, ratio)
-    crop_height = min(max(1, crop_height), height)
-    crop_width = min(max(1, crop_width), width)
-    return _place(rng, height, width, crop_height, crop_width)
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """A crop of the image and its label; for pre-training too, which needs no label.
 
+    Attributes:
+      crop: one of `crops.CROPS`.
+      crop_scale: least and greatest share of the image's area.
+      flip: half of the images are mirrored.
+      randaug: changes the cropped images, if anything does.
+      eval_crop_ratio: share of the resized image's sides that evaluation sees.
 
-# Only rng.random() is used: its stream is the one least likely to change.
-
-
-def _sides(rng: np.random.Generator, pixels: int, scale, ratio) -> tuple[int, int]:
-    """Draws the height and width of a crop."""
-    area = pixels * (scale[0] + (scale[1] - scale[0]) * rng.random())
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = math.exp(low + (high - low) * rng.random())
-    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-
-
-def _place(
-    rng: np.random.Generator, height: int, width: int, crop_height: int, crop_width: int
-) -> Box:
-    top = int(rng.random() * (height - crop_height + 1))
-    left = int(rng.random() * (width - crop_width + 1))
-    return Box(top, left, crop_height, crop_width)
-
-
-def train_image(
-    image: bytes | np.ndarray,
-    rng: np.random.Generator,
-    *,
-    image_size: tuple[int, int],
-    channels: int,
-    crop: str,
-    crop_scale: tuple[float, float],
-    flip: bool,
-    randaug: RandAugment | None,
-    name: str,
-) -> np.ndarray:
-    """Decodes, takes a random resized crop, flips half of the images, changes them.
-
-    Args:
-      image: an encoded file, or uint8 [height width c].
-      crop: one of `CROPS`.
-      randaug: what changes the cropped images, if anything does.
-      name: what errors call the image.
-
-    Returns:
-      uint8 [height width c] of `image_size` and `channels`.
+    Raises:
+      ValueError: if a crop is unknown or a ratio is none.
     """
-    picture = _open(image, name)
-    width, height = picture.size
-    aspect = image_size[1] / image_size[0]
-    ratio = (_ASPECT[0] * aspect, _ASPECT[1] * aspect)
-    draw = single_try_crop if crop == "single_try" else random_resized_crop
-    box = draw(rng, height, width, scale=crop_scale, ratio=ratio)
-    mirror = flip and rng.random() < 0.5
-    right, bottom = box.left + box.width, box.top + box.height
-    area = (float(box.left), float(box.top), float(right), float(bottom))
-    if isinstance(picture, Image.Image) and picture.format == "JPEG":
-        reduction = min(
-            box.width // (_KEEP * image_size[1]), box.height // (_KEEP * image_size[0])
+
+    image_size: tuple[int, int]
+    channels: int
+    crop: str
+    crop_scale: tuple[float, float]
+    flip: bool
+    randaug: RandAugment | None
+    eval_crop_ratio: float
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self):
+        if self.crop not in crops.CROPS:
+            raise ValueError(
+                f"Unknown data.crop {self.crop!r}. Known: {', '.join(crops.CROPS)}."
+            )
+        if not 0 < self.eval_crop_ratio <= 1:
+            raise ValueError(
+                f"config.data.eval_crop_ratio={self.eval_crop_ratio} must lie between "
+                "0 and 1; it is the share of the resized image's side that is kept."
+            )
+
+    @classmethod
+    def from_config(cls, data: ConfigDict) -> "Classification":
+        return cls(
+            image_size=tuple(data.image_size),
+            channels=data.channels,
+            crop=data.crop,
+            crop_scale=tuple(float(share) for share in data.crop_scale),
+            flip=data.flip,
+            randaug=randaug.from_config(data),
+            eval_crop_ratio=data.eval_crop_ratio,
         )
-        if reduction > 1:
-            picture.draft(picture.mode, (width // reduction, height // reduction))
-            # The reduced size is rounded up, so the two factors differ a little.
-            x, y = picture.size[0] / width, picture.size[1] / height
-            area = (area[0] * x, area[1] * y, area[2] * x, area[3] * y)
-    pixels = _resize(_decode(picture, channels, name), area, image_size)
-    pixels = pixels[:, ::-1] if mirror else pixels
-    if randaug is None:
-        return pixels
-    whole = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    return _stack((randaug(whole, rng),))
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """The pixels and the label."""
+        return {
+            "image": Field((*self.image_size, self.channels), "uint8", 0),
+            "label": Field((), "int32", NO_LABEL),
+        }
+
+    def __call__(
+        self, record: Record, rng: np.random.Generator | None
+    ) -> dict[str, np.ndarray]:
+        """Returns uint8 pixels [height width c] and an int32 label []."""
+        picture = decoding.open_image(record["image"], name=record["name"])
+        if rng is None:
+            view = crops.centre_view(
+                picture.size, image_size=self.image_size,
+                crop_ratio=self.eval_crop_ratio,
+            )
+        else:
+            view = crops.random_view(
+                rng, picture.size, image_size=self.image_size, crop=self.crop,
+                crop_scale=self.crop_scale, flip=self.flip,
+            )
+            picture.reduce(view)
+        pixels = view.pixels(picture.decode(self.channels))
+        if rng is not None and self.randaug is not None:
+            whole = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+            pixels = np.asarray(self.randaug(whole, rng)).reshape(pixels.shape)
+        label = np.array(record.get("label", NO_LABEL), np.int32)
+        return {"image": pixels, "label": label}
+
+
+# config.data.transform -> what makes it from config.data
+TRANSFORMS: dict[str, Callable[[ConfigDict], Transform]] = {
+    "classification": Classification.from_config,
+}
+
+
+def make(data: ConfigDict) -> Transform:
+    """Returns the transform that `config.data` asks for.
+
+    Raises:
+      SetupError: if there is no such transform, or a setting makes no sense.
+    """
+    if data.transform not in TRANSFORMS:
+        raise errors.SetupError(
+            f"Unknown data.transform {data.transform!r}. Known: "
+            f"{', '.join(sorted(TRANSFORMS))}."
+        )
+    with errors.setting_up():
+        return TRANSFORMS[data.transform](data)
 
 
 def eval_image(
@@ -193,33 +162,16 @@ def eval_image(
     channels: int,
     crop_ratio: float,
     name: str,
-) -> np.ndarray:
-    """Decodes, resizes to the target's size over `crop_ratio` and takes the centre.
+) -> UInt8[np.ndarray, "height width c"]:
+    """Returns the pixels of an image as evaluation sees them, see `crops.centre_view`.
 
-    An image that has the target's size already is left untouched.
+    Args:
+      image: an encoded file, or uint8 [height width c].
+      name: what errors call the image.
     """
-    picture = _open(image, name)
-    width, height = picture.size
-    bands = _decode(picture, channels, name)
-    if (height, width) == tuple(image_size):
-        return _stack(bands)
-    cover_height, cover_width = (int(size / crop_ratio) for size in image_size)
-    if cover_height * width >= cover_width * height:
-        new_height, new_width = cover_height, int(cover_height * width / height)
-    else:
-        new_height, new_width = int(cover_width * height / width), cover_width
-    top = round((new_height - image_size[0]) / 2)
-    left = round((new_width - image_size[1]) / 2)
-    whole = (0.0, 0.0, float(width), float(height))
-    resized = _resize(bands, whole, (new_height, new_width))
-    return resized[top : top + image_size[0], left : left + image_size[1]]
-
-
-class _Array(NamedTuple):
-    """A decoded array, with as much of PIL's face as the transforms need."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
+    picture = decoding.open_image(image, name=name)
+    view = crops.centre_view(picture.size, image_size=image_size, crop_ratio=crop_ratio)
+    return view.pixels(picture.decode(channels))
 
 
 def whole_images(
@@ -242,7 +194,8 @@ def whole_images(
         return np.stack([
             eval_image(
                 Path(image).read_bytes() if is_file else _with_channels(image, number),
-                image_size=image_size, channels=channels, crop_ratio=EVAL_CROP_RATIO,
+                image_size=image_size, channels=channels,
+                crop_ratio=crops.EVAL_CROP_RATIO,
                 name=str(image) if is_file else f"image {number}",
             ) for number, image in enumerate(images)
             for is_file in (isinstance(image, (str, Path)),)
@@ -275,113 +228,3 @@ def _uint8(image: Any) -> np.ndarray:
             "normalised later, as the model wants."
         )
     return image
-
-
-def _open(image: bytes | np.ndarray, name: str) -> Image.Image | _Array:
-    """Reads the header, so that a crop can be drawn before anything is decoded."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3:
-            raise TypeError(
-                f"{name}: the source gives an array of {image.dtype} with shape "
-                f"{image.shape}; expected uint8 [height width channels]. Convert the "
-                "data set to 8 bits."
-            )
-        return _Array(image, (image.shape[1], image.shape[0]))
-    try:
-        return Image.open(io.BytesIO(image))
-    except _PIL_ERRORS as error:
-        reason = "not a known image format or damaged at the start"
-        if not isinstance(error, Image.UnidentifiedImageError):
-            reason = f"{type(error).__name__}: {error}"
-        elif not image:
-            reason = "the file is empty"
-        raise BadImage(f"{name}: {reason}") from None
-
-
-def _decode(
-    picture: Image.Image | _Array, channels: int, name: str
-) -> tuple[Image.Image, ...]:
-    """Decodes into images of one or three channels that add up to `channels`."""
-    if isinstance(picture, _Array):
-        pixels = picture.pixels
-        if channels == 3 and pixels.shape[-1] == 1:
-            pixels = np.repeat(pixels, 3, axis=-1)
-        if pixels.shape[-1] != channels:
-            raise _mismatch(name, pixels.shape[-1], "array", channels)
-        if channels == 3:
-            return (Image.fromarray(pixels),)
-        return tuple(Image.fromarray(pixels[..., c]) for c in range(channels))
-    mode, bands = picture.mode, picture.getbands()
-    grey = mode in _GREY_MODES or mode.startswith("I")
-    if channels not in (1, 3) and len(bands) != channels:
-        raise _mismatch(name, len(bands), mode, channels)
-    if channels == 1 and not (grey or mode in ("P", "F")):
-        raise _mismatch(name, len(bands), mode, channels)
-    try:
-        picture.load()
-        if mode.startswith("I"):
-            return (_high_byte(picture),) * (1 if channels == 1 else 3)
-        if mode == "F":
-            raise ValueError("floating-point pixels; store 8 or 16 bits")
-        if channels not in (1, 3):
-            return picture.split()
-        if channels == 1 and grey:
-            return (picture.convert("L"),)
-        colour = picture.convert("RGB")
-    except _PIL_ERRORS as error:
-        raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
-    if channels == 3:
-        return (colour,)
-    red, green, blue = colour.split()
-    if not red.tobytes() == green.tobytes() == blue.tobytes():
-        raise _mismatch(name, 3, "colour palette", channels)
-    return (red,)
-
-
-def _high_byte(picture: Image.Image) -> Image.Image:
-    """Sixteen bits of grey as eight."""
-    values = np.asarray(picture)
-    if values.min() < 0 or values.max() > 65535:
-        raise ValueError(
-            f"values from {values.min()} to {values.max()} do not fit 16 bits"
-        )
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _mismatch(name: str, found: int, mode: str, channels: int) -> ChannelMismatch:
-    advice = f"set data.channels={found} and {found} values in data.mean and data.std"
-    if channels == 1 and found in (3, 4):
-        advice = (
-            "set data.channels=3 and three values in data.mean and data.std, or "
-            "convert the images to grey"
-        )
-    return ChannelMismatch(
-        f"{name} has {found} channels ({mode}), but data.channels={channels}; {advice}."
-    )
-
-
-def _resize(
-    bands: tuple[Image.Image, ...],
-    area: tuple[float, float, float, float],
-    size: tuple[int, int],
-) -> np.ndarray:
-    """Cuts out the area (left, top, right, bottom), then resizes it to `size`.
-
-    Cut first: PIL's own `box` argument would let pixels from outside the area in.
-    """
-    left, top = math.floor(area[0]), math.floor(area[1])
-    outer = (left, top, math.ceil(area[2]), math.ceil(area[3]))
-    inner = (area[0] - left, area[1] - top, area[2] - left, area[3] - top)
-    target = (size[1], size[0])
-    return _stack(
-        tuple(
-            band.crop(outer).resize(target, Image.Resampling.BICUBIC, box=inner)
-            for band in bands
-        )
-    )
-
-
-def _stack(bands: tuple[Image.Image, ...]) -> np.ndarray:
-    arrays = [np.asarray(band) for band in bands]
-    arrays = [a if a.ndim == 3 else a[..., None] for a in arrays]
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)

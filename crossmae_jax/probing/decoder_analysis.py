@@ -12,7 +12,7 @@ import numpy as np
 import tqdm
 
 from crossmae_jax.convert import structure
-from crossmae_jax.data import bad_images, pipeline, sources, transforms
+from crossmae_jax.data import bad_images, crops, pipeline, sources
 from crossmae_jax.evals import reconstruction
 from crossmae_jax.probing import attention_weights
 from crossmae_jax.probing.pretrained import Pretrained
@@ -115,7 +115,10 @@ def _stream(
             raise ValueError(f"{name}={value} must be 1 or more.")
     data = structure.config_of(model.card).data
     data.update(
-        eval_crop_ratio=transforms.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0
+        eval_crop_ratio=crops.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0,
+        # Of training, which does not take place.
+        transform="classification", crop="ten_tries", crop_scale=(1.0, 1.0), flip=False,
+        randaug_ops=0,
     )
     batches = pipeline.eval_batches(
         source, data, batch_size=batch_size, num_images=num_images

@@ -1,10 +1,10 @@
 """Settings that older versions wrote, in the form of this one.
 
 Two things happen to settings as the library grows. Some are added: a run from before
-did then what `_BEFORE` says. And some move: the model's lay side by side once
-(`model.decoder_dim`) and are grouped by its parts now (`model.decoder.dim`). Whoever
-reads a stored configuration reads it through `completed`; files of experiments go
-through `of_file`, since people keep their own.
+did then what `_BEFORE` and `_BEFORE_OF_PRETRAINING` say. And some move: the model's lay
+side by side once (`model.decoder_dim`) and are grouped by its parts now
+(`model.decoder.dim`). Whoever reads a stored configuration reads it through
+`completed`; files of experiments go through `of_file`, since people keep their own.
 
 The kinds that are named here are those that there were when settings lay side by side.
 """
@@ -37,8 +37,13 @@ _IGNORED = {
     ("aggregator", "transformer"): {"kernel_size": 7},
 }
 
-# Settings that are younger than some runs, with what those runs did.
+# Settings that are younger than some runs, with what those runs did: of any objective,
 _BEFORE = {
+    "data.transform": "classification",
+    "mesh.fsdp": 0,
+}
+# and of pre-training, which there was first.
+_BEFORE_OF_PRETRAINING = {
     "checkpoint.best": "",
     "data.crop": "ten_tries",
     "data.eval_crop_ratio": 0.875,
@@ -77,12 +82,12 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
       config: of a run, as JSON has it.
     """
     config, _ = grouped(config)
-    config.setdefault("mesh", {"fsdp": 0})
-    if config.get("objective", "pretrain") != "pretrain":
-        return config
-    decoder = config.get("model", {}).get("decoder", {}).get("kind")
-    visible = "decoder" if decoder == "mae" else "encoder"
-    for name, value in (*_BEFORE.items(), ("model.aggregator.visible", visible)):
+    before = dict(_BEFORE)
+    if config.get("objective", "pretrain") == "pretrain":
+        decoder = config.get("model", {}).get("decoder", {}).get("kind")
+        visible = "decoder" if decoder == "mae" else "encoder"
+        before |= _BEFORE_OF_PRETRAINING | {"model.aggregator.visible": visible}
+    for name, value in before.items():
         *parents, key = name.split(".")
         node = config
         for parent in parents:

@@ -25,13 +25,13 @@ import hashlib
 import json
 import threading
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from crossmae_jax.data import transforms
 from crossmae_jax.data.sources import Source
+from crossmae_jax.data.transforms import Record
 
 CORRUPTIONS = (
     "gaussian_noise", "shot_noise", "impulse_noise",
@@ -93,6 +93,8 @@ class Corrupted:
         _library()
         self.source = source
         self.corruption, self.severity, self.seed = corruption, severity, seed
+        # What else has a place in the image would not be cropped with it.
+        self.kinds = source.kinds & {"label"}
         self.num_classes = source.num_classes
         self._view = {
             "image_size": (height, width),
@@ -103,12 +105,13 @@ class Corrupted:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Record:
         record = self.source[index]
         clean = transforms.eval_image(
             record["image"], name=record["name"], **self._view
         )
-        return record | {"image": self._corrupt(clean, index)}
+        kept = {kind: record[kind] for kind in self.kinds}
+        return kept | {"name": record["name"], "image": self._corrupt(clean, index)}
 
     def name(self, index: int) -> str:
         """What the source calls the image."""

@@ -31,7 +31,7 @@ from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.download import extractor
 
 from crossmae_jax import paths
-from crossmae_jax.data import sources
+from crossmae_jax.data import tfds_source
 
 NAME = "imagenet2012"
 TARS = {
@@ -159,7 +159,7 @@ def _without_tensorflow() -> Iterator[None]:
         (tfds.core.utils, "png_to_jpeg", _png_to_jpeg),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    sources.allow_many_files()  # TFDS shuffles with 1000 of them
+    tfds_source.allow_many_files()  # TFDS shuffles with 1000 of them
     try:
         for module, name, value in replaced:
             setattr(module, name, value)

@@ -12,7 +12,7 @@ first and last of the class numbers must be those of the whole set. A test compa
 sums and ends with the lists in timm 1.0 (`imagenet_a_indices.txt`,
 `imagenet_r_indices.txt`).
 
-TFDS has the same sets with the same labels, in its own form (`sources.TfdsSource`):
+TFDS has the same sets with the same labels, in its own form (`tfds_source`):
 `imagenet_a`, `imagenet_r` and `imagenet_sketch`, split "test". Its
 `imagenet2012_corrupted/NAME_SEVERITY`, split "validation", is made from ImageNet anew,
 with other crops and noise than the JPEGs of ImageNet-C.
@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from tensorflow_datasets.datasets.imagenet2012 import imagenet_common
 
+from crossmae_jax.data.folder_source import FolderSource
 from crossmae_jax.data.sets import corruptions
-from crossmae_jax.data.sources import FolderSource
 
 
 class _Whole(NamedTuple):

@@ -1,0 +1,150 @@
+"""A TFDS data set that was prepared in ArrayRecord form, read without TensorFlow.
+
+A directory may be `gs://bucket/folder`; each record is then one request.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import resource
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from crossmae_jax import paths
+from crossmae_jax.data.transforms import Record
+
+_OPEN_FILES = 10_240  # the most that macOS grants
+
+
+class TfdsSource:
+    """A split of a TFDS data set that was prepared in ArrayRecord form.
+
+    Args:
+      name: as for `tfds.builder`, such as "imagenet2012" or "name/config:1.0.0".
+      split: as TFDS writes it, "train[:10%]" included.
+    """
+
+    def __init__(self, name: str, *, data_dir: str | None, split: str):
+        builder = _prepared(name, data_dir)
+        features = builder.info.features
+        if "image" not in features:
+            raise ValueError(
+                f"TFDS data set {name!r} has no feature 'image'; it has "
+                f"{', '.join(sorted(features))}. Choose a data set of images."
+            )
+        self.directory = os.fspath(builder.data_path)
+        self.full_name = builder.info.full_name
+        self.split = split
+        label = features["label"] if "label" in features else None
+        labelled = isinstance(label, tfds.features.ClassLabel)
+        self.num_classes = (label.num_classes or 0) if labelled else 0
+        self.kinds = frozenset({"label"}) if self.num_classes else frozenset()
+        splits = builder.info.splits
+        try:
+            chosen = splits[split]
+        except (KeyError, ValueError):
+            known = [f"{key} ({info.num_examples})" for key, info in splits.items()]
+            raise ValueError(
+                f"TFDS data set {self.full_name} has no split {split!r}. It has "
+                f"{', '.join(known)}. Set data.split or data.eval_split to one of them."
+            ) from None
+        shards = [
+            (os.path.basename(file.filename), file.skip, file.take)
+            for file in chosen.file_instructions
+        ]
+        self._length = chosen.num_examples
+        digest = hashlib.sha256(json.dumps([self.full_name, split, shards]).encode())
+        self.fingerprint = f"{self._length}-{digest.hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Record:
+        features = self._reader[index]
+        name = self.name(index)
+        if isinstance(file_name := features.get("file_name"), bytes):
+            name = f"{name} {file_name.decode(errors='replace')}"
+        record = {"name": name, "image": features["image"]}
+        if "label" in self.kinds:
+            record["label"] = int(features["label"])
+        return record
+
+    def name(self, index: int) -> str:
+        """The data set, the split and the place of an image in it."""
+        return f"{self.full_name} {self.split}[{index}]"
+
+    @functools.cached_property
+    def _reader(self) -> Any:
+        allow_many_files()
+        builder = tfds.builder_from_directory(self.directory)
+        decoders = None
+        if isinstance(builder.info.features["image"], tfds.features.Image):
+            decoders = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(self.split, decoders=decoders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_reader"}
+
+    def __repr__(self) -> str:
+        return f"TfdsSource({self.full_name!r}, {self.split!r}, {len(self)} images)"
+
+
+def _prepared(name: str, data_dir: str | None) -> Any:
+    """Finds a prepared ArrayRecord set, or says how to make it one."""
+    where = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    where = os.path.expanduser(where)
+    if paths.is_remote(where):
+        where = str(paths.path(where))
+    try:
+        builder = tfds.builder(name, data_dir=where)
+    except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
+        # TFDS appends the list of all sets it knows: one line is enough.
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(_not_there(name, where, reason)) from None
+    if not builder.is_prepared():
+        reason = f"{builder.data_path} has no dataset_info.json"
+        raise ValueError(_not_there(name, where, reason))
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise ValueError(
+            f"TFDS data set {builder.info.full_name} is stored as {file_format}, which "
+            "has no random access. Prepare it as array_record, in another data_dir: "
+            f"{_how_to_prepare(name, 'OTHER_DIR')}."
+        )
+    return builder
+
+
+def _not_there(name: str, where: str, reason: str) -> str:
+    try:
+        below = paths.path(where).iterdir()
+        entries = sorted(e.name for e in below if e.name != "downloads")
+    except OSError as error:
+        entries = [f"nothing ({error.strerror or 'no such folder'})"]
+    return (
+        f"TFDS data set {name!r} is not prepared under {where}: {reason}. Found there: "
+        f"{', '.join(entries[:20]) or 'nothing'}. Set data.data_dir, or prepare it: "
+        f"{_how_to_prepare(name, where)}."
+    )
+
+
+def _how_to_prepare(name: str, data_dir: str) -> str:
+    if name.split(":")[0].split("/")[0] == "imagenet2012":
+        return (
+            "python -m crossmae_jax data prepare imagenet2012 --manual_dir=TARS "
+            f"--data_dir={data_dir}"
+        )
+    return (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
+        f"data_dir='{data_dir}').download_and_prepare(file_format='array_record')\" "
+        "(TFDS may need TensorFlow for that; reading needs none)"
+    )
+
+
+def allow_many_files() -> None:
+    """Lets this process hold every shard open: ImageNet's 1024 exceed usual limits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
