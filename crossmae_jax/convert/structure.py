@@ -21,6 +21,7 @@ from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import classifier, encoders, mim, vit
 from crossmae_jax.objectives import pretrain
+from crossmae_jax.runs import settings
 
 # Heads of every published decoder by its width: ViT-S has 256, the others 512.
 _DECODER_HEADS = {256: 8, 512: 16}
@@ -31,19 +32,20 @@ def config_of(card: Card) -> ConfigDict:
 
     What the card does not know is filled in with values that no tensor depends on.
     """
-    masking = dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.0, retain="random")
-    return ConfigDict(dict(
+    config = dict(
         model=dict(card.model, remat="none", dtype="float32"),
-        masking=card.masking or masking,
+        masking=card.masking or dict(mask_ratio=0.75, pred_ratio=0.75),
         target=dict(normalize=card.normalize in (True, None)),
-        loss=dict(thrown_weight=1.0),
         data=dict(
             image_size=card.image_size, channels=card.channels,
             mean=card.mean or (0.0,) * card.channels,
             std=card.std or (1.0,) * card.channels,
             num_classes=card.model.get("num_classes"),
         ),
-    ))
+    )
+    if card.kind == "pretrain":  # whose card may be older than some settings
+        config = settings.completed(config)
+    return ConfigDict(config)
 
 
 def build(card: Card) -> Any:
