@@ -27,7 +27,7 @@ def test_a_device_is_known_by_the_name_that_jax_gives_it(kind, memory):
 # environment was set before JAX was imported, and whether what the user set was left.
 SETTING = """
 import os, sys
-from crossmae_jax import hardware
+from crossmae_jax.distributed import hardware
 from crossmae_jax.commands import estimate as command
 hardware._installed = lambda module: True
 def stop():

@@ -2,7 +2,7 @@
 
     python -m crossmae_jax estimate --config=FILE [--config.KEY=VALUE ...] --target=h200
 
-Targets: h200; TPUs in the layouts that they are sold in, v5e:4x4, v5p:2x2x1, v6e:4x4;
+Targets: h200; TPUs in the topologies that are sold, v5e:4x4, v5p:2x2x1, v6e:4x4;
 this, the devices of this process. The batch of the configuration is cut over the
 target's devices. Nothing is run: memory and exchanges are those of the compiled
 program, operations are counted, and the step time is a bound.

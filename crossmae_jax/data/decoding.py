@@ -165,13 +165,14 @@ def _high_byte(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _mismatch(name: str, found: int, mode: str, channels: int) -> ChannelMismatch:
-    advice = f"set data.channels={found} and {found} values in data.mean and data.std"
-    if channels == 1 and found in (3, 4):
+def _mismatch(name: str, stored: int, mode: str, channels: int) -> ChannelMismatch:
+    advice = f"set data.channels={stored} and {stored} values in data.mean and data.std"
+    if channels == 1 and stored in (3, 4):
         advice = (
             "set data.channels=3 and three values in data.mean and data.std, or "
             "convert the images to grey"
         )
     return ChannelMismatch(
-        f"{name} has {found} channels ({mode}), but data.channels={channels}; {advice}."
+        f"{name} has {stored} channels ({mode}), but data.channels={channels}; "
+        f"{advice}."
     )

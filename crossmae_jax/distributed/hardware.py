@@ -1,7 +1,7 @@
 """Devices: what their makers say of them, and meshes of some that need not be there.
 
 A target is written "h200:8" (so many GPUs of a node; "h200" is one), "v5e:4x4" (a slice
-of TPUs, in the layout that Google sells them in), or "this" (the devices of this
+of TPUs, in a topology that Google sells them in), or "this" (the devices of this
 process); "2xh200:8" are two such nodes, "2xv5e:4x4" two such slices. All but "this" are
 for compiling only: the makers' compilers run without the devices.
 
@@ -60,7 +60,7 @@ DEVICES = {
     "TPU v6e": Device(918, 32, 1638, 400),
 }
 
-# TPUs that can be compiled for: how many axes a layout has, most chips, an example.
+# TPUs that can be compiled for: how many axes a topology has, most chips, an example.
 _TPUS = {
     "v5e": (2, 256, "v5e:4x4"),
     "v5p": (3, 6144, "v5p:2x2x1"),
@@ -84,7 +84,7 @@ device_description_str: "H200"
 """
 
 
-# How many, of what, in which layout.
+# How many, of what, in which topology.
 _TARGET = re.compile(r"(?:(\d+)x)?(h200|[a-z]\d[a-z]+)(?::(\d+(?:x\d+)*))?")
 
 
@@ -141,17 +141,17 @@ def check_target(target: str) -> None:
 
 def _parse(target: str) -> tuple[int, str, list[int]]:
     """Returns how many of what, and its sides; ValueError if there is no such thing."""
-    found = _TARGET.fullmatch(target)
-    kind, layout = (found[2], found[3]) if found else ("", None)
+    match = _TARGET.fullmatch(target)
+    kind, topology = (match[2], match[3]) if match else ("", None)
     if kind == "h200":
-        layout = layout or "1"
-    if kind not in ("h200", *_TPUS) or layout is None:
+        topology = topology or "1"
+    if kind not in ("h200", *_TPUS) or topology is None:
         raise ValueError(
             f"Unknown target {target!r}. Known: this, h200, h200:8, and TPUs such as "
             f"{', '.join(example for _, _, example in _TPUS.values())}; of several "
             "nodes or slices 2xh200:8, 2xv5e:4x4."
         )
-    return int(found[1] or 1), kind, [int(side) for side in layout.split("x")]
+    return int(match[1] or 1), kind, [int(side) for side in topology.split("x")]
 
 
 def _installed(module: str) -> bool:

@@ -100,10 +100,10 @@ def prepare(
                 "Compare its size and checksum with those of the download page."
             ) from error
     for split, number in NUM_IMAGES.items():
-        found = builder.info.splits[split].num_examples
+        written = builder.info.splits[split].num_examples
         shards = builder.info.splits[split].num_shards
-        note = "" if found == number else f" (the full split has {number:,})"
-        report(f"{split}: {found:,} images{note} in {shards} shards.")
+        note = "" if written == number else f" (the full split has {number:,})"
+        report(f"{split}: {written:,} images{note} in {shards} shards.")
     report(f"Wrote {directory}.")
     return directory
 
@@ -113,12 +113,12 @@ def _tar_size(manual_dir: str, tar: str) -> int:
     if os.path.isfile(path):
         return os.path.getsize(path)
     if not os.path.isdir(manual_dir):
-        found = "no such directory"
+        content = "no such directory"
     else:
         names = sorted(os.listdir(manual_dir))
-        found = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        content = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise ValueError(
-        f"{path} is missing; found in {manual_dir}: {found or 'nothing'}. Both "
+        f"{path} is missing; found in {manual_dir}: {content or 'nothing'}. Both "
         f"{' and '.join(TARS.values())} are needed, unpacked no further. They come "
         "from https://image-net.org/download-images (registration, then the images of "
         "ILSVRC 2012, tasks 1 and 2). If you have the images as folders, train on "
