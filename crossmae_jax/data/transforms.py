@@ -92,6 +92,7 @@ class Classification:
 
     @classmethod
     def from_config(cls, data: ConfigDict) -> "Classification":
+        """Reads its settings from `config.data`."""
         return cls(
             image_size=tuple(data.image_size),
             channels=data.channels,
