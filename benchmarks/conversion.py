@@ -30,7 +30,7 @@ _PEAK = """
 import re
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
-_NOTHING = "from crossmae_jax.commands import convert"
+_NOTHING = "import crossmae_jax.convert; from crossmae_jax.commands import convert"
 _PACKAGES = (
     f"{_NOTHING}; from crossmae_jax.convert import packages; "
     "packages.obstacle('timm', ('timm',))"

@@ -33,8 +33,8 @@ if __name__ == "__main__":  # before JAX looks for devices: the others need memo
 import jax  # noqa: E402
 
 from benchmarks import kernels, peer, step, turns  # noqa: E402
-from crossmae_jax import main as train_main  # noqa: E402
-from crossmae_jax.cost import counting
+from crossmae_jax.commands import flags  # noqa: E402
+from crossmae_jax.cost import counting  # noqa: E402
 from crossmae_jax.distributed import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu.md"
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     args.batch = args.batch or (8 if args.quick else 256)
     args.steps = args.steps or (2 if args.quick else 20)
     if jax.default_backend() == "cpu" and not args.quick:
-        train_main.stop("There is no GPU; --quick runs everything on tiny sizes.")
+        flags.stop("There is no GPU; --quick runs everything on tiny sizes.")
     if args.reference is not None:
         peer.check_reference(args.reference)
     with contextlib.ExitStack() as stack:

@@ -43,8 +43,8 @@ from ml_collections import ConfigDict  # noqa: E402
 
 from benchmarks import step as our_step  # noqa: E402
 from benchmarks import turns  # noqa: E402
-from crossmae_jax import main as train_main  # noqa: E402
-from crossmae_jax.cost import counting
+from crossmae_jax.commands import flags  # noqa: E402
+from crossmae_jax.cost import counting  # noqa: E402
 from crossmae_jax.distributed import environment  # noqa: E402
 from crossmae_jax.models import mim  # noqa: E402
 
@@ -56,7 +56,7 @@ def check_reference(directory: Path) -> None:
     """Stops the program if a directory is not a clone of the reference."""
     missing = [name for name in FILES if not (directory / name).is_file()]
     if missing:
-        train_main.stop(
+        flags.stop(
             f"--reference={directory} has no {', '.join(missing)}; give a clone of "
             "https://github.com/TonyLianLong/CrossMAE."
         )
@@ -65,7 +65,7 @@ def check_reference(directory: Path) -> None:
 def check_config(name: str, config: ConfigDict) -> None:
     """Stops the program at what the reference does not have."""
     if config.objective != "pretrain":
-        train_main.stop(f"{name} does not pre-train; the reference does nothing else.")
+        flags.stop(f"{name} does not pre-train; the reference does nothing else.")
     height, width = config.data.image_size
     reasons = {
         "model.aggregator.kind": mim.build(config).aggregator is not None,
@@ -82,7 +82,7 @@ def check_config(name: str, config: ConfigDict) -> None:
     }
     wrong = [reason for reason, found in reasons.items() if found]
     if wrong:
-        train_main.stop(
+        flags.stop(
             f"The reference cannot do what {name} asks for with {', '.join(wrong)}; it "
             "has MAE and CrossMAE on square images."
         )

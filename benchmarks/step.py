@@ -33,8 +33,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks import profiling
-from crossmae_jax import main as train_main
 from crossmae_jax import train_step
+from crossmae_jax.commands import flags
 from crossmae_jax.cost import counting
 from crossmae_jax.data import pipeline
 from crossmae_jax.distributed import environment, hardware, parallel, sharding
@@ -71,7 +71,7 @@ def load_config(path: str, *, overrides: list[str]) -> ConfigDict:
 
     Stops the program, as training does, at a file or setting that does not exist.
     """
-    config = train_main.load_config(Path(path)).lock()
+    config = flags.load_config(Path(path)).lock()
     for override in overrides:
         _set(config, override)
     return config
@@ -81,17 +81,17 @@ def _set(config: ConfigDict, override: str) -> None:
     """Sets one value, written "a.b=value"."""
     name, equals, text = override.partition("=")
     if not equals:
-        train_main.stop(f"{override!r} has no value; write {name}=VALUE.")
+        flags.stop(f"{override!r} has no value; write {name}=VALUE.")
     parent, old = None, config
     for key in name.split("."):
         known = list(old) if isinstance(old, ConfigDict) else []
         if key not in known:
-            hint = train_main.did_you_mean(key, known)
-            train_main.stop(f"Unknown setting {name}.{hint}")
+            hint = flags.did_you_mean(key, known)
+            flags.stop(f"Unknown setting {name}.{hint}")
         parent, old = old, old[key]
     if isinstance(old, ConfigDict):
-        hint = train_main.did_you_mean("", list(old))
-        train_main.stop(f"{name} is a group of settings.{hint}")
+        hint = flags.did_you_mean("", list(old))
+        flags.stop(f"{name} is a group of settings.{hint}")
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):  # a plain word is itself: float32
@@ -100,7 +100,7 @@ def _set(config: ConfigDict, override: str) -> None:
         parent[key] = value
     except TypeError:
         example = "" if old is None else f", such as {old!r}"
-        train_main.stop(
+        flags.stop(
             f"{name}={value!r} is of type {type(value).__name__}; give one of type "
             f"{parent.get_type(key).__name__}{example}."
         )

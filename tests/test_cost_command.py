@@ -152,7 +152,7 @@ WRONG = {
         (2, [CONFIG, "--config.masking.throw_ratio=half"]),
     "invalid literal for int() with base 10: '8.5'\nWrite":
         (2, [CONFIG, "--config.model.decoder.depth=8.5"]),
-    "Unknown command line flag 'againts'. Did you mean: against ?\nWrite":
+    "Unknown flag --againts. Did you mean --against?\nWrite":
         (2, [CONFIG, f"--againts={MAE}"]),
     "--config.model.aggregator is a group of settings. There are: kernel_size, kind,":
         (2, [CONFIG, "--config.model.aggregator=conv"]),

@@ -287,7 +287,7 @@ WRONG = {
     "target='h200:2x8' has 2 sides; GPUs of a node": (2, ["--target=h200:2x8"]),
     "target='0xh200' has no devices.": (2, ["--target=0xh200"]),
     "--target is missing: this, h200, or": (2, []),
-    "--batches=16,many must be whole numbers": (2, ["--batches=16,many"]),
+    "--batches=16,many: expected whole numbers": (2, ["--batches=16,many"]),
     "Unknown setting --config.data.batch. Did you mean batch_size?":
         (2, ["--config.data.batch=8"]),
     "flag --tests=-1: -1 is not a non-negative integer":

@@ -203,7 +203,7 @@ def test_robustness_is_the_mean_over_corruptions_and_severities(
 
 @pytest.mark.parametrize("flags, message", [
     ([], "--checkpoint is missing"),
-    (["--checkpoint"], "no run"),
+    (["--checkpoint"], "Missing value for flag --checkpoint"),
     (["--checkpoint=nowhere", "--suite=knn"], "nowhere is no run with checkpoints;"),
     (["--checkpoint=RUN"], "--suite is missing: accuracy, knn, linear, robustness"),
     (["--checkpoint=RUN", "--suite=knn", "--imagenet_a=A"],

@@ -1,9 +1,8 @@
-"""The commands, the flags of training, and the files that set the project up."""
+"""The list of commands, and the files that set the project up."""
 
 import ast
 import configparser
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -16,7 +15,6 @@ from packaging import requirements
 from crossmae_jax import __main__ as front_door
 
 ROOT = Path(__file__).parents[1]
-CONFIG = "--config=configs/digits_cross.py"
 
 
 def run(*arguments, cwd=ROOT):
@@ -38,7 +36,7 @@ def test_without_a_command_all_are_listed_with_their_summaries(arguments, capsys
 def test_every_command_is_a_module_and_every_module_a_command():
     modules = {
         path.stem for path in (ROOT / "crossmae_jax" / "commands").glob("*.py")
-    } - {"__init__"}
+    } - {"__init__", "flags", "session"}  # what the commands share
     assert set(front_door.COMMANDS) == modules
     for path in front_door.COMMANDS.values():
         assert callable(importlib.import_module(path).main)
@@ -71,134 +69,6 @@ def test_a_command_gets_the_arguments_after_its_name_and_gives_the_status(monkey
     monkeypatch.setattr(doctor, "main", main)
     assert front_door.main(["doctor", "--x", "y"]) == 7
     assert given == ["--x", "y"]
-
-
-WRONG_FLAGS = {
-    "--config is missing: the file that describes the experiment": [],
-    "--workdir is missing: the directory of this run, such as "
-    "--workdir=runs/digits_cross": [CONFIG],
-    "No config file configs/digits_crss.py. Did you mean configs/digits_cross.py?":
-        ["--config=configs/digits_crss.py", "--workdir=x"],
-    "Unknown setting --config.optim.base_lrr. Did you mean base_lr?":
-        [CONFIG, "--workdir=x", "--config.optim.base_lrr=1"],
-    "Unknown setting --config.optm. Did you mean optim?":
-        [CONFIG, "--workdir=x", "--config.optm.base_lr", "1"],
-    "Unknown setting --config.evals.umap. "
-    "There are: knn, linear, rank, reconstruction.":
-        [CONFIG, "--workdir=x", "--config.evals.umap.k=1"],
-    "Unknown setting --config.seed.x.": [CONFIG, "--workdir=x", "--config.seed.x=1"],
-    "Unexpected arguments: seed=1.": [CONFIG, "--workdir=x", "seed=1"],
-    "could not convert string to float: 'fast'":
-        [CONFIG, "--workdir=x", "--config.optim.base_lr=fast"],
-    "Unknown command line flag 'workdri'. Did you mean: workdir":
-        [CONFIG, "--workdri=x"],
-}
-
-
-@pytest.mark.parametrize("message", WRONG_FLAGS)
-def test_wrong_flags_end_with_what_to_do(message, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    found = run("-m", "crossmae_jax", "train", *WRONG_FLAGS[message], cwd=tmp_path)
-    assert found.returncode != 0
-    assert message in found.stderr
-    assert "Traceback" not in found.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["configs"]
-
-
-# Takes the place of the train loop, which tests/test_train.py runs.
-RECORDER = """
-import json, runpy, sys, types
-recorder = types.ModuleType("crossmae_jax.train")
-recorder.run = lambda config, workdir: print(json.dumps([workdir, config.to_dict()]))
-sys.modules["crossmae_jax.train"] = recorder
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.mark.parametrize("program", [["crossmae_jax.main"], ["crossmae_jax", "train"]])
-def test_both_ways_to_train_hand_over_the_same_settings(program):
-    found = run(
-        "-c", RECORDER, *program, CONFIG, "--workdir", "runs/x",
-        "--config.optim.base_lr=2", "--config.optim.clip_norm=3.5",
-        "--config.epochs=0.5", "--config.data.image_size=(8, 16)",
-        "--config.model.fusion.maps=(0, -1)", "--config.data.dir=/some/where",
-        "--noconfig.data.flip", "--config.evals.knn.k=5",
-        "--config.evals.knn.pools=('cls', 'mean')",
-    )
-    assert found.returncode == 0, found.stderr
-    workdir, config = json.loads(found.stdout)
-    assert workdir == "runs/x"
-    assert config["optim"]["base_lr"] == 2.0 and config["optim"]["clip_norm"] == 3.5
-    assert config["epochs"] == 0.5 and config["evals"]["knn"]["k"] == [5]
-    assert config["evals"]["knn"]["pools"] == ["cls", "mean"]
-    assert config["data"]["image_size"] == [8, 16]
-    assert config["data"]["dir"] == "/some/where" and config["data"]["flip"] is False
-    assert config["model"]["fusion"]["maps"] == [0, -1]
-
-
-@pytest.mark.parametrize("program", [["crossmae_jax.main"], ["crossmae_jax", "train"]])
-def test_settings_that_contradict_each_other_end_without_a_traceback(program, tmp_path):
-    found = run(
-        "-m", *program, CONFIG, f"--workdir={tmp_path}/run",
-        "--config.data.batch_size=0",
-    )
-    assert found.returncode == 1
-    assert found.stderr.splitlines()[-1].startswith("error: batch_size=0 does not div")
-    assert "Traceback" not in found.stderr
-    assert not list(tmp_path.iterdir())
-
-
-# The train loop ends with each of the errors that the first argument names.
-FAILING = """
-import sys
-from crossmae_jax import errors, main, train
-from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.distributed import environment
-from crossmae_jax.data import bad_images, decoding
-from crossmae_jax.ops import attention_check
-
-names, sys.argv = sys.argv[1].split(), sys.argv[1:]
-main.parse_flags(sys.argv)
-for name in names:
-    error = eval(name)("what was wrong")
-    def fail(config, workdir):
-        raise error
-    train.run = fail
-    try:
-        main.main([])
-    except BaseException as caught:
-        print(name, "is a bug" if caught is error else repr(caught))
-"""
-
-
-def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path):
-    for_users = [
-        "errors.SetupError", "environment.AcceleratorError",
-        "checkpointer.MismatchError",
-        "bad_images.TooManyBadImages", "decoding.ChannelMismatch",
-        "attention_check.KernelError",
-    ]
-    bugs = ["ValueError", "RuntimeError", "FloatingPointError"]
-    found = run(
-        "-c", FAILING, " ".join(for_users + bugs), CONFIG, f"--workdir={tmp_path}"
-    )
-    assert found.stdout.splitlines() == [
-        *(f"{name} SystemExit('error: what was wrong')" for name in for_users),
-        *(f"{name} is a bug" for name in bugs),
-    ], found.stderr
-
-
-def test_the_flags_can_be_imported_without_jax():
-    # A loader worker imports the main module of the process that started it.
-    code = "import sys, crossmae_jax.main\nassert 'jax' not in sys.modules"
-    assert run("-c", code).returncode == 0
-
-
-@pytest.mark.parametrize("program", [["crossmae_jax.main"], ["crossmae_jax", "train"]])
-def test_help_names_the_flags(program):
-    found = run("-m", *program, "--help")
-    assert "--config" in found.stdout and "--workdir" in found.stdout
 
 
 def project_imports():

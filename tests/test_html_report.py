@@ -16,7 +16,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from crossmae_jax import main, train
+from crossmae_jax import train
+from crossmae_jax.commands import flags
 from crossmae_jax.commands import report as command
 from crossmae_jax.distributed import environment
 from crossmae_jax.report import run_page, svg
@@ -233,7 +234,7 @@ TITLES = {
 
 @pytest.mark.parametrize("name", TITLES)
 def test_a_run_that_has_just_begun_has_a_page(name, tmp_path):
-    config = main.load_config(ROOT / "configs" / f"{name}.py")
+    config = flags.load_config(ROOT / "configs" / f"{name}.py")
     config.data.dir = "/some/where/photos &/"
     workdir.claim(tmp_path, config, dataset={}, resuming=False)
     page = Page(run_page.write(tmp_path))

@@ -93,7 +93,7 @@ def test_what_is_no_sweep_is_refused_before_it_trains(digits_dir, tmp_path):
 @pytest.mark.parametrize("flags, message", [
     (["--blocks=0"], "--workdir is missing"),
     (["--workdir=x"], "--blocks is missing"),
-    (["--workdir=x", "--blocks=all"], "--blocks=all must be numbers"),
+    (["--workdir=x", "--blocks=all"], "--blocks=all: expected numbers"),
 ])
 def test_flags_that_are_missing_or_wrong_are_named(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:

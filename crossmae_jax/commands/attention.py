@@ -13,84 +13,71 @@ patches. Everything that is printed is in DIR/attention.md.
 Exit status 2 if the command line is wrong, 1 if weights or images cannot be read.
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from crossmae_jax.commands import convert
+from crossmae_jax import errors
+from crossmae_jax.commands import convert, flags, session
+from crossmae_jax.commands.flags import Flag
+
+_HOW = {
+    "num_images": Flag(int, "how many images; default: all"),
+    "batch_size": Flag(int, "images at once; default: 32", default=32),
+    "workers": Flag(int, "processes that decode images; default: 0", default=0),
+    "seed": Flag(int, "of the masks; default: 0", default=0),
+    "mask_ratio": Flag(float, "share of patches to mask; default: that of training"),
+}
+_FLAGS = {
+    "to": Flag(str, "the folder to write to", required=True),
+    "dir": Flag(str, "a folder of images"),
+    "tfds": Flag(str, "instead of it a TFDS data set in ArrayRecord form"),
+    "data_dir": Flag(str, "where TFDS sets are"),
+    "split": Flag(str, "of the TFDS set; default: validation"),
+    **_HOW,
+    **convert.MODEL,
+}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m crossmae_jax attention", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
-    parser.add_argument("--to", required=True, help="the folder to write to")
-    images = parser.add_mutually_exclusive_group(required=True)
-    images.add_argument("--dir", help="a folder of images")
-    images.add_argument("--tfds", help="a TFDS data set in ArrayRecord form")
-    parser.add_argument("--data_dir", help="where TFDS sets lie")
-    parser.add_argument("--split", help="of the TFDS set; default: validation")
-    parser.add_argument("--num_images", type=int, help="default: all")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=0, help="to decode images")
-    parser.add_argument("--seed", type=int, default=0, help="of the masks")
-    parser.add_argument(
-        "--mask_ratio", type=float, help="of patches to mask; default: of training"
-    )
-    convert.add_model(parser)
-    return parser
-
-
-def main(argv: list[str]) -> int:
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Measures what `argv` describes; `argv` follows `attention`."""
-    parser = _parser()
-    options = vars(parser.parse_args(argv))
-    if options["dir"] is not None and (options["data_dir"] or options["split"]):
-        parser.error("--data_dir and --split are of --tfds, and not of --dir.")
-    path, to = options.pop("checkpoint"), Path(options.pop("to"))
-    directory, name = options.pop("dir"), options.pop("tfds")
-    data_dir, split = options.pop("data_dir"), options.pop("split")
-    how = {
-        name: options.pop(name)
-        for name in ("num_images", "batch_size", "workers", "seed", "mask_ratio")
-    }
-    options = {name: value for name, value in options.items() if value is not None}
+    given = flags.parse("attention", argv, _FLAGS, doc=__doc__)
+    if (given.dir is None) == (given.tfds is None):
+        flags.stop("Give images, by one of --dir=FOLDER and --tfds=NAME.")
+    if given.dir is not None and (given.data_dir or given.split):
+        flags.stop("--data_dir and --split are of --tfds, and not of --dir.")
 
     import crossmae_jax
     from crossmae_jax import visualize
-    from crossmae_jax.checkpoints import checkpointer
     from crossmae_jax.data import sources
     from crossmae_jax.probing import decoder_analysis
 
-    try:
-        model = crossmae_jax.load(path, **options)
-        if directory is not None:
-            source = sources.FolderSource(directory)
+    with errors.setting_up():
+        model = crossmae_jax.load(given.checkpoint, **convert.facts(given))
+        if given.dir is not None:
+            source = sources.FolderSource(given.dir)
         else:
             source = sources.TfdsSource(
-                name, data_dir=data_dir, split=split or "validation"
+                given.tfds, data_dir=given.data_dir, split=given.split or "validation"
             )
+        to = Path(given.to)
         to.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        found = decoder_analysis.attention(model, source, **how)
-        parts = [found.table()]
-        # One self-attention over visible and masked patches, as MAE has it.
-        if model.model.decoder.gives_visible and model.model.aggregator is None:
-            scores = decoder_analysis.ablations(model, source, **how)
-            parts.append(decoder_analysis.table(scores))
-        count = min(how["num_images"] or len(source), len(source))
-        title = f"{path}: {count} images, {found.num_masked or 'no'} masked keys"
-        text = "\n\n".join([f"# Attention of {title}", *parts]) + "\n"
+    how = {name: getattr(given, name) for name in _HOW}
+    magnitudes = decoder_analysis.attention(model, source, **how)
+    parts = [magnitudes.table()]
+    # One self-attention over visible and masked patches, as MAE has it.
+    if model.model.decoder.gives_visible and model.model.aggregator is None:
+        scores = decoder_analysis.ablations(model, source, **how)
+        parts.append(decoder_analysis.table(scores))
+    count = min(given.num_images or len(source), len(source))
+    title = (
+        f"{given.checkpoint}: {count} images, {magnitudes.num_masked or 'no'} masked "
+        "keys"
+    )
+    text = "\n\n".join([f"# Attention of {title}", *parts]) + "\n"
+    with errors.using_files():
         picture = visualize.attention_magnitudes(
-            found, to / "attention.png", title=title
+            magnitudes, to / "attention.png", title=title
         )
         (to / "attention.md").write_text(text)
-    except (ValueError, checkpointer.RestoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     print(f"{text}\npicture  {picture}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

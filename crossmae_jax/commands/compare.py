@@ -12,9 +12,21 @@ Exit status 0 if the run stays in the band, 1 if it leaves it (3 logged points i
 on either side, whether it comes back or not), 2 if they cannot be compared.
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from crossmae_jax import errors
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
+
+_FLAGS = {
+    "metric": Flag(
+        str, "a name in RUN's file; default: train/loss", default="train/loss"
+    ),
+    "to": Flag(
+        str, "where the picture goes; default: compare.png", default="compare.png"
+    ),
+}
 
 
 def _short(name: str) -> str:
@@ -23,52 +35,40 @@ def _short(name: str) -> str:
     return path.parent.name if path.name == "metrics.jsonl" else path.name
 
 
-def main(argv: list[str]) -> int:
+@session.command(error_status=2)  # 1 is a run outside the band
+def main(argv: Sequence[str]) -> int:
     """Compares what `argv` names."""
-    parser = argparse.ArgumentParser(
-        prog="python -m crossmae_jax compare", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    given = flags.parse(
+        "compare", argv, _FLAGS, doc=__doc__, operands=("RUN", "REFERENCE...")
     )
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("references", metavar="REFERENCE", nargs="+")
-    parser.add_argument("--metric", default="train/loss", help="a name in RUN's file")
-    parser.add_argument("--to", default="compare.png", help="where the picture goes")
-    arguments = parser.parse_args(argv)
+    name, *references = given.operands
     from crossmae_jax.runs import compare
     from crossmae_jax.visualize import bands
 
-    try:
-        run, *more = compare.find(arguments.run)
+    with errors.setting_up():
+        run, *more = compare.find(name)
         if more:
             raise ValueError(
-                f"{arguments.run!r} are {1 + len(more)} runs; compare one, such as "
-                f"{run}."
+                f"{name!r} are {1 + len(more)} runs; compare one, such as {run}."
             )
-        references = [
-            path for name in arguments.references for path in compare.find(name)
-        ]
-        found = compare.compare(run, references, metric=arguments.metric)
-        different = compare.hints(run, references[0], metric=arguments.metric)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(compare.describe(found))
+        files = [path for reference in references for path in compare.find(reference)]
+        compared = compare.compare(run, files, metric=given.metric)
+        different = compare.hints(run, files[0], metric=given.metric)
+    print(compare.describe(compared))
     if different is None:
         print("settings  not known: no config.json beside the metrics")
     else:
         for number, line in enumerate(different or ["the same, apart from the seed"]):
             print(f"{'' if number else 'settings':10}{line}")
-    names = [_short(name) for name in arguments.references]
+    names = [_short(reference) for reference in references]
     against = ", ".join(names) if len(names) < 4 else f"{len(names)} references"
-    picture = bands.band(
-        arguments.to, steps=found.steps, logged=found.logged, smoothed=found.smoothed,
-        low=found.band.low, mean=found.band.mean, high=found.band.high,
-        outside=[(each.first, each.last) for each in found.stretches],
-        metric=arguments.metric, title=f"{_short(arguments.run)} against {against}",
-    )
+    band = compared.band
+    with errors.using_files():
+        picture = bands.band(
+            given.to, steps=compared.steps, logged=compared.logged,
+            smoothed=compared.smoothed, low=band.low, mean=band.mean, high=band.high,
+            outside=[(stretch.first, stretch.last) for stretch in compared.stretches],
+            metric=given.metric, title=f"{_short(name)} against {against}",
+        )
     print(f"picture   {picture}")
-    return 1 if found.stretches else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    return 1 if compared.stretches else 0

@@ -10,111 +10,123 @@ printed. What a file does not tell is asked for by name: --num_heads=12.
 Exit status 2 if the command line is wrong, 1 if the weights could not be converted.
 """
 
-import argparse
-import sys
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from crossmae_jax import convert
-from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import exporting, opening
+from crossmae_jax import errors
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
 
-
-def numbers(kind: type) -> Any:
-    """Returns the type of a flag that is a list, such as 224,224."""
-
-    def parse(text: str) -> tuple:
-        return tuple(kind(part) for part in text.strip("()").split(",") if part.strip())
-
-    parse.__name__ = f"list of {kind.__name__}"  # argparse prints it
-    return parse
-
-
-def _yes(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-_yes.__name__ = "true or false"
+_ACTIONS = {
+    "inspect": "print what a file holds",
+    "import": "into a folder of ours",
+    "export": "into another library's form",
+}
 
 # What a file may not tell: `hints.Facts`.
-FACTS = {
-    "num_heads": (int, "heads of the encoder"),
-    "decoder_heads": (int, "heads of the decoder"),
-    "image_size": (numbers(int), "height,width in pixels"),
-    "mean": (numbers(float), "of each channel, for pixels in 0..1"),
-    "std": (numbers(float), "of each channel, for pixels in 0..1"),
-    "normalize": (_yes, "whether the decoder predicts standardised patches"),
-    "mask_ratio": (float, "share of patches that was masked"),
-    "pred_ratio": (float, "share of patches that was predicted"),
-    "fusion_maps": (numbers(int), "blocks that CrossMAE's decoder sees; () for all"),
-    "fusion_input": (_yes, "whether it sees the encoder's input"),
+_FACTS = {
+    "num_heads": Flag(int, "heads of the encoder, if the file does not tell"),
+    "decoder_heads": Flag(int, "likewise of the decoder"),
+    "image_size": Flag(flags.numbers(int), "likewise: height,width in pixels"),
+    "mean": Flag(flags.numbers(float), "of each channel, for pixels in 0..1"),
+    "std": Flag(flags.numbers(float), "of each channel, for pixels in 0..1"),
+    "normalize": Flag(bool, "whether the decoder predicts standardised patches"),
+    "mask_ratio": Flag(float, "share of patches that was masked"),
+    "pred_ratio": Flag(float, "share of patches that was predicted"),
+    "fusion_maps": Flag(
+        flags.numbers(int), "blocks that CrossMAE's decoder sees; () for all"
+    ),
+    "fusion_input": Flag(bool, "whether it sees the encoder's input"),
+}
+_STEP = {"step": Flag(int, "of a run; default: the newest")}
+
+# Of a model that a command looks into: arguments of `crossmae_jax.load`.
+MODEL = {
+    "checkpoint": Flag(str, "a run or weights", required=True),
+    **_STEP,
+    **{
+        name: flag for name, flag in _FACTS.items()
+        if name not in ("mask_ratio", "pred_ratio")
+    },
+    "image_size": Flag(flags.numbers(int), "height,width to work at"),
 }
 
 
-def _add_facts(
-    parser: argparse.ArgumentParser, *, without: Sequence[str] = ()
-) -> None:
-    group = parser.add_argument_group("what the file may not tell")
-    for name, (kind, text) in FACTS.items():
-        if name not in without:
-            group.add_argument(f"--{name}", type=kind, help=text)
+def _readable(text: str) -> str:
+    from crossmae_jax.convert import opening
+
+    return flags.one_of(opening.FORMATS)(text)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a model that a command looks into: `crossmae_jax.load`'s."""
-    parser.add_argument("--checkpoint", required=True, help="a run or weights")
-    parser.add_argument("--step", type=int, help="of a run; default: the newest")
-    parser.add_argument(
-        "--image_size", type=numbers(int), help="height,width to work at"
-    )
-    _add_facts(parser, without=("image_size", "mask_ratio", "pred_ratio"))
+def _writable(text: str) -> str:
+    from crossmae_jax.convert import exporting
+
+    return flags.one_of(list(exporting.WRITERS))(text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m crossmae_jax convert", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    inspect = actions.add_parser("inspect", help="print what a file holds")
-    inspect.add_argument("path", metavar="FILE")
-    taken = actions.add_parser("import", help="into a folder of ours")
-    given = actions.add_parser("export", help="into another library's form")
-    taken.add_argument("path", metavar="FILE")
-    taken.add_argument("--format", choices=opening.FORMATS, help="default: recognised")
-    given.add_argument("path", metavar="RUN_OR_DIR")
-    given.add_argument("--format", choices=list(exporting.WRITERS), required=True)
-    given.add_argument("--parts", choices=("all", "encoder"), default="all")
-    given.add_argument("--step", type=int, help="of a run; default: the newest")
-    given.add_argument(
-        "--fresh_norm", action="store_true",
-        help="huggingface: add the norm that CrossMAE's encoders lack",
-    )
-    for action in (taken, given):
-        action.add_argument("--to", required=True, help="must not exist yet")
-        action.add_argument(
-            "--no_check", dest="check", action="store_false",
-            help="do not send images through both sides",
-        )
-        _add_facts(action)
-    return parser
+_WRITTEN = {
+    "to": Flag(str, "what to write, which must not exist yet", required=True),
+    "no_check": Flag(bool, "do not send images through both sides", default=False),
+    **_FACTS,
+}
+_FLAGS = {
+    "inspect": {},
+    "import": {"format": Flag(_readable, "default: recognised"), **_WRITTEN},
+    "export": {
+        "format": Flag(
+            _writable, "timm, huggingface, mae or safetensors", required=True
+        ),
+        "parts": Flag(
+            flags.one_of(("all", "encoder")), "all or encoder; default: all",
+            default="all",
+        ),
+        "fresh_norm": Flag(
+            bool, "huggingface: add the norm that CrossMAE's encoders lack",
+            default=False,
+        ),
+        **_STEP,
+        **_WRITTEN,
+    },
+}
 
 
-def main(argv: list[str]) -> int:
+def facts(
+    given: types.SimpleNamespace, table: Mapping[str, Flag] = MODEL
+) -> dict[str, Any]:
+    """Returns what was given of the facts that a file may not tell, and the step.
+
+    Args:
+      table: where these are flags of this meaning.
+    """
+    values = {
+        name: getattr(given, name) for name in table if name in {**_STEP, **_FACTS}
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Runs the command; `argv` holds what follows `convert`."""
-    options = vars(_parser().parse_args(argv))
-    action, path = options.pop("action"), options.pop("path")
-    try:
+    action = flags.action("convert", argv, _ACTIONS, doc=__doc__)
+    given = flags.parse(
+        f"convert {action}", argv[1:], _FLAGS[action], doc=__doc__,
+        operands=("RUN_OR_DIR" if action == "export" else "FILE",),
+    )
+    from crossmae_jax import convert
+
+    (path,) = given.operands
+    with errors.using_files():
         if action == "inspect":
             print(convert.inspect(path))
-            return 0
-        work = {"import": convert.import_weights, "export": convert.export_weights}
-        options = {name: value for name, value in options.items() if value is not None}
-        done = work[action](path, options.pop("to"), **options)
-    except (convert.ConversionError, checkpointer.RestoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            return
+        options = facts(given, _FLAGS[action])
+        options |= dict(format=given.format, check=not given.no_check)
+        if action == "import":
+            done = convert.import_weights(path, given.to, **options)
+        else:
+            done = convert.export_weights(
+                path, given.to, parts=given.parts, fresh_norm=given.fresh_norm,
+                **options,
+            )
     print("\n".join(done.lines))
-    return 0

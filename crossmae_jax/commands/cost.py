@@ -8,14 +8,15 @@ file that --against names. Nothing is trained and no device is used.
 Exit status 2 if the command line is wrong, 1 if a configuration contradicts itself.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import flags
 from ml_collections import ConfigDict
 
-from crossmae_jax import main as train_main
+from crossmae_jax import errors
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
 from crossmae_jax.distributed import hardware
 
 if TYPE_CHECKING:  # JAX is imported when it is told to leave devices alone
@@ -23,15 +24,14 @@ if TYPE_CHECKING:  # JAX is imported when it is told to leave devices alone
 
 _COLLECTIONS = {"constants": "position tables", "batch_stats": "running statistics"}
 
+_FLAGS = {"against": Flag(Path, "a file to compare with")}
 
-def _count(config: ConfigDict, path: str) -> "Cost":
+def _count(config: ConfigDict, path: Path) -> "Cost":
     """Counts a configuration, if it is one that can be trained."""
     from crossmae_jax.cost import counting
 
-    try:
+    with errors.naming(path), errors.setting_up():
         return counting.count(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _rows(counted: "Cost") -> dict[str, tuple[int, int]]:
@@ -97,26 +97,15 @@ def report(counted: "Cost", against: "Cost | None" = None) -> str:
     ])
 
 
-def main(argv: list[str]) -> int:
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Prints the cost of the configuration that `argv` describes."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
-    flags.DEFINE_string("against", None, "File to compare with.", flag_values=values)
-    path, title = train_main.parse_command(
-        "cost", argv, values, usage="[--against=FILE]"
-    )
-    other = None
-    if values.against is not None:
-        title += f"\nagainst `{values.against}`"
-        other = train_main.load_config(Path(values.against))
+    given = flags.parse("cost", argv, _FLAGS, doc=__doc__, config=flags.of_file)
+    title, other = given.title, None
+    if given.against is not None:
+        title += f"\nagainst `{given.against}`"
+        other = flags.load_config(given.against)
     hardware.without_devices()
-    try:
-        counted = _count(values.config, str(path))
-        against = other and _count(other, values.against)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    counted = _count(given.config, given.file)
+    against = other and _count(other, given.against)
     print(f"{title}\n\n{report(counted, against)}")
-    return 0

@@ -2,16 +2,18 @@
 
     python -m crossmae_jax doctor
 
-Exit status 1 if something is wrong, with what to do about it.
+Exit status 2 if the command line is wrong, 1 if the machine is, with what to do about
+it.
 """
 
-import argparse
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from crossmae_jax import train_step
+from crossmae_jax.commands import flags, session
 
 _GIB = 2**30
 
@@ -114,12 +116,10 @@ def _device_memory(device) -> str:
     return f", {limit / _GIB:.1f} GiB for JAX" if limit else ""
 
 
-def main(argv: list[str]) -> int:
+@session.command()
+def main(argv: Sequence[str]) -> int:
     """Prints what it finds; returns 1 if something is wrong."""
-    argparse.ArgumentParser(
-        prog="python -m crossmae_jax doctor", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+    flags.parse("doctor", argv, {}, doc=__doc__)
     problems = []
     try:
         import jax

@@ -19,12 +19,12 @@ the target's compiler is missing; 0 otherwise, whether it fits or not.
 """
 
 import math
-import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from absl import flags
-
-from crossmae_jax import main as train_main
+from crossmae_jax import errors
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
 from crossmae_jax.distributed import hardware
 
 if TYPE_CHECKING:  # JAX is imported when the target is known
@@ -182,61 +182,55 @@ def report(
     return "\n\n".join(parts)
 
 
-def _batches(texts: list[str]) -> list[int]:
-    if not all(text.isdecimal() and int(text) > 0 for text in texts):
-        train_main.stop(
-            f"--batches={','.join(texts)} must be whole numbers, such as "
-            "--batches=1024,2048."
-        )
-    return [int(text) for text in texts]
+def _target(text: str) -> str:
+    hardware.check_target(text)
+    return text
 
 
-def main(argv: list[str]) -> int:
+def _batches(text: str) -> tuple[int, ...]:
+    sizes = flags.numbers(int)(text)
+    if min(sizes, default=1) < 1:
+        raise ValueError("expected numbers of images, 1 or more.")
+    return sizes
+
+
+def _tests(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise ValueError(f"{number} is not a non-negative integer.")
+    return number
+
+
+_FLAGS = {
+    "target": Flag(
+        _target, "this, h200, or TPUs such as v5e:4x4", required=True
+    ),
+    "batches": Flag(_batches, "further batches to compile, such as 1024,2048", ()),
+    "tests": Flag(_tests, "suggestions to compile; default: 1", 1),
+}
+
+
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Prints what the configuration that `argv` describes needs of a target."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
-    flags.DEFINE_string("target", None, "Hardware.", flag_values=values)
-    flags.DEFINE_list("batches", [], "Further batches.", flag_values=values)
-    flags.DEFINE_integer("tests", 1, "Trials.", flag_values=values, lower_bound=0)
-    path, title = train_main.parse_command(
-        "estimate", argv, values,
-        usage="--target=h200 [--batches=N,...] [--tests=N]",
-    )
-    batches = _batches(values.batches)
-    if values.target is None:
-        train_main.stop("--target is missing: this, h200, or TPUs such as v5e:4x4.")
-    try:
-        hardware.check_target(values.target)
-    except ValueError as error:
-        train_main.stop(str(error))
-    except hardware.MissingCompiler as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if values.target != "this":
+    given = flags.parse("estimate", argv, _FLAGS, doc=__doc__, config=flags.of_file)
+    config, target, batches = given.config, given.target, given.batches
+    if target != "this":
         hardware.without_devices()
     from crossmae_jax.cost import estimate  # now that JAX may be imported
 
-    config = values.config
-    print(f"{title}\nfor {values.target}\n", flush=True)
-    try:
-        found = estimate.estimate(config, values.target)
+    print(f"{given.title}\nfor {target}\n", flush=True)
+    with errors.naming(given.file):
+        found = estimate.estimate(config, target)
         others = [
             estimate.estimate(
-                estimate.with_settings(config, {"data.batch_size": size}),
-                values.target,
+                estimate.with_settings(config, {"data.batch_size": size}), target
             )
             for size in batches if size != found.batch_size
         ]
         suggestions = None
         if found.fits == "no":
-            suggestions = estimate.suggest(config, found, num_tests=values.tests)
-    except ValueError as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
-        return 1
+            suggestions = estimate.suggest(config, found, num_tests=given.tests)
     print(report(
-        found, bfloat16=config.model.dtype == "bfloat16", tried=batches,
+        found, bfloat16=config.model.dtype == "bfloat16", tried=list(batches),
         largest=estimate.largest_batch([found, *others]), suggestions=suggestions,
     ))
-    return 0

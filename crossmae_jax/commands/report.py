@@ -8,22 +8,15 @@ ends; this makes it for one that goes on, was interrupted or is older than the p
 Exit status 2 if the command line is wrong, 1 if RUN is no run or cannot be read.
 """
 
-import argparse
-import sys
+from collections.abc import Sequence
 
-from crossmae_jax.report import run_page
+from crossmae_jax.commands import flags, session
 
 
-def main(argv: list[str]) -> int:
-    """Writes the page and prints where it lies."""
-    parser = argparse.ArgumentParser(
-        prog="python -m crossmae_jax report", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", metavar="RUN")
-    try:
-        print(run_page.write(parser.parse_args(argv).run))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+@session.command()
+def main(argv: Sequence[str]) -> None:
+    """Writes the page and prints where it is."""
+    given = flags.parse("report", argv, {}, doc=__doc__, operands=("RUN",))
+    from crossmae_jax.report import run_page
+
+    print(run_page.write(given.operands[0]))

@@ -11,68 +11,46 @@ Exit status 2 if the command line is wrong, 1 if configuration and data contradi
 other, 75 if it was interrupted.
 """
 
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from absl import flags, logging
-
-from crossmae_jax import main as train_main
 from crossmae_jax import paths
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
+
+_FLAGS = {
+    "workdir": Flag(str, "the directory of the runs", required=True),
+    "blocks": Flag(
+        flags.numbers(float), "numbers of blocks, such as --blocks=0,0.5,1,2,4",
+        required=True,
+    ),
+    "against": Flag(flags.words, "directories of other sweeps", default=()),
+}
 
 
-def _blocks(texts: list[str]) -> list[float]:
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
-        train_main.stop(
-            f"--blocks={','.join(texts)} must be numbers, such as --blocks=0,0.5,1,2,4."
-        )
-
-
-def main(argv: list[str]) -> int:
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Runs the sweep that `argv` describes."""
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "Where runs go.", flag_values=values)
-    flags.DEFINE_list("blocks", [], "Numbers of blocks.", flag_values=values)
-    flags.DEFINE_list("against", [], "Other sweeps.", flag_values=values)
-    _, title = train_main.parse_command(
-        "sweep", argv, values,
-        usage="--workdir=DIR --blocks=0,0.5,1,2 [--against=OTHER,...]",
-    )
-    blocks = _blocks(values.blocks)
-    for name in ("workdir", "blocks"):
-        if not getattr(values, name):
-            train_main.stop(
-                f"--{name} is missing; python -m crossmae_jax sweep --help."
-            )
-    for name in (values.workdir, *values.against):
+    given = flags.parse("sweep", argv, _FLAGS, doc=__doc__, config=flags.of_file)
+    for name in (given.workdir, *given.against):
         if paths.is_remote(name):
-            train_main.stop(
+            flags.stop(
                 f"{name} lies in a bucket, where a sweep cannot be; give a directory "
                 "on a disk."
             )
-    logging.set_verbosity(logging.WARNING)
-    # Loader workers import this file anew, and must not import JAX.
+    # Loader workers import the main module anew, and must not import JAX.
     import jax
 
     from crossmae_jax import sweep
     from crossmae_jax.distributed import parallel
 
-    directories = [Path(name) for name in (values.workdir, *values.against)]
-    with train_main.session():
-        parallel.say(title)
+    directories = [Path(name) for name in (given.workdir, *given.against)]
+    with session.joined():
+        parallel.say(given.title)
         sweep.names(directories)  # before the training, not after it
         for other in directories[1:]:
             sweep.read(other)
-        found = sweep.run(values.config, directories[0], blocks=blocks)
+        curve = sweep.run(given.config, directories[0], blocks=list(given.blocks))
         if jax.process_index() == 0:
             picture = sweep.draw(directories, directories[0] / sweep.PICTURE)
-            print(f"\n{sweep.table(found)}\n\npicture      {picture}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+            print(f"\n{sweep.table(curve)}\n\npicture      {picture}")

@@ -1,19 +1,44 @@
 """Trains the model of a config file; given again, goes on where it stopped.
 
-`python -m crossmae_jax train` and `python -m crossmae_jax.main` are the same.
+    python -m crossmae_jax.main --config=configs/vitb_cross.py \\
+        --workdir=runs/vitb_cross --config.optim.base_lr=1e-4
+
+`python -m crossmae_jax train` is the same. Everything else can be called from a
+notebook: `train.run(config, workdir)`.
+
+Exit status 2 if the command line is wrong, 1 if configuration, data and directory do
+not fit each other, 75 if it was interrupted.
 """
 
-from absl import app, flags
+from collections.abc import Sequence
 
-from crossmae_jax import main as train_main
+from crossmae_jax.commands import flags, session
+from crossmae_jax.commands.flags import Flag
+
+_FLAGS = {
+    "workdir": Flag(
+        str, "the directory of this run: checkpoints, metrics, pictures; given again, "
+        "the run goes on where it stopped",
+    ),
+    "heartbeat_seconds": Flag(
+        int, "of several processes: after so many seconds without a sign of life from "
+        "one the others stop; default: 100", default=100,
+    ),
+}
 
 
-def main(argv: list[str]) -> None:
-    """Parses the flags and trains."""
-    if {"-h", "--help"} & set(argv):
-        print(train_main.__doc__ + flags.FLAGS.module_help(train_main.__name__))
-        return
-    app.run(
-        train_main.main, argv=["crossmae-jax train", *argv],
-        flags_parser=train_main.parse_flags,
-    )
+@session.command()
+def main(argv: Sequence[str]) -> None:
+    """Trains as the flags say."""
+    given = flags.parse("train", argv, _FLAGS, doc=__doc__, config=flags.of_file)
+    if not given.workdir:
+        flags.stop(
+            "--workdir is missing: the directory of this run, such as "
+            f"--workdir=runs/{given.file.stem}. Given again, the run goes on where it "
+            "stopped."
+        )
+    # Loader workers import the main module anew, and must not import JAX.
+    from crossmae_jax import train
+
+    with session.joined(given.heartbeat_seconds):
+        train.run(given.config, given.workdir)

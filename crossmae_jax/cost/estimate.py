@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crossmae_jax import objectives, train_step
+from crossmae_jax import errors, objectives, train_step
 from crossmae_jax.cost import collectives, counting
 from crossmae_jax.data import pipeline
 from crossmae_jax.distributed import hardware, parallel, sharding
@@ -218,20 +218,21 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
     """Returns the step that training runs on such devices, lowered for them.
 
     Raises:
-      ValueError: if the configuration contradicts itself, or does not divide over the
+      SetupError: if the configuration contradicts itself, or does not divide over the
         devices.
     """
     data, accum_steps = config.data, config.optim.accum_steps
-    objective = objectives.make(config)
     key = jax.random.key(config.seed, impl="threefry2x32")
-    parallel.check_batch_size(
-        data.batch_size, len(devices), accum_steps=accum_steps
-    )
-    # Only the lengths of schedules depend on the data set, and no shape on those.
-    schedule = optimizers.make_schedule(config, steps_per_epoch=1000.0)
-    tx = optimizers.make_optimizer(config, schedule)
-    state = train_step.abstract_state(objective, tx, key)
-    mesh, line = sharding.make_mesh(config, state, devices)
+    with errors.setting_up():
+        objective = objectives.make(config)
+        parallel.check_batch_size(
+            data.batch_size, len(devices), accum_steps=accum_steps
+        )
+        # Only the lengths of schedules depend on the data set, and no shape on those.
+        schedule = optimizers.make_schedule(config, steps_per_epoch=1000.0)
+        tx = optimizers.make_optimizer(config, schedule)
+        state = train_step.abstract_state(objective, tx, key)
+        mesh, line = sharding.make_mesh(config, state, devices)
     _, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps
     )
@@ -264,11 +265,12 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
       estimate(configs.vitb_cross.get_config(), "v5e:4x4").memory.total
 
     Raises:
-      ValueError: if there is no such target, or the configuration contradicts itself or
+      SetupError: if there is no such target, or the configuration contradicts itself or
         does not divide over the target's devices.
       MissingCompiler: if the compiler for the target is not installed.
     """
-    devices = hardware.target_devices(target)
+    with errors.setting_up():
+        devices = hardware.target_devices(target)
     here, num_devices = devices[0], len(devices)
     device = hardware.find(here.device_kind)
     begin = time.perf_counter()

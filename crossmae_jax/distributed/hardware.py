@@ -21,6 +21,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from crossmae_jax import errors
+
 if TYPE_CHECKING:
     import jax
 
@@ -88,7 +90,7 @@ device_description_str: "H200"
 _TARGET = re.compile(r"(?:(\d+)x)?(h200|[a-z]\d[a-z]+)(?::(\d+(?:x\d+)*))?")
 
 
-class MissingCompiler(RuntimeError):
+class MissingCompiler(errors.UserError, RuntimeError):
     """The compiler for a target is not installed."""
 
 

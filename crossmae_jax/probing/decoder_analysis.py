@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
+from crossmae_jax import errors
 from crossmae_jax.convert import structure
 from crossmae_jax.data import bad_images, crops, pipeline, sources
 from crossmae_jax.evals import reconstruction
@@ -50,7 +51,7 @@ def attention(
 
     Raises:
       ConversionError: if the model has no decoder.
-      ValueError: if the source holds no images.
+      SetupError: if the source holds no images.
     """
     total, seen = None, 0
     found = None
@@ -112,7 +113,7 @@ def _stream(
     """Yields the images of a source, and their numbers in it."""
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more.")
+            raise errors.SetupError(f"{name}={value} must be 1 or more.")
     data = structure.config_of(model.card).data
     data.update(
         eval_crop_ratio=crops.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0,
@@ -120,9 +121,10 @@ def _stream(
         transform="classification", crop="ten_tries", crop_scale=(1.0, 1.0), flip=False,
         randaug_ops=0,
     )
-    batches = pipeline.eval_batches(
-        source, data, batch_size=batch_size, num_images=num_images
-    )
+    with errors.setting_up():
+        batches = pipeline.eval_batches(
+            source, data, batch_size=batch_size, num_images=num_images
+        )
     count = len(source) if num_images is None else min(num_images, len(source))
     bar = tqdm.tqdm(total=count, desc=title, unit=" images", disable=not progress)
     with batches, bar:
@@ -132,7 +134,7 @@ def _stream(
                 yield batch["image"][valid], batch["sample"][valid]
                 bar.update(int(valid.sum()))
         except bad_images.TooManyBadImages as error:
-            raise ValueError(
+            raise errors.SetupError(
                 f"An image cannot be decoded: {error.reason}. Repair or remove it; "
                 "here none is replaced by another."
             ) from error

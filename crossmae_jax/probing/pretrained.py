@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8
 
-from crossmae_jax import augment
+from crossmae_jax import augment, errors
 from crossmae_jax.convert import structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
@@ -260,12 +260,12 @@ class Pretrained:
 
         Raises:
           ConversionError: if there is no decoder.
-          ValueError: if masked patches attend to each other in a layer of its own.
+          SetupError: if masked patches attend to each other in a layer of its own.
         """
         self._need_decoder()
         decoder = self.model.decoder
         if decoder.self_attention and not decoder.gives_visible:
-            raise ValueError(
+            raise errors.SetupError(
                 f"{self.card.origin} has decoder.self_attention: what goes to masked "
                 "patches and what to visible ones comes from two softmaxes, and cannot "
                 "be compared. Load an MAE, or a CrossMAE without it."
@@ -353,7 +353,8 @@ class Pretrained:
             config.masking.mask_ratio = mask_ratio
             for name in ("pred_ratio", "throw_ratio"):
                 config.masking[name] = min(config.masking[name] * scale, mask_ratio)
-        self._objectives[given] = pretrain.Pretrain(config)
+        with errors.setting_up():
+            self._objectives[given] = pretrain.Pretrain(config)
         return self._objectives[given]
 
     def _need_decoder(self) -> None:
@@ -389,7 +390,7 @@ class Pretrained:
         images = self.prepare(images)
         numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
         if not 0 <= seed < 2**32 or numbers.shape != images.shape[:1]:
-            raise ValueError(
+            raise errors.SetupError(
                 f"seed={seed}, numbers of shape {numbers.shape}; expected a seed from "
                 f"0 to {2**32 - 1}, and a number for each of {len(images)} images."
             )

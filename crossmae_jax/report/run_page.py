@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 import crossmae_jax
-from crossmae_jax import paths, visualize
+from crossmae_jax import errors, paths, visualize
 from crossmae_jax.models import mim
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
@@ -38,12 +38,13 @@ def write(directory: str | AnyPath, *, name: str | None = None) -> AnyPath:
       name: of the workdir where `directory` holds copies of its small files.
 
     Raises:
-      FileNotFoundError: if the directory is not that of a run.
-      ValueError: if a line of `metrics.jsonl` is damaged.
+      FileError: if the directory is not that of a run.
+      SetupError: if a line of `metrics.jsonl` is damaged.
     """
     directory = paths.path(directory)
-    page = _page(reading.read(directory, name=name))
-    paths.write_whole(directory / FILE, page)
+    with errors.setting_up():
+        run = reading.read(directory, name=name)
+    paths.write_whole(directory / FILE, _page(run))
     return directory / FILE
 
 

@@ -29,6 +29,7 @@ from types import ModuleType
 import numpy as np
 from ml_collections import ConfigDict
 
+from crossmae_jax import errors
 from crossmae_jax.data import transforms
 from crossmae_jax.data.sources import Source
 from crossmae_jax.data.transforms import Record
@@ -63,7 +64,7 @@ class Corrupted:
     Raises:
       ValueError: for an unknown corruption or severity, or images that are too small or
         neither grey nor coloured.
-      ImportError: if the extra "robustness" is not installed.
+      MissingPackage: if the extra "robustness" is not installed.
     """
 
     def __init__(
@@ -167,7 +168,7 @@ def _library() -> ModuleType:
                 "system (Debian: apt-get install libgl1 libglib2.0-0), and the older "
                 "package imagecorruptions must not be installed beside it"
             )
-        raise ImportError(
+        raise errors.MissingPackage(
             f"imagecorruptions-imaug, which corrupts images, {reason}: "
             "pip install 'crossmae-jax[robustness]'."
         ) from None

@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from crossmae_jax import paths
+from crossmae_jax import errors, paths
 
 NAME = "sklearn_digits"
 
@@ -77,7 +77,7 @@ def prepare(data_dir: str | None = None) -> str:
       That directory, with `~` resolved.
     """
     if paths.is_remote(data_dir or ""):
-        raise ValueError(
+        raise errors.SetupError(
             f"data.data_dir={data_dir!r} lies in a bucket, but the digits are written "
             "there first; give a directory on a disk, or leave it out."
         )
@@ -109,7 +109,7 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn import datasets
     except ImportError:
-        raise ImportError(
+        raise errors.MissingPackage(
             "The digits come from scikit-learn, which is not installed; it is needed "
             "once, to prepare them: pip install 'crossmae-jax[demo]'."
         ) from None

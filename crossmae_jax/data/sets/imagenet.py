@@ -30,7 +30,7 @@ from PIL import Image
 from tensorflow_datasets.core import shuffle
 from tensorflow_datasets.core.download import extractor
 
-from crossmae_jax import paths
+from crossmae_jax import errors, paths
 from crossmae_jax.data import tfds_source
 
 NAME = "imagenet2012"
@@ -55,7 +55,7 @@ def prepare(
       The directory of the set.
     """
     if paths.is_remote(manual_dir) or paths.is_remote(data_dir):
-        raise ValueError(
+        raise errors.SetupError(
             f"manual_dir={manual_dir!r} and data_dir={data_dir!r} must lie on a disk. "
             "Prepare the set there and copy it to the bucket: gcloud storage cp -r "
             "DATA_DIR/imagenet2012 gs://BUCKET/."
@@ -66,7 +66,7 @@ def prepare(
     if builder.is_prepared():
         file_format = builder.info.file_format.value
         if file_format != "array_record":
-            raise ValueError(
+            raise errors.SetupError(
                 f"{directory} holds the set as {file_format}, which has no random "
                 "access. Give another --data_dir for the ArrayRecord form."
             )
@@ -95,7 +95,7 @@ def prepare(
                 file_format="array_record",
             )
         except tarfile.TarError as error:
-            raise ValueError(
+            raise errors.SetupError(
                 f"A tar file in {manual_dir} is damaged or incomplete ({error}). "
                 "Compare its size and checksum with those of the download page."
             ) from error
@@ -117,7 +117,7 @@ def _tar_size(manual_dir: str, tar: str) -> int:
     else:
         names = sorted(os.listdir(manual_dir))
         content = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    raise ValueError(
+    raise errors.SetupError(
         f"{path} is missing; found in {manual_dir}: {content or 'nothing'}. Both "
         f"{' and '.join(TARS.values())} are needed, unpacked no further. They come "
         "from https://image-net.org/download-images (registration, then the images of "
@@ -132,7 +132,7 @@ def _check_room(data_dir: str, num_bytes: int) -> None:
     needed = int(1.05 * num_bytes)
     free = shutil.disk_usage(data_dir).free
     if free < needed:
-        raise ValueError(
+        raise errors.SetupError(
             f"{data_dir} has {free / 2**30:.0f} GiB free; the set needs about "
             f"{needed / 2**30:.0f} GiB. Make room or give another --data_dir."
         )

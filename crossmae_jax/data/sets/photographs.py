@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from crossmae_jax import errors
+
 TRAIN = (
     "astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "grass.png",
     "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png",
@@ -24,7 +26,7 @@ def prepare(directory: str | Path, *, num_train: int = 128, num_test: int = 8) -
     Always the same ones, so many of each photograph. What is there already stays.
 
     Raises:
-      ImportError: if scikit-image is not installed.
+      MissingPackage: if scikit-image is not installed.
     """
     for folder, names, num, smallest in (
         ("train", TRAIN, num_train, 1 / 3), ("test", TEST, num_test, 2 / 3)
@@ -47,7 +49,7 @@ def read(name: str) -> np.ndarray:
     try:
         import skimage
     except ImportError:
-        raise ImportError(
+        raise errors.MissingPackage(
             "The photographs come from scikit-image, which is not installed: pip "
             "install 'crossmae-jax[notebooks]'."
         ) from None

@@ -1,0 +1,61 @@
+"""How a command starts and ends: its processes join, and its errors are a line.
+
+    what the user can cure      `error: ...` and an exit status; see `errors.UserError`
+    anything else               a bug, which keeps its traceback
+"""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import logging
+
+from crossmae_jax import errors
+
+Main = Callable[[Sequence[str]], int | None]
+
+
+def command(*, error_status: int = 1) -> Callable[[Main], Main]:
+    """Makes a command's `main` end in one line at an error that the user can cure.
+
+    Args:
+      error_status: the exit status then.
+    """
+
+    def decorate(main: Main) -> Main:
+        @functools.wraps(main)
+        def ending_in_a_line(argv: Sequence[str]) -> int:
+            try:
+                return main(argv) or 0
+            except errors.UserError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return error_status
+
+        return ending_in_a_line
+
+    return decorate
+
+
+@contextlib.contextmanager
+def joined(
+    heartbeat_seconds: int = 100, *, agree_to_stop: bool = True
+) -> Iterator[None]:
+    """Connects this process with the others of its command, if it has others.
+
+    To be entered before JAX is used. Arguments are those of `cluster.join`.
+    """
+    # Commands are imported by loader workers, too, which must not import JAX.
+    from crossmae_jax.distributed import cluster
+
+    # Libraries report every file they open; a run's own first line says how it starts.
+    logging.set_verbosity(logging.WARNING)
+    with cluster.leaving(heartbeat_seconds):
+        try:
+            cluster.join(
+                heartbeat_seconds=heartbeat_seconds, agree_to_stop=agree_to_stop
+            )
+            yield
+        except errors.UserError as error:
+            # A text, and no number: numbers are what all processes agreed to end with.
+            sys.exit(f"error: {error}")
