@@ -30,6 +30,7 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         loss=dict(thrown_weight=1.0),  # against 1 for patches that were decoded
         optim=dict(
             name="adamw",  # or "lars"
+            trust_coefficient=0.001,  # of LARS: share of a weight's norm in an update
             base_lr=1.5e-4,  # for a batch of 256
             # CrossMAE's factor pred_ratio / mask_ratio; 1 for MAE, which predicts all.
             lr_scale="pred_over_mask",

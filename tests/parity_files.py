@@ -112,14 +112,15 @@ def check_schedules(data: dict, report: Report) -> None:
             allowed=1e-7,
         )
     for case in data.get("lr_rule", ()):
-        kind = (
-            "none" if case["no_lr_scale"]
-            else "mask_over_pred" if case["inverse_lr"]
-            else "pred_over_mask"
-        )
+        base_lr, kind = case["blr"], "pred_over_mask"
+        if case["no_lr_scale"]:
+            kind = "none"
+        elif case["inverse_lr"]:  # which here is another base rate
+            base_lr *= case["mask_ratio"] / case["kept_mask_ratio"]
+            kind = "none"
         batch = case["batch_size"] * case["accum_iter"] * case["world_size"]
         config = ConfigDict(dict(
-            optim=dict(base_lr=case["blr"], lr_scale=kind),
+            optim=dict(base_lr=base_lr, lr_scale=kind),
             data=dict(batch_size=batch),
             masking=dict(
                 mask_ratio=case["mask_ratio"], pred_ratio=case["kept_mask_ratio"]

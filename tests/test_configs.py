@@ -55,7 +55,7 @@ KEYS = {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,
         "clip_norm": None, "accum_steps": int, "name": str, "decay_tokens": bool,
-        "layer_decay": float,
+        "layer_decay": float, "trust_coefficient": float,
     },
     "data": {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,

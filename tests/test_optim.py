@@ -21,6 +21,7 @@ def make_config(**changes):
             base_lr=1.5e-4, lr_scale="pred_over_mask", min_lr=0.0, warmup_epochs=2.0,
             name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
             clip_norm=config_dict.placeholder(float), layer_decay=1.0,
+            trust_coefficient=0.001,
         ),
         tune_blocks=config_dict.placeholder(float),
     ))
@@ -32,10 +33,12 @@ def make_config(**changes):
 def test_crossmae_trains_a_quarter_of_the_patches_at_a_third_of_the_rate():
     assert optimizers.peak_lr(make_config()) == pytest.approx(8e-4)
     assert optimizers.peak_lr(make_config(lr_scale="none")) == pytest.approx(2.4e-3)
-    inverse = make_config(lr_scale="mask_over_pred")
-    assert optimizers.peak_lr(inverse) == pytest.approx(7.2e-3)
-    with pytest.raises(ValueError, match="Unknown lr_scale 'sqrt'. Known: mask_over"):
-        optimizers.peak_lr(make_config(lr_scale="sqrt"))
+
+
+@pytest.mark.parametrize("kind", ["sqrt", "mask_over_pred"])  # the second there was
+def test_an_unknown_factor_of_the_rate_is_answered_with_how_to_write_it(kind):
+    with pytest.raises(ValueError, match=f"Unknown lr_scale '{kind}'. .* into base_lr"):
+        optimizers.peak_lr(make_config(lr_scale=kind))
 
 
 def test_the_rate_rises_from_zero_to_the_peak_and_falls_to_the_minimum():
@@ -120,13 +123,15 @@ def test_lars_takes_the_rate_after_the_momentum():
     np.testing.assert_allclose([x["bias"] for x in seen], [-1, 0, -2.71], rtol=1e-6)
 
 
-def test_the_norm_of_lars_includes_the_decay():
+@pytest.mark.parametrize("trust", [0.001, 0.02, 1.0])
+def test_the_norm_of_lars_includes_the_decay(trust):
     tx = optimizers.make_optimizer(
-        make_config(name="lars", weight_decay=0.5), lambda step: 1.0
+        make_config(name="lars", weight_decay=0.5, trust_coefficient=trust),
+        lambda step: 1.0,
     )
     params = {"matrix": jnp.full((2, 2), 4.0), "bias": jnp.full(2, 4.0)}
     gradient = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(gradient, tx.init(params), params)
-    # u = 1 + 0.5 * 4 = 3, scaled to 0.001 * 4; a bias neither decays nor is scaled.
-    np.testing.assert_allclose(updates["matrix"], -0.004, rtol=1e-6)
+    # u = 1 + 0.5 * 4 = 3, scaled to trust * 4; a bias neither decays nor is scaled.
+    np.testing.assert_allclose(updates["matrix"], -4 * trust, rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], -1.0, rtol=1e-6)

@@ -82,6 +82,11 @@ def test_settings_that_did_not_exist_are_what_runs_did_then(decoder, visible):
         assert stored["mesh"] == dict(fsdp=0)
 
 
+def test_old_classifiers_have_the_trust_coefficient_that_lars_had():
+    stored = dict(objective="classify", optim=dict(name="lars"))
+    assert settings.completed(stored)["optim"]["trust_coefficient"] == 0.001
+
+
 def test_the_settings_of_a_shipped_run_are_those_of_its_config():
     stored = json.loads(
         (ROOT / "crossmae_jax/runs/references/digits_cross/config.json").read_text()

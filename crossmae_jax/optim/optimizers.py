@@ -17,11 +17,12 @@ more, and are decayed as in the reference. Fine-tuning exempts tokens and positi
 LARS, for linear probing (MAE, appendix A.1), in the order of MoCo v3 (arXiv 2104.02057,
 `util/lars.py` of MAE). For weights w, gradient g and momentum m:
 
-    u = g + weight_decay w;  b = m b + u * 0.001 |w| / |u|;  w = w - lr b
+    u = g + weight_decay w;  b = m b + u * c |w| / |u|;  w = w - lr b
 
-The rate stands outside of the buffer, the decay inside of the norm (optax.lars has it
-the other way round); the factor is 1 where a norm is 0. What does not decay has neither
-decay nor factor.
+The trust coefficient c (`optim.trust_coefficient`) is 0.001 there. The rate stands
+outside of the buffer, the decay inside of the norm (optax.lars has it the other way
+round); the factor is 1 where a norm is 0. What does not decay has neither decay nor
+factor.
 """
 
 import functools
@@ -42,9 +43,6 @@ LR_SCALES = {
     "pred_over_mask": lambda config: (
         config.masking.pred_ratio / config.masking.mask_ratio
     ),
-    "mask_over_pred": lambda config: (
-        config.masking.mask_ratio / config.masking.pred_ratio
-    ),
     "none": lambda config: 1.0,
 }
 
@@ -58,7 +56,8 @@ def peak_lr(config: ConfigDict) -> float:
     kind = config.optim.lr_scale
     if kind not in LR_SCALES:
         raise ValueError(
-            f"Unknown lr_scale {kind!r}. Known: {', '.join(sorted(LR_SCALES))}."
+            f"Unknown lr_scale {kind!r}. Known: {', '.join(sorted(LR_SCALES))}; any "
+            "other factor goes into base_lr, with lr_scale='none'."
         )
     scale = LR_SCALES[kind](config)
     return config.optim.base_lr * config.data.batch_size / 256 * scale
@@ -133,8 +132,10 @@ def _adamw(optim, schedule, decays):
 def _lars(optim, schedule, decays):
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=decays),
-        # 0.001: MAE's util/lars.py
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), decays),
+        optax.masked(
+            optax.scale_by_trust_ratio(trust_coefficient=optim.trust_coefficient),
+            decays,
+        ),
         optax.trace(decay=optim.b1),
         optax.scale_by_learning_rate(schedule),
     )

@@ -41,6 +41,7 @@ _IGNORED = {
 _BEFORE = {
     "data.transform": "classification",
     "mesh.fsdp": 0,
+    "optim.trust_coefficient": 0.001,
 }
 # and of pre-training, which there was first.
 _BEFORE_OF_PRETRAINING = {
