@@ -73,6 +73,9 @@ def check_config(name: str, config: ConfigDict) -> None:
         "model.decoder.mlp_ratio": (
             config.model.decoder.mlp_ratio != config.model.encoder.mlp_ratio
         ),
+        "masking.noise": config.masking.noise != "uniform",
+        "masking.unit": config.masking.unit > 1,
+        "masking.rounding": config.masking.rounding != "floor",
         "data.image_size": height != width,
         "optim.accum_steps": config.optim.accum_steps > 1,
         "optim.clip_norm": config.optim.clip_norm is not None,

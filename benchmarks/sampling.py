@@ -36,7 +36,7 @@ def measure_choice(
         numbers = jax.device_put(jnp.arange(batch, dtype=jnp.uint32) + i, spread)
         jax.block_until_ready(numbers)
         begin = time.perf_counter()
-        jax.block_until_ready(choose(key, numbers))
+        jax.block_until_ready(choose(key, {"sample": numbers}))
         seconds.append(time.perf_counter() - begin)
     return seconds[1:]  # the first one compiled
 

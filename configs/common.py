@@ -161,8 +161,14 @@ def masking(
       retain: which masked patches the decoder keeps, "random" or "furthest".
     """
     return dict(
-        mask_ratio=mask_ratio, pred_ratio=pred_ratio, throw_ratio=throw_ratio,
+        mask_ratio=mask_ratio,
+        pred_ratio=pred_ratio,
+        throw_ratio=throw_ratio,
         retain=retain,
+        noise="uniform",  # orders the patches; "shared": of several images at once,
+        together=1,  # so many of a batch in a row
+        unit=1,  # what is masked as one: squares of so many patches a side
+        rounding="floor",  # of the number of visible ones; or "ceil"
     )
 
 

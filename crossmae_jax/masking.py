@@ -1,10 +1,10 @@
 """Which patches the encoder sees and which the decoder predicts. Masks are data.
 
-Of N patches, one random permutation is cut by fractions of ALL patches: mask ratio p,
-prediction ratio gamma (CrossMAE, arXiv 2401.14391, section 3.3) and throwing ratio t
-(PR-MIM, arXiv 2411.15746, section 3.1):
+Every patch gets a noise, and of the N patches in the order of their noise fractions of
+ALL patches are cut: mask ratio p, prediction ratio gamma (CrossMAE, arXiv 2401.14391,
+section 3.3) and throwing ratio t (PR-MIM, arXiv 2411.15746, section 3.1):
 
-    visible    = int(N (1 - p))        the encoder's input, in shuffled order
+    visible    = int(N (1 - p))        the encoder's input, in the order of noise
     skipped    = int(N (p - gamma))    neither seen nor predicted
     thrown     = round(N t)            masked, and kept from the decoder
     predicted  = what remains          retained: the decoder's queries, in raster order
@@ -15,20 +15,28 @@ aggregator (models/aggregator.py) predicts the thrown patches as well; without o
 are skipped ones under another name: gamma = 0.75, t = 0.5 decodes the very patches of
 gamma = 0.25, t = 0.
 
-The retained patches are random ones, or the greedy `furthest` choice among all masked
-ones (PR-MIM, section 3.3), which covers the image evenly.
+The retained patches are those of the largest noise, or the greedy `furthest` choice
+among all masked ones (PR-MIM, section 3.3), which covers the image evenly.
 
-Every sample draws from its own key, `fold_in(key, sample number)`, so the mask of a
-sample depends on nothing but the seed and its number: not on the batch, the device or
-the number of hosts. The model never samples; it is handed the `TokenIds`.
+Methods differ in the noise, one of `NOISES`: `uniform`, or drawn once for many images
+(`shared`: GreenMIM, arXiv 2205.13515), or larger where the weight of a patch is larger
+(`weighted`: AMT, arXiv 2211.15362); and in what is masked as one, a patch or a `unit`,
+a square of patches (SimMIM, arXiv 2111.09886). Then the N above counts units.
+
+Uniform and weighted noise come from a key per sample, `fold_in(key, sample number)`, so
+that a mask depends on nothing but the seed and the sample: not on the batch, the device
+or the number of hosts. The model never samples; it is handed the `TokenIds`.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key
+
+ROUNDINGS = ("floor", "ceil")
 
 
 class TokenCounts(NamedTuple):
@@ -67,14 +75,25 @@ def token_counts(
     mask_ratio: float,
     pred_ratio: float,
     throw_ratio: float = 0.0,
+    rounding: str = "floor",
 ) -> TokenCounts:
-    """Returns the numbers of visible, decoded and thrown patches.
+    """Returns the numbers of visible, decoded and thrown patches, or of units.
+
+    Args:
+      rounding: of the visible ones. "floor" rounds the masked ones up, as MAE and
+        SimMIM do; "ceil" rounds them down, as AMT does.
 
     Raises:
       ValueError: if more would be predicted or thrown than was masked, or if nothing
         is left to see or to decode.
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(
+            f"Unknown masking.rounding {rounding!r}. Known: {', '.join(ROUNDINGS)}."
+        )
     num_keep = int(num_patches * (1 - mask_ratio))
+    if rounding == "ceil":
+        num_keep = num_patches - int(num_patches * mask_ratio)
     num_skip = int(num_patches * (mask_ratio - pred_ratio))
     num_thrown = round(num_patches * throw_ratio)
     num_pred = num_patches - num_keep - num_skip - num_thrown
@@ -184,20 +203,88 @@ def token_ids(
     )
 
 
-def sample_token_ids(
-    key: Key[Array, ""],
-    sample: UInt[Array, "b"],
-    counts: TokenCounts,
-    *,
-    num_patches: int,
-    columns: int | None = None,
-) -> TokenIds:
-    """Samples ids for each sample number from its own key; `columns` as above."""
+Noise = Callable[..., Float[Array, "b n"]]
+Batch = Mapping[str, Array]
 
-    def noise(number):
-        return jax.random.uniform(jax.random.fold_in(key, number), (num_patches,))
 
-    return token_ids(jax.vmap(noise)(sample), counts, columns=columns)
+def uniform(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b {num}"]:
+    """Draws for each sample from its own key: a uniformly random order."""
+
+    def draw(number):
+        return jax.random.uniform(jax.random.fold_in(key, number), (num,))
+
+    return jax.vmap(draw)(batch["sample"])
+
+
+def shared(
+    key: Key[Array, ""], batch: Batch, *, num: int, together: int
+) -> Float[Array, "b {num}"]:
+    """Draws once for so many samples in a row, from the number of the first of them.
+
+    A batch of fewer shares one draw.
+
+    Raises:
+      ValueError: if the batch is no multiple of `together`.
+    """
+    size = len(batch["sample"])
+    together = min(together, size)
+    if size % together:
+        raise ValueError(
+            f"masking.together={together} does not divide a batch of {size} images; "
+            "make config.data.batch_size / config.optim.accum_steps a multiple of it."
+        )
+    first = {"sample": batch["sample"][::together]}
+    return jnp.repeat(uniform(key, first, num=num), together, axis=0)
+
+
+def weighted(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b {num}"]:
+    """Draws noise whose order is weighted: log w + Gumbel noise, w = batch["weights"].
+
+    The largest noise of a sample belongs to a patch with probability w / sum w, the
+    next likewise among those that are left: drawn without replacement. Weights `[b n]`
+    are 0 or more, in any scale; patches of weight 0 come before all others.
+
+    Raises:
+      ValueError: if the batch has no weights.
+    """
+    if "weights" not in batch:
+        raise ValueError(
+            "masking.noise='weighted' orders patches by batch['weights'], a number per "
+            f"patch, but the batch has only {', '.join(sorted(batch))}; give data with "
+            "weights, or set config.masking.noise='uniform'."
+        )
+
+    def draw(number):
+        return jax.random.gumbel(jax.random.fold_in(key, number), (num,))
+
+    return jnp.log(batch["weights"]) + jax.vmap(draw)(batch["sample"])
+
+
+NOISES: dict[str, Noise] = {"uniform": uniform, "shared": shared, "weighted": weighted}
+
+
+def expanded(ids: TokenIds, *, unit: int, grid: tuple[int, int]) -> TokenIds:
+    """Returns the patches of units, squares of `unit` x `unit` patches.
+
+    In `keep` the patches of a unit stay together, row by row.
+
+    Args:
+      ids: numbers of units, in raster order.
+      grid: rows and columns of patches; multiples of `unit`.
+    """
+    columns = grid[1] // unit
+    row, column = jnp.divmod(jnp.arange(unit**2), unit)
+    offsets = row * grid[1] + column
+
+    def patches(units):
+        first = units // columns * unit * grid[1] + units % columns * unit
+        return (first[:, :, None] + offsets[None, None]).reshape(units.shape[0], -1)
+
+    return TokenIds(
+        keep=patches(ids.keep),
+        pred=jnp.sort(patches(ids.pred), axis=1),
+        thrown=jnp.sort(patches(ids.thrown), axis=1),
+    )
 
 
 def mask_of(ids: Int[Array, "b k"], *, num_patches: int) -> Bool[Array, "b n"]:
@@ -207,3 +294,34 @@ def mask_of(ids: Int[Array, "b k"], *, num_patches: int) -> Bool[Array, "b n"]:
         return jnp.zeros(num_patches, bool).at[ids].set(True, unique_indices=True)
 
     return jax.vmap(mask)(ids)
+
+
+def coverage(
+    ids: Int[Array, "b k"], *, grid: tuple[int, int], of: tuple[int, int]
+) -> Float[Array, "b n"]:
+    """Returns which share of each cell of another grid the given patches cover.
+
+    0 or 1 where cells are patches or parts of one, the mean over patches where a cell
+    holds several.
+
+    Args:
+      ids: numbers of patches of `grid`.
+      of: rows and columns of the cells; multiples or divisors of those of `grid`.
+
+    Raises:
+      ValueError: if the grids do not fit.
+    """
+    mask = mask_of(ids, num_patches=grid[0] * grid[1]).astype(jnp.float32)
+    covered = mask.reshape(-1, *grid)
+    for axis, (num, wanted) in enumerate(zip(grid, of, strict=True), start=1):
+        if wanted % num and num % wanted:
+            raise ValueError(
+                f"Cells in {of[0]}x{of[1]} do not fit patches in {grid[0]}x{grid[1]}: "
+                "each side must be a multiple or a divisor of the other grid's."
+            )
+        if wanted >= num:
+            covered = jnp.repeat(covered, wanted // num, axis=axis)
+        else:
+            parts = (*covered.shape[:axis], wanted, -1, *covered.shape[axis + 1 :])
+            covered = covered.reshape(parts).mean(axis + 1)
+    return covered.reshape(-1, of[0] * of[1])

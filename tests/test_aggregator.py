@@ -13,6 +13,7 @@ from crossmae_jax.ops import depthwise
 from tests.test_models import MAE, make_config
 
 GRID = (4, 6)
+BATCH = {"sample": jnp.arange(2, dtype=jnp.uint32)}
 THROWN = dict(masking__pred_ratio=0.75, masking__throw_ratio=0.5)
 CROSS = dict(THROWN, model__aggregator__kind="conv")
 MAE_CONV = dict(
@@ -22,10 +23,9 @@ MAE_CONV = dict(
 
 
 def _inputs(seed=0, num=2, dim=8, encoder_dim=16):
-    ids = masking.sample_token_ids(
-        jax.random.key(seed), jnp.arange(num, dtype=jnp.uint32),
-        masking.TokenCounts(6, 6, 12), num_patches=24,
-    )
+    batch = {"sample": jnp.arange(num, dtype=jnp.uint32)}
+    noise = masking.uniform(jax.random.key(seed), batch, num=24)
+    ids = masking.token_ids(noise, masking.TokenCounts(6, 6, 12))
     rng = np.random.default_rng(seed)
     retained, visible = (
         jnp.asarray(rng.normal(size=(num, 6, dim)), jnp.float32) for _ in range(2)
@@ -141,7 +141,7 @@ def test_every_masked_patch_is_predicted_and_everything_learns(changes):
     objective = Pretrain(make_config(**changes))
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
-    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    ids = objective.sample(jax.random.key(1), BATCH)
     predicted = objective.model.predicted(ids)
     hidden = masking.mask_of(predicted, num_patches=24)
     assert (hidden == ~masking.mask_of(ids.keep, num_patches=24)).all()
@@ -195,7 +195,7 @@ def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
     objective = Pretrain(make_config(**CROSS))
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
-    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    ids = objective.sample(jax.random.key(1), BATCH)
     seen = []
 
     def record(call, args, kwargs, context):
@@ -217,12 +217,11 @@ def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
 
 def test_furthest_patches_of_an_oblong_image_are_those_of_its_grid():
     objective = Pretrain(make_config(**dict(CROSS, masking__retain="furthest")))
-    key, numbers = jax.random.key(1), jnp.arange(8, dtype=jnp.uint32)
-    expected = masking.sample_token_ids(
-        key, numbers, objective.counts, num_patches=24, columns=6
-    )
+    key, batch = jax.random.key(1), {"sample": jnp.arange(8, dtype=jnp.uint32)}
+    noise = masking.uniform(key, batch, num=24)
+    expected = masking.token_ids(noise, objective.counts, columns=6)
     jax.tree.map(
-        np.testing.assert_array_equal, objective.sample(key, numbers), expected
+        np.testing.assert_array_equal, objective.sample(key, batch), expected
     )
 
 
@@ -258,7 +257,7 @@ def test_the_loss_weighs_the_groups():
     for weight in (1.0, 0.25):
         objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
         variables = jax.jit(objective.init)(jax.random.key(0))
-        ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+        ids = objective.sample(jax.random.key(1), BATCH)
         loss, logged = objective.masked_loss(variables, images, ids)
         expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
@@ -280,7 +279,7 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     objective = Pretrain(make_config(**dict(MAE, masking__throw_ratio=0.5)))
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
-    ids = objective.sample(jax.random.key(1), jnp.arange(2, dtype=jnp.uint32))
+    ids = objective.sample(jax.random.key(1), BATCH)
     pred = objective.model.apply(variables, images, ids)
     assert pred.shape[1] == 6
     # Those that stay see fewer others than when every masked patch is there.

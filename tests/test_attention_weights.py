@@ -146,7 +146,7 @@ def ablated(tmp_path_factory):
             return objective.model.apply(variables, normal, ids)
 
     sample = jnp.arange(3, dtype=jnp.uint32)
-    return run, objective.masked_ids(jax.random.key(0), sample)
+    return run, objective.masked_ids(jax.random.key(0), {"sample": sample})
 
 
 def test_without_masked_keys_predictions_do_not_know_of_each_other(ablated, images):

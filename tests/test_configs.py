@@ -48,6 +48,7 @@ KEYS = {
     },
     "masking": {
         "mask_ratio": float, "pred_ratio": float, "throw_ratio": float, "retain": str,
+        "noise": str, "together": int, "unit": int, "rounding": str,
     },
     "target": {"normalize": bool},
     "loss": {"thrown_weight": float},

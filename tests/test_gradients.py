@@ -48,7 +48,7 @@ def test_the_measure_is_the_distance_of_encoder_gradients(trained):
     )["progressive"]
     mask_key, _ = jax.random.split(key)
     for i, batch in enumerate(batches):
-        ids = [o.sample(mask_key, batch["sample"]) for o in (mae, variant)]
+        ids = [o.sample(mask_key, batch) for o in (mae, variant)]
         np.testing.assert_array_equal(ids[0].keep, ids[1].keep)
         flat = []
         for objective, own in zip((mae, variant), ids):

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 
 from crossmae_jax import masking
+from crossmae_jax.sampling import Sampler
 
 COUNTS = masking.TokenCounts(num_keep=49, num_pred=49, num_thrown=0)
 
 
 def _ids(sample, seed=0, counts=COUNTS, n=196, columns=None):
     key = jax.random.key(seed, impl="threefry2x32")
-    sample = jnp.asarray(sample, jnp.uint32)
-    return masking.sample_token_ids(
-        key, sample, counts, num_patches=n, columns=columns
-    )
+    batch = {"sample": jnp.asarray(sample, jnp.uint32)}
+    noise = masking.uniform(key, batch, num=n)
+    return masking.token_ids(noise, counts, columns=columns)
 
 
 def test_visible_and_predicted_patches_are_disjoint_and_counted():
@@ -41,9 +41,9 @@ def test_masks_are_the_same_on_eight_devices():
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     sample = jax.device_put(jnp.arange(16, dtype=jnp.uint32), sharding)
     key = jax.random.key(0, impl="threefry2x32")
-    spread = jax.jit(
-        lambda s: masking.sample_token_ids(key, s, COUNTS, num_patches=196)
-    )(sample)
+    spread = jax.jit(lambda s: masking.token_ids(
+        masking.uniform(key, {"sample": s}, num=196), COUNTS
+    ))(sample)
     jax.tree.map(np.testing.assert_array_equal, spread, _ids(range(16)))
 
 
@@ -146,8 +146,8 @@ def test_furthest_choice_is_per_sample_and_the_same_on_eight_devices():
     sample = jax.device_put(jnp.arange(16, dtype=jnp.uint32), sharding)
     key = jax.random.key(0, impl="threefry2x32")
     counts = masking.TokenCounts(49, 49, 98)
-    spread = jax.jit(lambda s: masking.sample_token_ids(
-        key, s, counts, num_patches=196, columns=14
+    spread = jax.jit(lambda s: masking.token_ids(
+        masking.uniform(key, {"sample": s}, num=196), counts, columns=14
     ))(sample)
     jax.tree.map(
         np.testing.assert_array_equal, spread,
@@ -163,3 +163,141 @@ def test_the_throwing_ratio_is_of_all_patches():
         assert masking.token_counts(
             196, mask_ratio=0.75, pred_ratio=0.75, throw_ratio=ratio
         ) == (49, pred, thrown)
+
+
+def test_rounding_is_of_the_visible_patches():
+    """30 visible, 88 masked and 78 thrown are AMT's numbers, 19 of 49 SimMIM's."""
+    amt = dict(mask_ratio=0.85, pred_ratio=0.85, throw_ratio=0.4)
+    assert masking.token_counts(196, **amt, rounding="ceil") == (30, 88, 78)
+    assert masking.token_counts(196, **amt) == (29, 89, 78)
+    for units, masked in ((49, 30), (36, 22)):  # of 224 and of 192 pixels
+        counts = masking.token_counts(units, mask_ratio=0.6, pred_ratio=0.6)
+        assert counts == (units - masked, masked, 0)
+    with pytest.raises(ValueError, match="Unknown masking.rounding 'up'. Known: floor"):
+        masking.token_counts(196, **amt, rounding="up")
+
+
+def test_shared_noise_is_that_of_the_first_of_each_group():
+    key = jax.random.key(0, impl="threefry2x32")
+    batch = {"sample": jnp.asarray([8, 3, 5, 9, 1, 0], jnp.uint32)}
+    own = masking.uniform(key, batch, num=10)
+    together = masking.shared(key, batch, num=10, together=3)
+    np.testing.assert_array_equal(together, own[jnp.array([0, 0, 0, 3, 3, 3])])
+    few = masking.shared(key, batch, num=10, together=100)
+    np.testing.assert_array_equal(few, own[jnp.zeros(6, int)])
+    with pytest.raises(ValueError, match="together=4 does not divide a batch of 6"):
+        masking.shared(key, batch, num=10, together=4)
+
+
+def test_weighted_noise_draws_without_replacement_in_proportion_to_the_weights():
+    num_samples, weights = 8192, np.array([1.0, 2.0, 5.0])
+    batch = {
+        "sample": jnp.arange(num_samples, dtype=jnp.uint32),
+        "weights": jnp.tile(jnp.asarray(7 * weights, jnp.float32), (num_samples, 1)),
+    }
+    key = jax.random.key(0, impl="threefry2x32")
+    noise = np.asarray(masking.weighted(key, batch, num=3))
+    assert len(np.unique(noise)) > 0.99 * noise.size, "each sample draws for itself"
+    order = np.argsort(-noise, axis=1)
+    for first in range(3):
+        for second in {0, 1, 2} - {first}:
+            chance = weights[first] / 8 * weights[second] / (8 - weights[first])
+            share = np.mean((order[:, 0] == first) & (order[:, 1] == second))
+            error = np.sqrt(chance * (1 - chance) / num_samples)
+            assert abs(share - chance) < 5 * error
+
+
+def test_patches_of_large_weight_are_masked_and_of_none_visible():
+    weights = jnp.asarray([[0.0, 0.0, 0.0, 1e-6, 1e-6, 1e6, 1e6, 1e6]] * 4)
+    batch = {"sample": jnp.arange(4, dtype=jnp.uint32), "weights": weights}
+    noise = masking.weighted(jax.random.key(0), batch, num=8)
+    ids = masking.token_ids(noise, masking.TokenCounts(3, 3, 2))
+    np.testing.assert_array_equal(np.sort(ids.keep), [[0, 1, 2]] * 4)
+    np.testing.assert_array_equal(ids.thrown, [[3, 4]] * 4)
+    np.testing.assert_array_equal(ids.pred, [[5, 6, 7]] * 4)
+    with pytest.raises(ValueError, match="the batch has only sample; give data with"):
+        masking.weighted(jax.random.key(0), {"sample": batch["sample"]}, num=8)
+
+
+@pytest.mark.parametrize("unit", [1, 2, 4])
+def test_a_unit_is_a_square_of_patches(unit):
+    rows, columns = 8, 12
+    num = rows * columns // unit**2
+    units = _ids(range(3), counts=masking.TokenCounts(num // 3, num // 3, 1), n=num)
+    found = masking.expanded(units, unit=unit, grid=(rows, columns))
+    for part, patches in zip(units, found, strict=True):
+        for few, many in zip(np.asarray(part), np.asarray(patches), strict=True):
+            expected = [
+                (unit * (u // (columns // unit)) + i) * columns
+                + unit * (u % (columns // unit)) + j
+                for u in few for i in range(unit) for j in range(unit)
+            ]
+            if part is units.keep:
+                np.testing.assert_array_equal(many, expected)
+            else:
+                np.testing.assert_array_equal(many, np.sort(expected))
+
+
+@pytest.mark.parametrize("of", [(4, 6), (8, 12), (16, 6), (2, 3), (1, 6), (12, 2)])
+def test_coverage_is_the_mean_of_the_mask_over_each_cell(of):
+    ids = _ids(range(5), counts=masking.TokenCounts(10, 14, 0), n=24).pred
+    found = masking.coverage(ids, grid=(4, 6), of=of)
+    mask = np.asarray(masking.mask_of(ids, num_patches=24)).reshape(5, 4, 6)
+    # As fine as both grids are, then the mean over cells.
+    fine = mask.repeat(of[0], axis=1).repeat(of[1], axis=2)
+    cells = fine.reshape(5, of[0], 4, of[1], 6).mean((2, 4))
+    np.testing.assert_allclose(found, cells.reshape(5, -1), rtol=1e-6)
+    assert set(np.unique(found)) <= {0, 1} or of[0] < 4 or of[1] < 6
+    np.testing.assert_allclose(found.mean(1), 14 / 24, rtol=1e-6)
+
+
+def test_coverage_of_a_grid_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="Cells in 4x9 do not fit patches in 4x6"):
+        masking.coverage(jnp.zeros((1, 2), int), grid=(4, 6), of=(4, 9))
+
+
+def _sampler(**changes):
+    return Sampler(**dict(grid=(8, 12), mask_ratio=0.75, pred_ratio=0.75) | changes)
+
+
+def test_a_sampler_masks_units_and_counts_patches():
+    sampler = _sampler(unit=4, throw_ratio=0.5, retain="furthest")
+    assert sampler.units == (1, 2, 3) and sampler.counts == (16, 32, 48)
+    batch = {"sample": jnp.arange(7, dtype=jnp.uint32)}
+    ids = sampler.draw(jax.random.key(0), batch)
+    for part in ids:
+        covered = masking.coverage(part, grid=(8, 12), of=(2, 3))
+        assert set(np.unique(covered)) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("changes", [
+    dict(pred_ratio=0.25), dict(pred_ratio=0.5, throw_ratio=0.25, retain="furthest"),
+    dict(unit=2, noise="shared", together=4, pred_ratio=0.4, throw_ratio=0.1),
+], ids=str)
+def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
+    sampler, key = _sampler(**changes), jax.random.key(0)
+    batch = {"sample": jnp.arange(8, dtype=jnp.uint32)}
+    ids = sampler.draw(key, batch)
+    assert tuple(part.shape[1] for part in ids) == sampler.counts
+    for throw in (True, False):
+        every = sampler.draw_all(key, batch, throw=throw)
+        np.testing.assert_array_equal(every.keep, ids.keep)
+        masked = np.concatenate([every.keep, every.pred, every.thrown], axis=1)
+        np.testing.assert_array_equal(np.sort(masked), np.tile(np.arange(96), (8, 1)))
+        expected = sampler.counts.num_pred if throw else 96 - ids.keep.shape[1]
+        assert every.pred.shape[1] == expected
+    if changes.get("noise") == "shared":
+        np.testing.assert_array_equal(ids.pred[0], ids.pred[3])
+        assert (ids.pred[3] != ids.pred[4]).any()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(noise="normal"), "Unknown masking.noise 'normal'. Known: uniform, shared"),
+    (dict(unit=3), "masking.unit=3 does not divide a grid of 8x12 patches"),
+    (dict(unit=0), "masking.unit=0 does not divide"),
+    (dict(together=8), "masking.together=8 with masking.noise='uniform'"),
+    (dict(noise="shared"), "masking.together=1 with masking.noise='shared'"),
+])
+def test_a_sampler_refuses_what_contradicts_itself(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _sampler(**changes)

@@ -11,7 +11,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
-from crossmae_jax import patches
+from crossmae_jax import masking, patches
 from crossmae_jax.convert import names
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -53,9 +53,10 @@ def _images(config, seed=0, num=2):
 
 def _ids(objective, num=2, num_pred=None):
     counts = objective.counts
-    return objective.sample(
-        jax.random.key(1), jnp.arange(num, dtype=jnp.uint32),
-        counts._replace(num_pred=num_pred or counts.num_pred),
+    batch = {"sample": jnp.arange(num, dtype=jnp.uint32)}
+    noise = masking.uniform(jax.random.key(1), batch, num=objective.num_patches)
+    return masking.token_ids(
+        noise, counts._replace(num_pred=num_pred or counts.num_pred)
     )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import losses, masking, patches
+from crossmae_jax import losses, patches
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests.test_models import MAE, make_config
 
@@ -69,7 +69,7 @@ def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
     images, key = objective.normalize(batch), jax.random.key(1)
     _, logged = objective.loss(variables, batch, key)
     values = patches.patchify(images, patch_size=4)
-    ids = objective.sample(key, batch["sample"])
+    ids = objective.sample(key, batch)
     chosen = patches.take_tokens(values, ids.pred)
     variance = float(chosen.var(-1).mean())
     expected = (48 - 1) / 48 if normalize else variance
@@ -84,7 +84,7 @@ def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes)
     assert (found.mask.sum(1) == 24 - 6).all()
 
     images = objective.normalize(batch)
-    ids = objective.sample(key, batch["sample"], masking.TokenCounts(6, 18, 0))
+    ids = objective.masked_ids(key, batch)
     pred = objective.model.apply(variables, images, ids)
     target = patches.take_tokens(objective.target(images), ids.pred)
     error = found.error.sum(1) / 18
@@ -121,3 +121,30 @@ def test_a_perfect_prediction_is_the_image():
     found = objective.reconstruct(variables, batch, jax.random.key(1))
     np.testing.assert_allclose(found.error, 0.0, atol=1e-10)
     np.testing.assert_allclose(found.pasted, found.image, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(masking__unit=2, masking__pred_ratio=0.75), dict(MAE, masking__unit=2),
+    dict(masking__noise="shared", masking__together=2),
+    dict(masking__rounding="ceil", masking__mask_ratio=0.7),
+], ids=str)
+def test_any_masking_trains_any_model(changes):
+    objective, variables, batch = _objective(**changes)
+    batch = jax.tree.map(lambda x: jnp.concatenate([x, x])[:4], batch)
+    key = jax.random.key(1)
+    ids = objective.sample(key, batch)
+    assert tuple(part.shape[1] for part in ids) == objective.counts
+    gradient = jax.jit(jax.grad(
+        lambda p: objective.loss({**variables, "params": p}, batch, key)[0]
+    ))(variables["params"])
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert objective.reconstruct(variables, batch, key).mask.any(1).all()
+
+
+def test_weighted_masks_take_their_weights_from_the_batch():
+    objective, variables, batch = _objective(masking__noise="weighted")
+    with pytest.raises(ValueError, match="has only image, sample; give data with"):
+        objective.loss(variables, batch, jax.random.key(1))
+    weights = jnp.zeros((3, 24)).at[:, 6:].set(1.0)
+    ids = objective.sample(jax.random.key(1), batch | {"weights": weights})
+    np.testing.assert_array_equal(jnp.sort(ids.keep), jnp.tile(jnp.arange(6), (3, 1)))

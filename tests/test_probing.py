@@ -202,7 +202,8 @@ class TestPartialReconstruction:
         model = models["cross"]
         objective = model._objective(None)
         normal = objective.normalize({"image": jnp.asarray(images)})
-        ids = objective.masked_ids(jax.random.key(0), jnp.arange(3, dtype=jnp.uint32))
+        batch = {"sample": jnp.arange(3, dtype=jnp.uint32)}
+        ids = objective.masked_ids(jax.random.key(0), batch)
 
         def run(shift):
             bound = objective.model.bind(model.variables)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, losses, masking, patches
+from crossmae_jax import augment, losses, masking, patches, sampling
 from crossmae_jax.models import mim, vit
 from crossmae_jax.targets import pixels
 
@@ -61,12 +61,8 @@ class Pretrain:
         self.patch_size = self.model.encoder.patch_size
         self.grid = self.model.encoder.grid
         self.num_patches = self.grid[0] * self.grid[1]
-        self.counts = masking.token_counts(
-            self.num_patches,
-            mask_ratio=config.masking.mask_ratio,
-            pred_ratio=config.masking.pred_ratio,
-            throw_ratio=config.masking.throw_ratio,
-        )
+        self.sampler = sampling.Sampler(self.grid, **config.masking)
+        self.counts = self.sampler.counts
         self._check_throwing()
         # Mean and std are checked against the channels here, not in the first step.
         shape = (1, *self.image_size, config.data.channels)
@@ -75,25 +71,10 @@ class Pretrain:
         )
 
     def _check_throwing(self) -> None:
-        options, (num_keep, num_pred, num_thrown) = self.config.masking, self.counts
-        thrown = (
-            f"throw_ratio={options.throw_ratio} throws {num_thrown} of "
-            f"{self.num_patches} patches; raise config.masking.throw_ratio"
-        )
-        if options.retain not in ("furthest", "random"):
-            raise ValueError(
-                f"Unknown masking.retain {options.retain!r}. Known: furthest, random."
-            )
-        num_masked = self.num_patches - num_keep
-        if options.retain == "furthest" and num_pred == num_masked:
-            raise ValueError(
-                f"masking.retain='furthest' chooses among the masked patches, but all "
-                f"{num_masked} of them are decoded: {thrown}, or set retain='random'."
-            )
-        if self.model.aggregator is not None and num_thrown == 0:
+        if self.model.aggregator is not None and not self.counts.num_thrown:
             raise ValueError(
                 f"aggregator.kind={self.config.model.aggregator.kind!r} predicts "
-                f"thrown patches, but {thrown}, or set kind='none'."
+                f"thrown patches, but {self.sampler.throwing}, or set kind='none'."
             )
         if self.config.loss.thrown_weight <= 0:
             raise ValueError(
@@ -104,7 +85,11 @@ class Pretrain:
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""
         images = jnp.zeros((1, *self.image_size, self.config.data.channels))
-        ids = self.sample(key, jnp.zeros(1, jnp.uint32))
+        blank = {
+            "sample": jnp.zeros(1, jnp.uint32),
+            "weights": jnp.ones((1, self.sampler.num_units)),
+        }
+        ids = self.sample(key, blank)
         return self.model.init(key, images, ids)
 
     def normalize(self, batch: Batch) -> Float[Array, "b height width c"]:
@@ -114,22 +99,9 @@ class Pretrain:
             batch["image"], mean=tuple(data.mean), std=tuple(data.std)
         )
 
-    def sample(
-        self,
-        key: Key[Array, ""],
-        sample: Array,
-        counts: masking.TokenCounts | None = None,
-    ) -> masking.TokenIds:
-        """Draws each sample's visible, decoded and thrown patches from its number.
-
-        Args:
-          counts: how many of each; those of training if not given.
-        """
-        furthest = self.config.masking.retain == "furthest"
-        return masking.sample_token_ids(
-            key, sample, counts or self.counts, num_patches=self.num_patches,
-            columns=self.grid[1] if furthest else None,
-        )
+    def sample(self, key: Key[Array, ""], batch: Batch) -> masking.TokenIds:
+        """Draws each sample's visible, decoded and thrown patches."""
+        return self.sampler.draw(key, batch)
 
     def target(
         self, images: Float[Array, "b height width c"]
@@ -145,7 +117,7 @@ class Pretrain:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the mean loss of a batch, and what to log beside it."""
         return self.masked_loss(
-            variables, self.normalize(batch), self.sample(key, batch["sample"])
+            variables, self.normalize(batch), self.sample(key, batch)
         )
 
     def masked_loss(
@@ -199,25 +171,22 @@ class Pretrain:
             "class_token": vit.class_token(encoded, used_maps),
         }
 
-    def masked_ids(self, key: Key[Array, ""], sample: Array) -> masking.TokenIds:
+    def masked_ids(self, key: Key[Array, ""], batch: Batch) -> masking.TokenIds:
         """Draws ids for a reconstruction: every masked patch, however few in training.
 
         All are decoded; with an aggregator as many as in training, and the others are
         thrown.
         """
-        num_keep, num_pred, _ = self.counts
-        num_masked = self.num_patches - num_keep
-        if self.model.aggregator is None:
-            num_pred = num_masked
-        counts = masking.TokenCounts(num_keep, num_pred, num_masked - num_pred)
-        return self.sample(key, sample, counts)
+        return self.sampler.draw_all(
+            key, batch, throw=self.model.aggregator is not None
+        )
 
     def reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
     ) -> Reconstruction:
         """Predicts every masked patch, those of `masked_ids`."""
         images = self.normalize(batch)
-        ids = self.masked_ids(key, batch["sample"])
+        ids = self.masked_ids(key, batch)
         return self.pictures(self.model.apply(variables, images, ids), images, ids)
 
     def pictures(

@@ -384,7 +384,7 @@ class Pretrained:
 
         def run(variables, images, seed, numbers, *rest):
             key = jax.random.key(seed, impl="threefry2x32")
-            ids = objective.masked_ids(key, numbers)
+            ids = objective.masked_ids(key, {"sample": numbers})
             return function(objective, variables, self._normalize(images), ids, *rest)
 
         images = self.prepare(images)
