@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.models import posemb, vit
 from crossmae_jax.optim import optimizers
 from crossmae_jax.targets import pixels
+from crossmae_jax.tokens import grid_size, patchify, unpatchify
 from tests.parity_report import OUTPUT, Report
 
 Data = dict[str, np.ndarray]
@@ -34,10 +35,10 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
         expected = data[f"patches/{key}"]
         channels = images.shape[-1]
         patch_size = round((expected.shape[-1] / channels) ** 0.5)
-        grid = patches.grid_size(images.shape[1:3], patch_size)
-        values = patches.patchify(images, patch_size=patch_size)
+        grid = grid_size(images.shape[1:3], patch_size)
+        values = patchify(images, patch_size=patch_size)
         report.exact(f"patches/{key}", values, expected)
-        back = patches.unpatchify(values, grid=grid, patch_size=patch_size)
+        back = unpatchify(values, grid=grid, patch_size=patch_size)
         report.exact(f"imgs/{key} put together again", back, images)
         if f"norm_target/{key}" in data:
             mean, std = pixels.patch_statistics(values)

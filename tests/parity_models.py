@@ -14,11 +14,12 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.convert import names
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.optim import optimizers
+from crossmae_jax.tokens import put_tokens, take_tokens
 from tests.parity_files import Data, nhwc, token_counts
 from tests.parity_report import LOSS, TRAJECTORY, Report
 
@@ -139,10 +140,10 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
     if is_mae:  # the reference predicts visible patches, too
         head = nn.apply(lambda model, x: model.decoder.head(x), model)
         visible = head(variables, seen["decoder"]["__call__"][0].visible)
-        pred = patches.put_tokens(jnp.zeros_like(target), ids.pred, pred)
-        pred = patches.put_tokens(pred, ids.keep, visible)
+        pred = put_tokens(jnp.zeros_like(target), ids.pred, pred)
+        pred = put_tokens(pred, ids.keep, visible)
     else:
-        target = patches.take_tokens(target, ids.pred)
+        target = take_tokens(target, ids.pred)
     outputs = {
         "pred": pred, "target": target, "latent": encoded.tokens,
         "encoder_input": encoded.feature_maps[0],

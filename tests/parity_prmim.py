@@ -9,9 +9,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.models import layers
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.tokens import take_tokens
 from tests.parity_files import Data, nhwc
 from tests.parity_report import Report
 
@@ -95,7 +96,7 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
     (loss, (pred, logged, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True)
     )(inputs)
-    target = patches.take_tokens(
+    target = take_tokens(
         objective.target(images), objective.model.predicted(ids)
     )
     error = jnp.mean((pred - target) ** 2, axis=-1)

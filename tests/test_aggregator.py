@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from crossmae_jax import losses, masking, patches
+from crossmae_jax import losses, masking
 from crossmae_jax.models import aggregator, layers, parts
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
+from crossmae_jax.tokens import take_tokens
 from tests.test_models import MAE, make_config
 
 GRID = (4, 6)
@@ -95,7 +96,7 @@ def test_retained_places_can_be_rewritten():
     )
     mixed = mixed.reshape(2, 24, 8)
     np.testing.assert_allclose(
-        out[:, :6], patches.take_tokens(mixed, ids.pred), atol=1e-6
+        out[:, :6], take_tokens(mixed, ids.pred), atol=1e-6
     )
     kept = _aggregator().apply(variables, decoded, encoded, ids)
     np.testing.assert_array_equal(out[:, 6:], kept[:, 6:])
@@ -187,7 +188,7 @@ def test_convnext_adds_its_branch_to_what_was_there():
     normed = layers.LayerNorm(jnp.float32).apply({"params": params["norm"]}, mixed)
     branch = layers.Mlp(normed.shape[-1], 2.0).apply({"params": params["mlp"]}, normed)
     found = module.apply(variables, decoded, encoded, ids)[:, 6:]
-    expected = patches.take_tokens(branch, ids.thrown)
+    expected = take_tokens(branch, ids.thrown)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -262,7 +263,7 @@ def test_the_loss_weighs_the_groups():
         expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
         pred = objective.model.apply(variables, images, ids)
-        target = patches.take_tokens(
+        target = take_tokens(
             objective.target(images), objective.model.predicted(ids)
         )
         thrown = losses.mse(pred[:, 6:], target[:, 6:]).mean()
@@ -286,7 +287,7 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     everything = ids._replace(pred=jnp.sort(jnp.concatenate([ids.pred, ids.thrown], 1)))
     full = objective.model.apply(variables, images, everything)
     place = jax.vmap(jnp.searchsorted)(everything.pred, ids.pred)
-    assert jnp.abs(patches.take_tokens(full, place) - pred).max() > 1e-3
+    assert jnp.abs(take_tokens(full, place) - pred).max() > 1e-3
     # And which patches were thrown makes no difference to them.
     other = ids._replace(thrown=ids.thrown[:, ::-1])
     np.testing.assert_array_equal(objective.model.apply(variables, images, other), pred)

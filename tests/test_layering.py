@@ -16,7 +16,7 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
     ("errors",),
-    ("ops", "patches", "paths", "losses", "augment", "masking", "sampling",
+    ("ops", "tokens", "paths", "losses", "augment", "masking", "sampling",
      "distributed"),
     ("checkpoints", "data", "targets"),
     ("models", "runs", "optim"),

@@ -11,10 +11,11 @@ from flax import traverse_util
 from ml_collections import ConfigDict, config_dict
 
 from configs import common
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.convert import names
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.tokens import take_tokens
 
 
 def make_config(**changes):
@@ -137,7 +138,7 @@ def test_visible_patches_are_encoded_as_if_all_had_been_projected_and_some_dropp
         for keep in (None, every, ids.keep)
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
-    kept = patches.take_tokens(maps[0][:, 1:], ids.keep)
+    kept = take_tokens(maps[0][:, 1:], ids.keep)
     np.testing.assert_allclose(maps[2][:, 1:], kept, atol=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_a_patch_is_decoded_alike_whichever_others_are(name):
     every_pred = objective.model.apply(variables, images, every)
     place = jax.vmap(jnp.searchsorted)(every.pred, few.pred)
     np.testing.assert_allclose(
-        pred, patches.take_tokens(every_pred, place), atol=1e-5
+        pred, take_tokens(every_pred, place), atol=1e-5
     )
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import losses, patches
+from crossmae_jax import losses
 from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.tokens import patchify, take_tokens
 from tests.test_models import MAE, make_config
 
 
@@ -68,9 +69,9 @@ def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
     )
     images, key = objective.normalize(batch), jax.random.key(1)
     _, logged = objective.loss(variables, batch, key)
-    values = patches.patchify(images, patch_size=4)
+    values = patchify(images, patch_size=4)
     ids = objective.sample(key, batch)
-    chosen = patches.take_tokens(values, ids.pred)
+    chosen = take_tokens(values, ids.pred)
     variance = float(chosen.var(-1).mean())
     expected = (48 - 1) / 48 if normalize else variance
     np.testing.assert_allclose(logged["loss_trivial"], expected, rtol=1e-4)
@@ -86,12 +87,12 @@ def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes)
     images = objective.normalize(batch)
     ids = objective.masked_ids(key, batch)
     pred = objective.model.apply(variables, images, ids)
-    target = patches.take_tokens(objective.target(images), ids.pred)
+    target = take_tokens(objective.target(images), ids.pred)
     error = found.error.sum(1) / 18
     np.testing.assert_allclose(error, losses.mse(pred, target), rtol=1e-5)
 
     def cut(image):
-        return patches.patchify(image, patch_size=4)
+        return patchify(image, patch_size=4)
 
     hidden = found.mask[:, :, None]
     image, prediction, pasted = map(cut, (found.image, found.prediction, found.pasted))
@@ -112,7 +113,7 @@ def test_a_perfect_prediction_is_the_image():
         aggregator = None
 
         def apply(self, _variables, _images, ids):
-            return patches.take_tokens(objective.target(images), ids.pred)
+            return take_tokens(objective.target(images), ids.pred)
 
         def predicted(self, ids):
             return ids.pred

@@ -32,9 +32,10 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.models import layers, parts, posemb
 from crossmae_jax.ops import depthwise
+from crossmae_jax.tokens import put_tokens, take_tokens
 
 
 class DepthwiseConv(nn.Module):
@@ -153,8 +154,8 @@ class Aggregator(nn.Module):
         mixed = mixed.reshape(-1, self.grid[0] * self.grid[1], self.dim)
         retained = decoded.pred
         if self.rewrites_retained:
-            retained = patches.take_tokens(mixed, ids.pred)
-        thrown = patches.take_tokens(mixed, ids.thrown)
+            retained = take_tokens(mixed, ids.pred)
+        thrown = take_tokens(mixed, ids.thrown)
         return jnp.concatenate([retained, thrown], axis=1)
 
     def lay_out(
@@ -169,7 +170,7 @@ class Aggregator(nn.Module):
             ids_present = jnp.concatenate([ids.keep, ids.pred], axis=1)
             tokens = jnp.concatenate([visible, retained], axis=1)
         shape = (tokens.shape[0], self.grid[0] * self.grid[1], self.dim)
-        places = patches.put_tokens(jnp.zeros(shape, self.dtype), ids_present, tokens)
+        places = put_tokens(jnp.zeros(shape, self.dtype), ids_present, tokens)
         return places.reshape(-1, *self.grid, self.dim)
 
 

@@ -19,8 +19,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from crossmae_jax import patches
 from crossmae_jax.models import layers, posemb
+from crossmae_jax.tokens import patchify, take_tokens
 
 
 class Size(NamedTuple):
@@ -199,10 +199,10 @@ class ViT(nn.Module):
                 "constants", "pos_embed", lambda: jnp.asarray(table())
             ).value
 
-        x = patches.patchify(images, patch_size=self.patch_size)
+        x = patchify(images, patch_size=self.patch_size)
         position = pos_embed[None, 1:]
         if ids_keep is not None:
-            x = patches.take_tokens(x, ids_keep)
+            x = take_tokens(x, ids_keep)
             position = jnp.take(pos_embed[1:], ids_keep, axis=0)
         x = layers.PatchEmbed(self.dim, self.dtype, name="patch_embed")(x)
         x = x + position.astype(self.dtype)

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, losses, masking, patches, sampling
+from crossmae_jax import augment, losses, masking, sampling
 from crossmae_jax.models import mim, vit
 from crossmae_jax.targets import pixels
+from crossmae_jax.tokens import patchify, put_tokens, take_tokens, unpatchify
 
 Variables = dict[str, Any]
 Batch = dict[str, Array]
@@ -138,7 +139,7 @@ class Pretrain:
         ids: masking.TokenIds,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the loss of predictions for the patches `model.predicted(ids)`."""
-        target = patches.take_tokens(self.target(images), self.model.predicted(ids))
+        target = take_tokens(self.target(images), self.model.predicted(ids))
         patch_mean = jnp.broadcast_to(target.mean(-1, keepdims=True), target.shape)
         num_pred, weights = ids.pred.shape[1], None
         if self.model.aggregator is not None:
@@ -203,10 +204,10 @@ class Pretrain:
         """
         pred = pred.astype(jnp.float32)
         predicted = self.model.predicted(ids)
-        values = patches.patchify(images, patch_size=self.patch_size)
-        target = patches.take_tokens(self.target(images), predicted)
+        values = patchify(images, patch_size=self.patch_size)
+        target = take_tokens(self.target(images), predicted)
         pictures = pixels.to_pixels(
-            pred, patches.take_tokens(values, predicted),
+            pred, take_tokens(values, predicted),
             normalize=self.config.target.normalize,
         )
         error = jnp.mean((pred - target) ** 2, axis=-1, keepdims=True)
@@ -214,18 +215,18 @@ class Pretrain:
         return Reconstruction(
             image=self._picture(values),
             prediction=self._picture(
-                patches.put_tokens(mean_patch, predicted, pictures)
+                put_tokens(mean_patch, predicted, pictures)
             ),
-            pasted=self._picture(patches.put_tokens(values, predicted, pictures)),
+            pasted=self._picture(put_tokens(values, predicted, pictures)),
             mask=masking.mask_of(predicted, num_patches=self.num_patches),
             thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
-            error=patches.put_tokens(
+            error=put_tokens(
                 jnp.zeros((*error.shape[:1], self.num_patches, 1)), predicted, error
             )[:, :, 0],
         )
 
     def _picture(self, vectors):
         """Returns patch vectors of normalised images as images in 0..1."""
-        image = patches.unpatchify(vectors, grid=self.grid, patch_size=self.patch_size)
+        image = unpatchify(vectors, grid=self.grid, patch_size=self.patch_size)
         data = self.config.data
         return augment.unnormalize(image, mean=tuple(data.mean), std=tuple(data.std))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from crossmae_jax import patches
+from crossmae_jax.tokens import patchify
 
 _EPSILON = 1e-6
 
@@ -52,7 +52,7 @@ def pixels(
     images: Float[Array, "b height width c"], *, patch_size: int, normalize: bool
 ) -> Float[Array, "b n t"]:
     """Returns the target of every patch."""
-    values = patches.patchify(images, patch_size=patch_size)
+    values = patchify(images, patch_size=patch_size)
     if not normalize:
         return values
     return _centre(values) / patch_statistics(values).std

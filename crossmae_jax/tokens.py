@@ -1,13 +1,72 @@
-"""Geometry of patches: between images and raster-ordered patch vectors.
+"""Vectors that know their places, and the patch vectors of images.
 
-A patch vector lists its pixels row by row, column by column, channel fastest, the
-layout of MAE (arXiv 2111.06377). Patches are numbered in raster order.
+The places are the cells of a grid, in an image's case its patches, numbered in raster
+order. A patch vector lists its pixels row by row, column by column, channel fastest,
+the layout of MAE (arXiv 2111.06377).
 """
 
+from typing import Any
+
 import einops
+import flax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
+
+
+@flax.struct.dataclass
+class Tokens:
+    """A vector at each of some places of a grid, and perhaps a class token.
+
+    What a block of a transformer works on, what a decoder predicts and what a target
+    asks for. The class token lies before the others in one array, so that attention
+    takes them without a copy; nothing outside of this class counts on that order.
+
+    Attributes:
+      sequence: f[b s d], what attention runs over: the class token, if there is one,
+        and the vectors of the places.
+      ids: i32[b k], the place of each vector; None: all places, in raster order.
+      grid: rows and columns of the places.
+      has_cls: whether there is a class token.
+    """
+
+    sequence: Any  # an array, or what stands for one in a tree; likewise `ids`
+    ids: Any
+    grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    has_cls: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def values(self) -> Shaped[Array, "b k d"]:
+        """The vectors of the places."""
+        return self.sequence[:, 1:] if self.has_cls else self.sequence
+
+    @property
+    def cls(self) -> Shaped[Array, "b 1 d"] | None:
+        """The class token."""
+        return self.sequence[:, :1] if self.has_cls else None
+
+    def at(self, ids: Int[Array, "b q"]) -> Shaped[Array, "b q d"]:
+        """Returns the vectors of these places; zeros where there is none."""
+        values = self.values
+        if self.ids is not None:
+            values = einops.rearrange(self.laid_out(), "b row col d -> b (row col) d")
+        return take_tokens(values, ids)
+
+    def laid_out(self) -> Shaped[Array, "b row col d"]:
+        """Returns the vectors at their places, zeros where there is none."""
+        values = self.values
+        if self.ids is not None:
+            empty = jnp.zeros(
+                (len(values), self.grid[0] * self.grid[1], values.shape[2]),
+                values.dtype,
+            )
+            values = put_tokens(empty, self.ids, values)
+        return values.reshape(-1, *self.grid, values.shape[2])
+
+    def behind(self, num: int) -> "Tokens":
+        """Returns the places behind the first `num`, and no class token."""
+        ids = self.ids if num == 0 else self.ids[:, num:]
+        return Tokens(self.sequence[:, self.has_cls + num :], ids, self.grid)
 
 
 def grid_size(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import augment, patches
+from crossmae_jax import augment
 from crossmae_jax.targets import pixels
+from crossmae_jax.tokens import grid_size, patchify, put_tokens, take_tokens, unpatchify
 
 
 def _normal(*shape):
@@ -15,7 +16,7 @@ def _normal(*shape):
 
 def test_patch_vectors_list_rows_then_columns_then_channels():
     images = jnp.arange(4 * 6 * 2).reshape(1, 4, 6, 2)
-    values = patches.patchify(images, patch_size=2)
+    values = patchify(images, patch_size=2)
     assert values.shape == (1, 6, 8)
     second = np.asarray(images)[0, :2, 2:4].reshape(-1)
     np.testing.assert_array_equal(values[0, 1], second)
@@ -23,8 +24,8 @@ def test_patch_vectors_list_rows_then_columns_then_channels():
 
 def test_unpatchify_undoes_patchify_for_any_shape_and_channels():
     images = _normal(2, 6, 12, 5)
-    values = patches.patchify(images, patch_size=3)
-    back = patches.unpatchify(values, grid=(2, 4), patch_size=3)
+    values = patchify(images, patch_size=3)
+    back = unpatchify(values, grid=(2, 4), patch_size=3)
     np.testing.assert_array_equal(back, images)
 
 
@@ -32,22 +33,22 @@ def test_put_tokens_writes_where_take_tokens_reads():
     tokens = jnp.zeros((2, 5, 3))
     ids = jnp.array([[4, 0], [1, 2]])
     values = jnp.arange(12.0).reshape(2, 2, 3)
-    written = patches.put_tokens(tokens, ids, values)
-    np.testing.assert_array_equal(patches.take_tokens(written, ids), values)
+    written = put_tokens(tokens, ids, values)
+    np.testing.assert_array_equal(take_tokens(written, ids), values)
     assert (written == 0).sum() == 2 * 5 * 3 - 11
 
 
 def test_a_wrong_id_is_loud():
-    taken = patches.take_tokens(jnp.ones((1, 3, 2)), jnp.array([[3]]))
+    taken = take_tokens(jnp.ones((1, 3, 2)), jnp.array([[3]]))
     assert jnp.isnan(taken).all()
 
 
 def test_image_size_not_a_multiple_names_the_nearest():
     message = "250x224 is not a multiple of patch 16; nearest: 240x224, 256x224"
     with pytest.raises(ValueError, match=message):
-        patches.grid_size((250, 224), 16)
+        grid_size((250, 224), 16)
     with pytest.raises(ValueError, match="nearest: 16x16"):
-        patches.grid_size((8, 16), 16)
+        grid_size((8, 16), 16)
 
 
 def test_standardised_targets_use_the_unbiased_variance():
@@ -60,7 +61,7 @@ def test_standardised_targets_use_the_unbiased_variance():
 
 def test_predictions_return_to_pixels_with_the_true_statistics():
     images = _normal(2, 8, 8, 3)
-    values = patches.patchify(images, patch_size=4)
+    values = patchify(images, patch_size=4)
     for normalize in (True, False):
         target = pixels.pixels(images, patch_size=4, normalize=normalize)
         back = pixels.to_pixels(target, values, normalize=normalize)
