@@ -26,8 +26,12 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         log_every_steps=50,
         init_from="",  # weights of any format to start from, see docs/weights.md
         init_channels="",  # "mean", "repeat", "sum": for another number of channels
-        target=dict(normalize=True),
-        loss=dict(thrown_weight=1.0),  # against 1 for patches that were decoded
+        target=dict(kind="pixels", normalize=True),
+        loss=dict(
+            kind="mse",  # of all targets, or a dict of kinds by their names
+            thrown_weight=1.0,  # against 1 for patches that were decoded
+            weights={},  # of targets, by their names; 1 where there is none
+        ),
         optim=dict(
             name="adamw",  # or "lars"
             trust_coefficient=0.001,  # of LARS: share of a weight's norm in an update

@@ -45,12 +45,16 @@ class Tokens:
         """The class token."""
         return self.sequence[:, :1] if self.has_cls else None
 
-    def at(self, ids: Int[Array, "b q"]) -> Shaped[Array, "b q d"]:
-        """Returns the vectors of these places; zeros where there is none."""
+    def at(self, ids: Int[Array, "b q"] | None) -> Shaped[Array, "b q d"]:
+        """Returns the vectors of these places, zeros where there is none.
+
+        Args:
+          ids: None for all places.
+        """
         values = self.values
         if self.ids is not None:
             values = einops.rearrange(self.laid_out(), "b row col d -> b (row col) d")
-        return take_tokens(values, ids)
+        return values if ids is None else take_tokens(values, ids)
 
     def laid_out(self) -> Shaped[Array, "b row col d"]:
         """Returns the vectors at their places, zeros where there is none."""
@@ -62,6 +66,10 @@ class Tokens:
             )
             values = put_tokens(empty, self.ids, values)
         return values.reshape(-1, *self.grid, values.shape[2])
+
+    def with_values(self, values: Shaped[Array, "b k e"]) -> "Tokens":
+        """Returns other vectors at the same places, and no class token."""
+        return Tokens(values, self.ids, self.grid)
 
     def behind(self, num: int) -> "Tokens":
         """Returns the places behind the first `num`, and no class token."""

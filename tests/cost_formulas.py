@@ -10,9 +10,10 @@ r, as the papers have them:
 
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, patches
+from crossmae_jax import masking
 from crossmae_jax.cost import counting
 from crossmae_jax.models import fusion, vit
+from crossmae_jax.tokens import grid_size
 
 
 def _linear(fan_in: int, fan_out: int) -> int:
@@ -90,7 +91,7 @@ def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
     model, channels = config.model, config.data.channels
     size, patch_size = vit.parse_size(model.encoder.size)
-    rows, columns = patches.grid_size(tuple(config.data.image_size), patch_size)
+    rows, columns = grid_size(tuple(config.data.image_size), patch_size)
     num_patches, patch_dim = rows * columns, patch_size**2 * channels
     num_keep, num_pred, num_thrown = masking.token_counts(
         num_patches, mask_ratio=config.masking.mask_ratio,
@@ -153,7 +154,7 @@ def classification(config: ConfigDict, *, differentiated: int) -> counting.Cost:
     """Returns what a classifier of whole images costs, by the formulas."""
     model, data = config.model, config.data
     size, patch_size = vit.parse_size(model.encoder.size)
-    rows, columns = patches.grid_size(tuple(data.image_size), patch_size)
+    rows, columns = grid_size(tuple(data.image_size), patch_size)
     num_patches, patch_dim = rows * columns, patch_size**2 * data.channels
     dim, hidden = size.dim, int(size.dim * model.encoder.mlp_ratio)
     encoder_macs = num_patches * patch_dim * dim

@@ -55,7 +55,7 @@ def check_pixels(_path: Path, data: Data, report: Report) -> None:
                 report.output(f"std/{key}", std, root, max(OUTPUT, 4 * ulp))
             report.output(
                 f"norm_target/{key}",
-                pixels.pixels(images, patch_size=patch_size, normalize=True),
+                pixels.standardised(values),
                 data[f"norm_target/{key}"],
                 max(OUTPUT, 2 * ulp / float(np.asarray(std).min())),
             )

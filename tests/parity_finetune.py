@@ -60,7 +60,7 @@ def _read(state: Data, like: Any) -> Any:
 
 
 def _loss(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    return losses.soft_cross_entropy(logits, targets).mean()
+    return losses.cross_entropy(logits, targets).mean()
 
 
 def check_classifier(_path: Path, data: Data, report: Report) -> None:

@@ -69,8 +69,8 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
             mask_ratio=mask_ratio, pred_ratio=min(pred_ratio, mask_ratio)
         ),
         asked_pred_ratio=pred_ratio,
-        loss=dict(thrown_weight=1.0),
-        target=dict(normalize=bool(ctor.get("norm_pix_loss", False))),
+        loss=dict(kind="mse", thrown_weight=1.0, weights={}),
+        target=dict(kind="pixels", normalize=bool(ctor.get("norm_pix_loss", False))),
         optim=optimizer(reference),
         data=dict(
             image_size=tuple(image_size), channels=channels,
@@ -136,7 +136,7 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
     seen = state["intermediates"]
     encoded = seen["encoder"]["__call__"][0]
     depth = model.decoder.depth
-    target = objective.target(images)
+    target = objective.target(variables, images)["pixels"].values
     if is_mae:  # the reference predicts visible patches, too
         head = nn.apply(lambda model, x: model.decoder.head(x), model)
         visible = head(variables, seen["decoder"]["__call__"][0].visible)

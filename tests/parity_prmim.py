@@ -12,7 +12,7 @@ from configs import common
 from crossmae_jax import masking
 from crossmae_jax.models import layers
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.tokens import take_tokens
+from crossmae_jax.tokens import Tokens
 from tests.parity_files import Data, nhwc
 from tests.parity_report import Report
 
@@ -42,8 +42,8 @@ def _objective(reference: dict, data: Data) -> Pretrain:
         model=model,
         # Any ratios that throw something: the fixture brings its own token ids.
         masking=common.masking(pred_ratio=0.75, throw_ratio=0.25),
-        target=dict(normalize=bool(reference["norm_pix"])),
-        loss=dict(thrown_weight=1.0),
+        target=dict(kind="pixels", normalize=bool(reference["norm_pix"])),
+        loss=dict(kind="mse", thrown_weight=1.0, weights={}),
         data=dict(
             image_size=(height, width), channels=channels,
             mean=(0.5,) * channels, std=(0.5,) * channels,
@@ -89,15 +89,18 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
             capture_intermediates=lambda _, method: method in ("__call__", "lay_out"),
             mutable=["intermediates"],
         )
-        loss, logged = objective.prediction_loss(pred, images, ids)
+        predicted = Tokens(pred, objective.model.predicted(ids), objective.grid)
+        loss, logged = objective.prediction_loss(
+            {"pixels": predicted}, objective.target({}, images), ids
+        )
         seen = state["intermediates"]["aggregator"]
         return loss, (pred, logged, seen)
 
     (loss, (pred, logged, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True)
     )(inputs)
-    target = take_tokens(
-        objective.target(images), objective.model.predicted(ids)
+    target = objective.target({}, images)["pixels"].at(
+        objective.model.predicted(ids)
     )
     error = jnp.mean((pred - target) ** 2, axis=-1)
     mixed = seen["mixer"]["__call__"][0].reshape(num_images, num_patches, dim)

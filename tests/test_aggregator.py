@@ -262,11 +262,9 @@ def test_the_loss_weighs_the_groups():
         loss, logged = objective.masked_loss(variables, images, ids)
         expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
-        pred = objective.model.apply(variables, images, ids)
-        target = take_tokens(
-            objective.target(images), objective.model.predicted(ids)
-        )
-        thrown = losses.mse(pred[:, 6:], target[:, 6:]).mean()
+        pred = objective.predicted(variables, images, ids)["pixels"]
+        target = objective.target(variables, images)["pixels"].at(pred.ids)
+        thrown = losses.mse(pred.values[:, 6:], target[:, 6:]).mean()
         np.testing.assert_allclose(logged["loss_thrown"], thrown, rtol=1e-5)
         # The trivial predictor stands beside it with the same weights.
         variance = target.var(-1).mean(0)

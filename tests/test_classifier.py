@@ -209,7 +209,7 @@ def test_smoothed_labels_are_probabilities():
 def test_cross_entropy_is_computed_in_float32():
     logits = np.asarray([[1.5, 0.0, -1.0]])  # exact in bfloat16
     targets = jnp.asarray([[0.5, 0.25, 0.25]])
-    loss = losses.soft_cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
+    loss = losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
     assert loss.dtype == jnp.float32
     expected = np.log(np.exp(logits).sum()) - (np.asarray(targets) * logits).sum()
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)

@@ -50,8 +50,8 @@ KEYS = {
         "mask_ratio": float, "pred_ratio": float, "throw_ratio": float, "retain": str,
         "noise": str, "together": int, "unit": int, "rounding": str,
     },
-    "target": {"normalize": bool},
-    "loss": {"thrown_weight": float},
+    "target": {"kind": str, "normalize": bool},
+    "loss": {"kind": str, "thrown_weight": float, "weights": {}},
     "optim": {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,

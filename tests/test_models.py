@@ -37,8 +37,8 @@ def make_config(**changes):
             remat="selective", dtype="float32",
         ),
         masking=common.masking(pred_ratio=0.25),
-        target=dict(normalize=True),
-        loss=dict(thrown_weight=1.0),
+        target=dict(kind="pixels", normalize=True),
+        loss=dict(kind="mse", thrown_weight=1.0, weights={}),
         data=dict(image_size=(16, 24), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3),
     ))
     config.update_from_flattened_dict(

@@ -86,10 +86,11 @@ def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes)
 
     images = objective.normalize(batch)
     ids = objective.masked_ids(key, batch)
-    pred = objective.model.apply(variables, images, ids)
-    target = take_tokens(objective.target(images), ids.pred)
+    pred = objective.predicted(variables, images, ids)["pixels"]
+    target = objective.target(variables, images)["pixels"].at(pred.ids)
     error = found.error.sum(1) / 18
-    np.testing.assert_allclose(error, losses.mse(pred, target), rtol=1e-5)
+    expected = losses.mean(losses.mse(pred.values, target))
+    np.testing.assert_allclose(error, expected, rtol=1e-5)
 
     def cut(image):
         return patchify(image, patch_size=4)
@@ -113,7 +114,7 @@ def test_a_perfect_prediction_is_the_image():
         aggregator = None
 
         def apply(self, _variables, _images, ids):
-            return take_tokens(objective.target(images), ids.pred)
+            return objective.target({}, images)["pixels"].at(ids.pred)
 
         def predicted(self, ids):
             return ids.pred

@@ -1,12 +1,19 @@
-"""Geometry of patches and targets made of them."""
+"""Tokens and their places, and the geometry of patches."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from crossmae_jax import augment
-from crossmae_jax.targets import pixels
-from crossmae_jax.tokens import grid_size, patchify, put_tokens, take_tokens, unpatchify
+from crossmae_jax.tokens import (
+    Tokens,
+    grid_size,
+    patchify,
+    put_tokens,
+    take_tokens,
+    unpatchify,
+)
 
 
 def _normal(*shape):
@@ -51,26 +58,51 @@ def test_image_size_not_a_multiple_names_the_nearest():
         grid_size((8, 16), 16)
 
 
-def test_standardised_targets_use_the_unbiased_variance():
-    values = _normal(1, 4, 4, 3)
-    (target,) = pixels.pixels(values, patch_size=4, normalize=True)[0]
-    flat = np.asarray(values, np.float64).reshape(-1)
-    expected = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-6)
-    np.testing.assert_allclose(target, expected, atol=1e-6)
+def _tokens(has_cls=False):
+    """Two samples of 3 tokens each at places of a 2 x 3 grid."""
+    sequence = _normal(2, 3 + has_cls, 5)
+    ids = jnp.array([[4, 0, 2], [1, 5, 3]])
+    return Tokens(sequence, ids, (2, 3), has_cls)
 
 
-def test_predictions_return_to_pixels_with_the_true_statistics():
-    images = _normal(2, 8, 8, 3)
-    values = patchify(images, patch_size=4)
-    for normalize in (True, False):
-        target = pixels.pixels(images, patch_size=4, normalize=normalize)
-        back = pixels.to_pixels(target, values, normalize=normalize)
-        np.testing.assert_allclose(back, values, atol=1e-5)
+@pytest.mark.parametrize("has_cls", [True, False])
+def test_tokens_lie_at_their_places_and_zeros_elsewhere(has_cls):
+    tokens = _tokens(has_cls)
+    grid = np.zeros((2, 6, 5), np.float32)
+    for sample in range(2):
+        grid[sample, tokens.ids[sample]] = tokens.sequence[sample, has_cls:]
+    found = tokens.laid_out()
+    np.testing.assert_array_equal(found, grid.reshape(2, 2, 3, 5))
+    wanted = jnp.array([[0, 1], [3, 3]])
+    expected = grid[jnp.arange(2)[:, None], wanted]
+    np.testing.assert_array_equal(tokens.at(wanted), expected)
+    np.testing.assert_array_equal(tokens.at(None), grid)
+    everywhere = Tokens(found.reshape(2, 6, 5), None, (2, 3))
+    np.testing.assert_array_equal(everywhere.at(wanted), expected)
+    np.testing.assert_array_equal(everywhere.laid_out(), found)
 
 
-def test_one_value_cannot_be_standardised():
-    with pytest.raises(ValueError, match="larger patch or config.target.normalize"):
-        pixels.pixels(jnp.ones((1, 2, 2, 1)), patch_size=1, normalize=True)
+def test_the_class_token_belongs_to_no_place():
+    tokens = _tokens(has_cls=True)
+    np.testing.assert_array_equal(tokens.cls, tokens.sequence[:, :1])
+    np.testing.assert_array_equal(tokens.values, tokens.sequence[:, 1:])
+    assert _tokens().cls is None
+    for num in (0, 2):
+        rest = tokens.behind(num)
+        np.testing.assert_array_equal(rest.values, tokens.values[:, num:])
+        np.testing.assert_array_equal(rest.ids, tokens.ids[:, num:])
+        assert rest.cls is None
+    other = tokens.with_values(tokens.values + 1)
+    assert other.ids is tokens.ids and other.cls is None
+
+
+def test_tokens_go_through_transformations():
+    tokens = _tokens(has_cls=True)
+    shapes = jax.eval_shape(lambda x: x.behind(1), tokens)
+    assert shapes.sequence.shape == (2, 2, 5) and shapes.grid == (2, 3)
+    gradient = jax.jit(jax.grad(lambda x: x.laid_out().sum(), allow_int=True))(tokens)
+    np.testing.assert_array_equal(gradient.cls, jnp.zeros((2, 1, 5)))
+    np.testing.assert_array_equal(gradient.values, jnp.ones((2, 3, 5)))
 
 
 def test_normalisation_is_undone_and_checked():

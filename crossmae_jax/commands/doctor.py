@@ -33,8 +33,8 @@ def _config(batch_size: int):
         masking=dict(
             mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.5, retain="furthest"
         ),
-        target=dict(normalize=True),
-        loss=dict(thrown_weight=1.0),
+        target=dict(kind="pixels", normalize=True),
+        loss=dict(kind="mse", thrown_weight=1.0, weights={}),
         optim=dict(
             name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
             clip_norm=1.0, layer_decay=1.0,

@@ -154,9 +154,10 @@ def _ours(
     def outputs(variables, images, noise):
         if predicts:
             ids = masking.token_ids(noise, counts)
-            pred = model.apply(variables, images, ids)
-            loss, _ = objective.prediction_loss(pred, images, ids)
-            return {"predictions": pred, "loss": loss}
+            predicted = objective.predicted(variables, images, ids)
+            target = objective.target(variables, images)
+            loss, _ = objective.prediction_loss(predicted, target, ids)
+            return {"predictions": predicted["pixels"].values, "loss": loss}
         if weights.card.kind == "classifier":
             return model.apply(variables, images)._asdict()
         variables = {name: tree["encoder"] for name, tree in variables.items()}

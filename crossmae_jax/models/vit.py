@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from crossmae_jax.models import layers, posemb
-from crossmae_jax.tokens import patchify, take_tokens
+from crossmae_jax.tokens import grid_size, patchify, take_tokens
 
 
 class Size(NamedTuple):
@@ -167,7 +167,7 @@ class ViT(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Patches along height and width."""
-        return patches.grid_size(self.image_size, self.patch_size)
+        return grid_size(self.image_size, self.patch_size)
 
     @property
     def title(self) -> str:

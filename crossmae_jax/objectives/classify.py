@@ -85,7 +85,7 @@ class Classify:
             {**variables, "params": params}, images, train=True,
             mutable=["batch_stats"], rngs={"drop_path": drop_key},
         )
-        loss = losses.soft_cross_entropy(found.logits, targets).mean()
+        loss = losses.cross_entropy(found.logits, targets).mean()
         hit = found.logits.argmax(-1) == targets.argmax(-1)
         return loss, {"top1": hit.astype(jnp.float32).mean(), **updated}
 

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, losses, masking, sampling
+from crossmae_jax import augment, losses, masking, sampling, targets
 from crossmae_jax.models import mim, vit
-from crossmae_jax.targets import pixels
-from crossmae_jax.tokens import patchify, put_tokens, take_tokens, unpatchify
+from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
 
 Variables = dict[str, Any]
 Batch = dict[str, Array]
@@ -61,25 +60,45 @@ class Pretrain:
         self.image_size = tuple(config.data.image_size)
         self.patch_size = self.model.encoder.patch_size
         self.grid = self.model.encoder.grid
+        self.target = targets.make(
+            config.target, image_size=self.image_size, channels=config.data.channels,
+            patch_size=self.patch_size,
+        )
         self.num_patches = self.grid[0] * self.grid[1]
         self.sampler = sampling.Sampler(self.grid, **config.masking)
         self.counts = self.sampler.counts
-        self._check_throwing()
+        self._check_loss()
         # Mean and std are checked against the channels here, not in the first step.
         shape = (1, *self.image_size, config.data.channels)
         jax.eval_shape(
             self.normalize, {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
         )
 
-    def _check_throwing(self) -> None:
+    def _check_loss(self) -> None:
+        options, names = self.config.loss, self.target.widths
+        kinds = options.kind
+        kinds = dict.fromkeys(names, kinds) if isinstance(kinds, str) else kinds
+        for title, given in (("kind", kinds), ("weights", options.weights)):
+            if unknown := sorted(given.keys() - names.keys()):
+                raise ValueError(
+                    f"loss.{title} names {', '.join(unknown)}, but "
+                    f"target.kind={self.config.target.kind!r} has only "
+                    f"{', '.join(sorted(names))}; name these."
+                )
+        for name in names:
+            if kinds.get(name) not in losses.LOSSES:
+                raise ValueError(
+                    f"Unknown loss.kind {kinds.get(name)!r} of {name}. Known: "
+                    f"{', '.join(sorted(losses.LOSSES))}."
+                )
         if self.model.aggregator is not None and not self.counts.num_thrown:
             raise ValueError(
                 f"aggregator.kind={self.config.model.aggregator.kind!r} predicts "
                 f"thrown patches, but {self.sampler.throwing}, or set kind='none'."
             )
-        if self.config.loss.thrown_weight <= 0:
+        if options.thrown_weight <= 0:
             raise ValueError(
-                f"loss.thrown_weight={self.config.loss.thrown_weight} must be above 0; "
+                f"loss.thrown_weight={options.thrown_weight} must be above 0; "
                 "to leave thrown patches out, set config.model.aggregator.kind='none'."
             )
 
@@ -91,7 +110,7 @@ class Pretrain:
             "weights": jnp.ones((1, self.sampler.num_units)),
         }
         ids = self.sample(key, blank)
-        return self.model.init(key, images, ids)
+        return self.model.init(key, images, ids) | self.target.init(key)
 
     def normalize(self, batch: Batch) -> Float[Array, "b height width c"]:
         """Returns the images as the model takes them."""
@@ -103,15 +122,6 @@ class Pretrain:
     def sample(self, key: Key[Array, ""], batch: Batch) -> masking.TokenIds:
         """Draws each sample's visible, decoded and thrown patches."""
         return self.sampler.draw(key, batch)
-
-    def target(
-        self, images: Float[Array, "b height width c"]
-    ) -> Float[Array, "b n t"]:
-        """Returns what should be predicted for every patch."""
-        return pixels.pixels(
-            images, patch_size=self.patch_size,
-            normalize=self.config.target.normalize,
-        )
 
     def loss(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
@@ -128,32 +138,98 @@ class Pretrain:
         ids: masking.TokenIds,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """Returns the loss of normalised images under given token ids."""
+        target = jax.lax.stop_gradient(self.target(variables, images))
         return self.prediction_loss(
-            self.model.apply(variables, images, ids), images, ids
+            self.predicted(variables, images, ids), target, ids
         )
 
     def prediction_loss(
         self,
-        pred: Float[Array, "b p t"],
-        images: Float[Array, "b height width c"],
+        predicted: dict[str, Tokens],
+        target: dict[str, Tokens],
         ids: masking.TokenIds,
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """Returns the loss of predictions for the patches `model.predicted(ids)`."""
-        target = take_tokens(self.target(images), self.model.predicted(ids))
-        patch_mean = jnp.broadcast_to(target.mean(-1, keepdims=True), target.shape)
-        num_pred, weights = ids.pred.shape[1], None
-        if self.model.aggregator is not None:
-            thrown_weight = self.config.loss.thrown_weight
-            weights = jnp.ones(target.shape[1]).at[num_pred:].set(thrown_weight)
-        logged = {"loss_trivial": losses.mse(patch_mean, target, weights).mean()}
-        if self.model.aggregator is None:
-            return losses.mse(pred, target).mean(), logged
-        for name, part in (
-            ("retained", slice(None, num_pred)), ("thrown", slice(num_pred, None))
-        ):
-            error = losses.mse(pred[:, part], target[:, part])
-            logged[f"loss_{name}"] = error.mean()
-        return losses.mse(pred, target, weights).mean(), logged
+        """Returns the loss of predictions of some targets, and its parts.
+
+        "loss_trivial" is that of the mean of each place. With an aggregator
+        "loss_retained" and "loss_thrown" are the means over patches that were decoded
+        and that were thrown. Of several targets all of these are weighted sums, and
+        "loss_NAME" is one target's, not weighted.
+        """
+        logged: dict[str, Array] = {}
+        for name, pred in predicted.items():
+            weight = self.config.loss.weights.get(name, 1.0)
+            found = self.term(name, pred, target[name], ids)
+            for part, value in found.items():
+                logged[part] = logged.get(part, 0.0) + weight * value
+            if len(predicted) > 1:
+                logged[f"loss_{name}"] = found["loss"]
+        return logged.pop("loss"), logged
+
+    def term(
+        self, name: str, pred: Tokens, target: Tokens, ids: masking.TokenIds
+    ) -> dict[str, Float[Array, ""]]:
+        """Returns the loss of one target, that of the trivial predictor, and its parts.
+
+        Predictions come where the target has ids, in their order; or else at the masked
+        patches, retained before thrown ones; or at all cells of a grid.
+        """
+        kind = self.config.loss.kind
+        measure = losses.LOSSES[kind if isinstance(kind, str) else kind[name]]
+        wanted = target.at(pred.ids) if target.ids is None else target.values
+        trivial = jnp.broadcast_to(wanted.mean(-1, keepdims=True), wanted.shape)
+        error = measure(pred.values, wanted)
+        weights, parts = None, {}
+        if target.ids is None:
+            weights, parts = self._counted(pred, ids)
+        found = {
+            "loss": losses.mean(error, weights).mean(),
+            "loss_trivial": losses.mean(measure(trivial, wanted), weights).mean(),
+        }
+        for part, (places, its_weights) in parts.items():
+            found[part] = losses.mean(error[:, places], its_weights).mean()
+        return found
+
+    def _counted(self, pred, ids):
+        """Returns the weights of predicted places, and by part which ones and weights.
+
+        Weights are [b q] or [1 q]; None counts all alike.
+        """
+        aggregates = self.model.aggregator is not None
+        thrown_weight = self.config.loss.thrown_weight
+        if pred.ids is not None and pred.grid == self.grid:
+            if not aggregates:
+                return None, {}
+            num_pred = ids.pred.shape[1]
+            weights = jnp.ones(pred.ids.shape[1]).at[num_pred:].set(thrown_weight)
+            return weights[None], {
+                "loss_retained": (slice(None, num_pred), None),
+                "loss_thrown": (slice(num_pred, None), None),
+            }
+        masked, thrown = (
+            Tokens(
+                masking.coverage(part, grid=self.grid, of=pred.grid)[:, :, None], None,
+                pred.grid,
+            ).at(pred.ids)[:, :, 0]
+            for part in (ids.pred, ids.thrown)
+        )
+        if not aggregates:
+            return masked, {}
+        return masked + thrown_weight * thrown, {
+            "loss_retained": (slice(None), masked),
+            "loss_thrown": (slice(None), thrown),
+        }
+
+    def predicted(
+        self,
+        variables: Variables,
+        images: Float[Array, "b height width c"],
+        ids: masking.TokenIds,
+    ) -> dict[str, Tokens]:
+        """Returns what the model predicts of normalised images, by the target's names.
+        """
+        pred = self.model.apply(variables, images, ids)
+        return {"pixels": Tokens(pred, self.model.predicted(ids), self.grid)}
 
     def predict(
         self, variables: Variables, batch: Batch
@@ -188,41 +264,30 @@ class Pretrain:
         """Predicts every masked patch, those of `masked_ids`."""
         images = self.normalize(batch)
         ids = self.masked_ids(key, batch)
-        return self.pictures(self.model.apply(variables, images, ids), images, ids)
+        predicted = self.predicted(variables, images, ids)
+        return self.pictures(predicted, self.target(variables, images), images, ids)
 
     def pictures(
         self,
-        pred: Float[Array, "b p t"],
+        predicted: dict[str, Tokens],
+        target: dict[str, Tokens],
         images: Float[Array, "b height width c"],
         ids: masking.TokenIds,
     ) -> Reconstruction:
-        """Returns predictions for the patches `model.predicted(ids)` as pictures.
-
-        With standardised targets a prediction is turned back into pixels with the mean
-        and standard deviation of the TRUE patch: colours and contrast then come from
-        the image, not from the model.
-        """
-        pred = pred.astype(jnp.float32)
-        predicted = self.model.predicted(ids)
+        """Returns predictions of pixels as pictures."""
+        shown = self.target.pixels(predicted, images)
+        ((name, pred),) = predicted.items()
         values = patchify(images, patch_size=self.patch_size)
-        target = take_tokens(self.target(images), predicted)
-        pictures = pixels.to_pixels(
-            pred, take_tokens(values, predicted),
-            normalize=self.config.target.normalize,
-        )
-        error = jnp.mean((pred - target) ** 2, axis=-1, keepdims=True)
+        error = pred.values.astype(jnp.float32) - target[name].at(pred.ids)
+        error = pred.with_values(jnp.mean(error**2, axis=-1, keepdims=True))
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
         return Reconstruction(
             image=self._picture(values),
-            prediction=self._picture(
-                put_tokens(mean_patch, predicted, pictures)
-            ),
-            pasted=self._picture(put_tokens(values, predicted, pictures)),
-            mask=masking.mask_of(predicted, num_patches=self.num_patches),
+            prediction=self._picture(put_tokens(mean_patch, shown.ids, shown.values)),
+            pasted=self._picture(put_tokens(values, shown.ids, shown.values)),
+            mask=masking.mask_of(pred.ids, num_patches=self.num_patches),
             thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
-            error=put_tokens(
-                jnp.zeros((*error.shape[:1], self.num_patches, 1)), predicted, error
-            )[:, :, 0],
+            error=error.laid_out().reshape(-1, self.num_patches),
         )
 
     def _picture(self, vectors):

@@ -22,6 +22,7 @@ from crossmae_jax.distributed import parallel
 from crossmae_jax.models import vit
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.probing import attention_weights, contributions
+from crossmae_jax.tokens import Tokens
 
 
 class Pretrained:
@@ -145,7 +146,7 @@ class Pretrained:
             pred = attention_weights.predict_without(
                 without, objective.model, variables, images, ids, keep_own=keep_own
             )
-            return objective.pictures(pred, images, ids)
+            return _pictures(objective, variables, pred, images, ids)
 
         name = "reconstruct", without, keep_own
         return self._masked(name, reconstruct, images, mask_ratio, seed, numbers)
@@ -217,7 +218,7 @@ class Pretrained:
                 objective.model, variables, images, ids
             )
             return tuple(
-                objective.pictures(pred, images, ids)
+                _pictures(objective, variables, pred, images, ids)
                 for pred in contributions.cumulative(parts)
             )
 
@@ -286,10 +287,12 @@ class Pretrained:
         """Returns what should be predicted for every patch: the space of `predict`."""
         self._need_target()
         objective = self._objective(None)
-        return self._run(
-            "targets", lambda _, images: objective.target(self._normalize(images)),
-            images,
-        )
+
+        def targets(variables, images):
+            (target,) = objective.target(variables, self._normalize(images)).values()
+            return target.values
+
+        return self._run("targets", targets, images)
 
     def prepare(self, images: Any) -> UInt8[np.ndarray, "b height width c"]:
         """Returns images as an array of the model's size.
@@ -396,6 +399,13 @@ class Pretrained:
             )
         seed, numbers = (np.asarray(x, np.uint32) for x in (seed, numbers))
         return self._run((name, mask_ratio), run, images, seed, numbers, *rest)
+
+
+def _pictures(objective, variables, pred, images, ids):
+    predicted = {"pixels": Tokens(pred, objective.model.predicted(ids), objective.grid)}
+    return objective.pictures(
+        predicted, objective.target(variables, images), images, ids
+    )
 
 
 def _decoder_attention(objective, variables, images, ids):

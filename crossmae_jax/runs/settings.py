@@ -52,7 +52,9 @@ _BEFORE_OF_PRETRAINING = {
     "data.randaug_ops": 0,
     "init_channels": "",
     "init_from": "",
+    "loss.kind": "mse",
     "loss.thrown_weight": 1.0,
+    "loss.weights": {},
     "masking.noise": "uniform",
     "masking.retain": "random",
     "masking.rounding": "floor",
@@ -66,6 +68,7 @@ _BEFORE_OF_PRETRAINING = {
     "optim.decay_tokens": True,
     "optim.layer_decay": 1.0,
     "optim.name": "adamw",
+    "target.kind": "pixels",
 }
 
 # Settings that may be unset, and their types, which JSON does not tell of nothing.
@@ -97,7 +100,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
         node = config
         for parent in parents:
             node = node.setdefault(parent, {})
-        node.setdefault(key, value)
+        node.setdefault(key, copy.deepcopy(value))
     return config
 
 

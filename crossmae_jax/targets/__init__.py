@@ -1,1 +1,80 @@
-"""What a masked image model is to predict."""
+"""What a masked image model is to predict: `config.target`, by its kind.
+
+A target says by name what is to be predicted, of which width, and makes it of images.
+A new one is a class with these methods and a row in `TARGETS`; its fields are the
+options of `config.target`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from crossmae_jax.targets.pixels import Pixels
+from crossmae_jax.tokens import Tokens
+
+Variables = dict[str, Any]
+
+
+@runtime_checkable
+class Target(Protocol):
+    """What is to be predicted.
+
+    Attributes:
+      widths: how many values there are at each place, by name. A model predicts under
+        the same names.
+    """
+
+    widths: Mapping[str, int]
+
+    def init(self, key: Key[Array, ""]) -> Variables:
+        """Draws what the target itself computes with: {} but for a teacher."""
+
+    def __call__(
+        self, variables: Variables, images: Float[Array, "b height width c"]
+    ) -> dict[str, Tokens]:
+        """Returns what should be predicted, of normalised images.
+
+        At all places of a grid; or where there are `ids`, at these places and nowhere
+        else: the model is asked for them, whether they are masked or not.
+        """
+
+    def pixels(
+        self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
+    ) -> Tokens | None:
+        """Returns predictions as patch vectors of normalised images, to look at.
+
+        None if they cannot be turned into pixels.
+        """
+
+
+TARGETS = {"pixels": Pixels}
+
+
+def make(
+    options: ConfigDict, *, image_size: tuple[int, int], channels: int, patch_size: int
+) -> Target:
+    """Returns the target that `config.target` describes.
+
+    Args:
+      patch_size: side in pixels of what a decoder predicts at one place.
+
+    Raises:
+      ValueError: for an unknown kind, or options that it does not have.
+    """
+    kind, given = options.kind, {k: v for k, v in options.items() if k != "kind"}
+    if kind not in TARGETS:
+        raise ValueError(
+            f"Unknown target.kind {kind!r}. Known: {', '.join(sorted(TARGETS))}."
+        )
+    about = dict(image_size=image_size, channels=channels, patch_size=patch_size)
+    known = {field.name for field in dataclasses.fields(TARGETS[kind])} - about.keys()
+    if given.keys() != known:
+        raise ValueError(
+            f"config.target of kind={kind!r} has the options "
+            f"{', '.join(sorted(given)) or 'none'}; expected "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+    return TARGETS[kind](**about, **given)

@@ -1,4 +1,4 @@
-"""What the decoder is asked to predict: pixels, standardised in each patch or raw.
+"""Target of pixels, standardised in each patch or raw.
 
 Standardised pixels (MAE, arXiv 2111.06377, section 4.2), for a patch with T values x:
 
@@ -10,12 +10,13 @@ constant patch the rounding of its mean, divided by a tiny deviation, would othe
 show in the target.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from crossmae_jax.tokens import patchify
+from crossmae_jax.tokens import Tokens, grid_size, patchify
 
 _EPSILON = 1e-6
 
@@ -48,21 +49,65 @@ def patch_statistics(values: Float[Array, "b n t"]) -> PatchStatistics:
     return PatchStatistics(mean=mean, std=jnp.sqrt(variance + _EPSILON))
 
 
-def pixels(
-    images: Float[Array, "b height width c"], *, patch_size: int, normalize: bool
-) -> Float[Array, "b n t"]:
-    """Returns the target of every patch."""
-    values = patchify(images, patch_size=patch_size)
-    if not normalize:
-        return values
+def standardised(values: Float[Array, "b n t"]) -> Float[Array, "b n t"]:
+    """Returns patch vectors of mean 0 and variance 1."""
     return _centre(values) / patch_statistics(values).std
 
 
-def to_pixels(
-    pred: Float[Array, "b n t"], values: Float[Array, "b n t"], *, normalize: bool
-) -> Float[Array, "b n t"]:
-    """Turns predictions back into pixel values with the TRUE statistics of `values`."""
-    if not normalize:
-        return pred
-    mean, std = patch_statistics(values)
-    return pred * std + mean
+@dataclasses.dataclass(frozen=True)
+class Pixels:
+    """The patch vectors of an image, under the name "pixels"; see `targets.Target`.
+
+    Attributes:
+      patch_size: side of a patch in pixels.
+      normalize: whether each patch is standardised.
+
+    Raises:
+      ValueError: if the image has no whole number of patches.
+    """
+
+    image_size: tuple[int, int]
+    channels: int
+    patch_size: int
+    normalize: bool
+
+    def __post_init__(self):
+        grid_size(self.image_size, self.patch_size)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many values a patch has."""
+        return {"pixels": self.patch_size**2 * self.channels}
+
+    def init(self, key: Key[Array, ""]) -> dict[str, Any]:
+        """Returns nothing: pixels need no variables."""
+        return {}
+
+    def __call__(
+        self, variables: dict[str, Any], images: Float[Array, "b height width c"]
+    ) -> dict[str, Tokens]:
+        """Returns the target of every patch."""
+        values = self._values(images)
+        if self.normalize:
+            values = values.with_values(standardised(values.values))
+        return {"pixels": values}
+
+    def pixels(
+        self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
+    ) -> Tokens:
+        """Returns the predictions as pixels.
+
+        With standardised targets a prediction is turned back with the mean and standard
+        deviation of the TRUE patch: colours and contrast then come from the image, not
+        from the model.
+        """
+        pred = predicted["pixels"]
+        values = pred.values.astype(jnp.float32)
+        if self.normalize:
+            mean, std = patch_statistics(self._values(images).at(pred.ids))
+            values = values * std + mean
+        return pred.with_values(values)
+
+    def _values(self, images):
+        grid = grid_size(self.image_size, self.patch_size)
+        return Tokens(patchify(images, patch_size=self.patch_size), None, grid)

@@ -1,0 +1,182 @@
+"""What is to be predicted, and how wrong a prediction is."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from crossmae_jax import losses, masking, targets
+from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.targets.pixels import Pixels
+from crossmae_jax.tokens import Tokens, patchify
+from tests.test_models import MAE, make_config
+
+
+def _normal(*shape, seed=0):
+    values = np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(values, jnp.float32)
+
+
+def _pixels(size, patch_size=4, channels=3, normalize=True):
+    return Pixels(size, channels=channels, patch_size=patch_size, normalize=normalize)
+
+
+def test_standardised_pixels_use_the_unbiased_variance():
+    images = _normal(1, 4, 4, 3)
+    target = _pixels((4, 4))({}, images)["pixels"]
+    flat = np.asarray(images, np.float64).reshape(-1)
+    expected = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-6)
+    np.testing.assert_allclose(target.values[0, 0], expected, atol=1e-6)
+    assert target.ids is None and target.grid == (1, 1)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_predictions_return_to_pixels_with_the_true_statistics(normalize):
+    target, images = _pixels((8, 12), normalize=normalize), _normal(2, 8, 12, 3)
+    values, ids = patchify(images, patch_size=4), jnp.array([[5, 0], [2, 1]])
+    perfect = Tokens(target({}, images)["pixels"].at(ids), ids, (2, 3))
+    back = target.pixels({"pixels": perfect}, images)
+    rows = jnp.arange(2)[:, None]
+    np.testing.assert_allclose(back.values, values[rows, ids], atol=1e-5)
+    assert back.ids is ids and target.widths == {"pixels": 48}
+
+
+def test_one_value_cannot_be_standardised():
+    target = _pixels((2, 2), patch_size=1, channels=1)
+    with pytest.raises(ValueError, match="larger patch or config.target.normalize"):
+        target({}, jnp.ones((1, 2, 2, 1)))
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: pixels."),
+    (dict(kind="pixels"), "has the options none; expected normalize."),
+    (dict(kind="pixels", normalize=True, bins=9),
+     "of kind='pixels' has the options bins, normalize; expected normalize."),
+])
+def test_a_target_that_does_not_exist_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        targets.make(
+            ConfigDict(options), image_size=(8, 8), channels=3, patch_size=4
+        )
+
+
+def test_losses_have_their_closed_forms():
+    pred, target = _normal(2, 3, 4), _normal(2, 3, 4, seed=1)
+    difference = np.asarray(pred) - np.asarray(target)
+    np.testing.assert_allclose(losses.mse(pred, target), difference**2, rtol=1e-6)
+    np.testing.assert_allclose(losses.l1(pred, target), abs(difference), rtol=1e-6)
+    chances = jax.nn.softmax(target)
+    found = losses.cross_entropy(pred, chances)
+    power = np.exp(np.asarray(pred, np.float64))
+    log_chances = np.log(power / power.sum(-1, keepdims=True))
+    expected = -(np.asarray(chances) * log_chances).sum(-1, keepdims=True)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for measure in losses.LOSSES.values():
+        halves = measure(pred.astype("bfloat16"), chances.astype("bfloat16"))
+        assert halves.dtype == jnp.float32
+
+
+def test_a_mean_weighs_places():
+    values, weights = _normal(2, 3, 4), jnp.array([[1.0, 0.0, 0.5], [2.0, 1.0, 1.0]])
+    places = np.asarray(values).mean(2)
+    np.testing.assert_allclose(losses.mean(values), places.mean(1), rtol=1e-5)
+    for given in (weights, weights[:1]):
+        expected = (places * given).sum(1) / given.sum(1)
+        np.testing.assert_allclose(losses.mean(values, given), expected, rtol=1e-5)
+
+
+# ----- The loss of a prediction, whatever is predicted. -------------------------------
+
+
+@dataclasses.dataclass
+class Stub:
+    """A target with given answers."""
+
+    answers: dict
+
+    def __call__(self, variables, images):
+        return self.answers
+
+    @property
+    def widths(self):
+        return {name: x.sequence.shape[-1] for name, x in self.answers.items()}
+
+
+def _objective(**changes):
+    """An objective on 4 x 6 patches, and token ids of two samples."""
+    objective = Pretrain(make_config(**changes))
+    batch = {"sample": jnp.arange(2, dtype=jnp.uint32)}
+    return objective, objective.sample(jax.random.key(0), batch)
+
+
+def _all_of(grid, *, dim=5, seed=0):
+    return Tokens(_normal(2, grid[0] * grid[1], dim, seed=seed), None, grid)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (8, 12), (2, 3)])
+def test_cells_of_another_grid_count_by_how_much_of_them_is_masked(grid):
+    objective, ids = _objective(**MAE)
+    pred, target = _all_of(grid), _all_of(grid, seed=1)
+    loss, logged = objective.prediction_loss({"cells": pred}, {"cells": target}, ids)
+    share = masking.coverage(ids.pred, grid=(4, 6), of=grid)
+    error = ((pred.values - target.values) ** 2).mean(-1)
+    expected = ((error * share).sum(1) / share.sum(1)).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    trivial = target.values.var(-1)
+    expected = ((trivial * share).sum(1) / share.sum(1)).mean()
+    np.testing.assert_allclose(logged["loss_trivial"], expected, rtol=1e-5)
+
+
+def test_thrown_cells_have_their_weight_on_any_grid():
+    changes = dict(masking__pred_ratio=0.75, masking__throw_ratio=0.5)
+    objective, ids = _objective(
+        **changes, model__aggregator__kind="conv", loss__thrown_weight=0.25
+    )
+    pred, target = _all_of((4, 6)), _all_of((4, 6), seed=1)
+    found = objective.prediction_loss({"cells": pred}, {"cells": target}, ids)
+    masked = jnp.concatenate([ids.pred, ids.thrown], axis=1)
+    chosen = Tokens(pred.at(masked), masked, (4, 6))
+    expected = objective.prediction_loss({"cells": chosen}, {"cells": target}, ids)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+                 found, expected)
+
+
+def test_what_is_asked_for_counts_masked_or_not():
+    objective, ids = _objective(loss__kind="cross_entropy")
+    places = jnp.array([[3, 1], [0, 5]])
+    target = Tokens(jax.nn.softmax(_normal(2, 2, 24)), places, (4, 6))
+    pred = target.with_values(_normal(2, 2, 24, seed=1))
+    loss, logged = objective.prediction_loss({"rows": pred}, {"rows": target}, ids)
+    expected = losses.cross_entropy(pred.values, target.values).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    # The trivial predictor knows nothing: all are alike.
+    np.testing.assert_allclose(logged["loss_trivial"], np.log(24), rtol=1e-5)
+
+
+def test_several_targets_have_a_kind_and_a_weight_each():
+    objective, ids = _objective()
+    objective.config.loss = dict(
+        kind=dict(near="l1", far="mse"), thrown_weight=1.0, weights=dict(far=3.0)
+    )
+    pred = {"near": _all_of((4, 6)), "far": _all_of((2, 3), seed=1)}
+    target = {"near": _all_of((4, 6), seed=2), "far": _all_of((2, 3), seed=3)}
+    loss, logged = objective.prediction_loss(pred, target, ids)
+    total = logged["loss_near"] + 3 * logged["loss_far"]
+    np.testing.assert_allclose(loss, total, rtol=1e-6)
+    error = abs(pred["near"].at(ids.pred) - target["near"].at(ids.pred)).mean()
+    np.testing.assert_allclose(logged["loss_near"], error, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(loss__kind="huber"), "Unknown loss.kind 'huber' of pixels. Known: cross_ent"),
+    (dict(loss__weights=dict(hog=2.0)), "loss.weights names hog, but target.kind='pix"),
+])
+def test_losses_that_do_not_exist_are_refused(changes, message):
+    config = make_config()
+    for name, value in changes.items():
+        config.loss[name.removeprefix("loss__")] = value
+    with pytest.raises(ValueError, match=message):
+        Pretrain(config)
