@@ -54,7 +54,7 @@ class Job:
       init: jitted; key -> state.
       step: jitted; (state, batch) -> (state, metrics).
       total: steps of the whole run.
-      weights: what to start from where there is no checkpoint; None: drawn parameters.
+      weights: what to start from where there is no checkpoint; none: drawn parameters.
     """
 
     config: ConfigDict
@@ -71,7 +71,7 @@ class Job:
     evaluations: while_training.Evaluations
     checkpoints: checkpointer.Checkpoints
     best: Best
-    weights: starting.Start | None
+    weights: list[starting.Start]
 
     def logs(self, step: int) -> bool:
         """Says whether metrics are logged after a step; they are at each save, too."""
@@ -177,9 +177,9 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     )
     stack.callback(checkpoints.close)
     resuming = bool(checkpoints.steps())
-    weights = None
-    if config.init_from and not resuming:
-        weights = starting.plan(config.init_from, abstract.variables, config)
+    weights = []
+    if not resuming:
+        weights = starting.plan_all(objective.starts, abstract.variables, config)
     best = _claim(config, home, images["train"], resuming=resuming)
     stack.callback(best.close)
     return Job(
@@ -233,9 +233,9 @@ def begin(job: Job) -> tuple[TrainState, bool]:
     else:
         parallel.say(f"FRESH START in {job.home.path}")
         state = job.init(job.init_key)
-        if job.weights is not None:
-            parallel.say("\n".join(job.weights.report))
-            state = state.replace(variables=job.weights.apply(state.variables))
+        for start in job.weights:
+            parallel.say("\n".join(start.report))
+            state = state.replace(variables=start.apply(state.variables))
     environment.write_environment(job.home.local)
     config = job.config
     parallel.say(

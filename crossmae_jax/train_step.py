@@ -60,8 +60,9 @@ def make_train_step(
     """Returns `step(state, batch) -> (state, metrics)`: one update of the parameters.
 
     With `accum_steps` the batch is worked through in that many parts, one after the
-    other, whose gradients are averaged in float32. It is still one step: schedule,
-    logs and checkpoints do not change their meaning.
+    other, whose gradients are averaged in float32, and so is what the loss gives
+    beside its value. It is still one step: schedule, logs and checkpoints do not change
+    their meaning.
     """
 
     def step(state, batch):
@@ -69,7 +70,7 @@ def make_train_step(
             value, aux = objective.loss(
                 {**state.variables, "params": params}, part, key
             )
-            return value, {"loss": value, **aux}
+            return value, aux._replace(metrics={"loss": value, **aux.metrics})
 
         def part_gradient(total, part):
             gradient, aux = jax.grad(loss, has_aux=True)(params, part)
@@ -77,19 +78,18 @@ def make_train_step(
 
         params = state.variables["params"]
         if accum_steps == 1:
-            gradient, logged = jax.grad(loss, has_aux=True)(params, batch)
+            gradient, aux = jax.grad(loss, has_aux=True)(params, batch)
         else:
             parts = _split(batch, accum_steps)
             first = jax.tree.map(lambda x: x[0], parts)
             shapes = jax.eval_shape(jax.grad(loss, has_aux=True), params, first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             total, _ = jax.lax.scan(part_gradient, zeros, parts)
-            gradient, logged = jax.tree.map(lambda x: x / accum_steps, total)
+            gradient, aux = jax.tree.map(lambda x: x / accum_steps, total)
         updates, opt_state = tx.update(gradient, state.opt_state, params)
-        variables = {**state.variables, "params": optax.apply_updates(params, updates)}
-        if "batch_stats" in logged:
-            variables["batch_stats"] = logged.pop("batch_stats")
-        logged |= {
+        new = {"params": optax.apply_updates(params, updates), **aux.collections}
+        variables = {**state.variables, **new}
+        logged = aux.metrics | {
             "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
         }
         return TrainState(state.step + 1, variables, opt_state), logged

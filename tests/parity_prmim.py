@@ -90,11 +90,11 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
             mutable=["intermediates"],
         )
         predicted = Tokens(pred, objective.model.predicted(ids), objective.grid)
-        loss, logged = objective.prediction_loss(
+        loss, aux = objective.prediction_loss(
             {"pixels": predicted}, objective.target({}, images), ids
         )
         seen = state["intermediates"]["aggregator"]
-        return loss, (pred, logged, seen)
+        return loss, (pred, aux.metrics, seen)
 
     (loss, (pred, logged, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True)

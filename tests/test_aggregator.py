@@ -233,7 +233,7 @@ def test_reconstruction_also_shows_what_training_skips():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
-    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
     assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 18 - 7).all()
 
 
@@ -259,18 +259,19 @@ def test_the_loss_weighs_the_groups():
         objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
         variables = jax.jit(objective.init)(jax.random.key(0))
         ids = objective.sample(jax.random.key(1), BATCH)
-        loss, logged = objective.masked_loss(variables, images, ids)
-        expected = 6 * logged["loss_retained"] + 12 * weight * logged["loss_thrown"]
+        loss, aux = objective.masked_loss(variables, images, ids)
+        retained, thrown = (aux.metrics[f"loss_{x}"] for x in ("retained", "thrown"))
+        expected = 6 * retained + 12 * weight * thrown
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
         pred = objective.predicted(variables, images, ids)["pixels"]
         target = objective.target(variables, images)["pixels"].at(pred.ids)
-        thrown = losses.mse(pred.values[:, 6:], target[:, 6:]).mean()
-        np.testing.assert_allclose(logged["loss_thrown"], thrown, rtol=1e-5)
+        expected = losses.mse(pred.values[:, 6:], target[:, 6:]).mean()
+        np.testing.assert_allclose(thrown, expected, rtol=1e-5)
         # The trivial predictor stands beside it with the same weights.
         variance = target.var(-1).mean(0)
         expected = variance[:6].sum() + weight * variance[6:].sum()
         np.testing.assert_allclose(
-            logged["loss_trivial"], expected / (6 + 12 * weight), rtol=1e-4
+            aux.metrics["loss_trivial"], expected / (6 + 12 * weight), rtol=1e-4
         )
 
 
@@ -296,7 +297,7 @@ def test_reconstruction_throws_as_many_as_training_does_and_says_which():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
-    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
     assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 12).all()
     assert (found.mask | ~found.thrown).all()
     assert ((found.error > 0) == found.mask).all()

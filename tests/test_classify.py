@@ -215,7 +215,7 @@ def test_blocks_are_left_out_in_training_only():
         objective.loss(variables, batch, jax.random.key(seed))[0] for seed in (0, 1)
     )
     assert first != second
-    predicted = [objective.predict(variables, batch)["logits"] for _ in range(2)]
+    predicted = [objective.outputs["logits"](variables, batch) for _ in range(2)]
     np.testing.assert_array_equal(*predicted)
 
 
@@ -223,7 +223,7 @@ def test_blocks_are_left_out_in_training_only():
 def test_the_class_token_is_told_beside_what_the_head_sees(pool):
     objective, config = objective_of(model__pool=pool)
     batch, variables = batch_of(8, config), objective.init(jax.random.key(0))
-    found = objective.predict(variables, batch)
+    found = objective.outputs.together(objective.outputs)(variables, batch)
     tokens = objective.model.apply(variables, objective.normalize(batch)).tokens
     np.testing.assert_array_equal(found["class_token"], tokens[:, 0])
     same = np.array_equal(found["class_token"], found["features"])

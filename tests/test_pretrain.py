@@ -31,9 +31,10 @@ def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
         variables, objective.normalize(batch), method="encode"
     )
     assert encoded.tokens.shape == (3, 1 + 24, 16)
-    found = objective.predict(variables, batch)["features"]
+    features = objective.outputs.together(("features", "class_token"))
+    found = features(variables, batch)["features"]
     np.testing.assert_allclose(found, encoded.tokens[:, 1:].mean(1), atol=1e-6)
-    again = objective.predict(variables, batch)
+    again = features(variables, batch)
     np.testing.assert_array_equal(found, again["features"])
     np.testing.assert_allclose(again["class_token"], encoded.tokens[:, 0], atol=1e-6)
 
@@ -44,7 +45,8 @@ def test_features_come_from_the_last_block_that_is_trained():
         variables, objective.normalize(batch), method="encode"
     )
     expected = encoded.feature_maps[2][:, 1:].mean(1)
-    found = objective.predict(variables, batch)
+    features = objective.outputs.together(("features", "class_token"))
+    found = features(variables, batch)
     np.testing.assert_allclose(found["features"], expected, atol=1e-6)
     np.testing.assert_allclose(
         found["class_token"], encoded.feature_maps[2][:, 0], atol=1e-6
@@ -68,20 +70,20 @@ def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
         target__normalize=normalize, masking__pred_ratio=0.75
     )
     images, key = objective.normalize(batch), jax.random.key(1)
-    _, logged = objective.loss(variables, batch, key)
+    _, aux = objective.loss(variables, batch, key)
     values = patchify(images, patch_size=4)
     ids = objective.sample(key, batch)
     chosen = take_tokens(values, ids.pred)
     variance = float(chosen.var(-1).mean())
     expected = (48 - 1) / 48 if normalize else variance
-    np.testing.assert_allclose(logged["loss_trivial"], expected, rtol=1e-4)
+    np.testing.assert_allclose(aux.metrics["loss_trivial"], expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, MAE], ids=["cross", "mae"])
 def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes):
     objective, variables, batch = _objective(**changes)
     key = jax.random.key(1)
-    found = objective.reconstruct(variables, batch, key)
+    found = objective.outputs["reconstruction"](variables, batch, key)
     assert (found.mask.sum(1) == 24 - 6).all()
 
     images = objective.normalize(batch)
@@ -120,7 +122,7 @@ def test_a_perfect_prediction_is_the_image():
             return ids.pred
 
     objective.model = Oracle()
-    found = objective.reconstruct(variables, batch, jax.random.key(1))
+    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
     np.testing.assert_allclose(found.error, 0.0, atol=1e-10)
     np.testing.assert_allclose(found.pasted, found.image, atol=1e-5)
 
@@ -140,7 +142,7 @@ def test_any_masking_trains_any_model(changes):
         lambda p: objective.loss({**variables, "params": p}, batch, key)[0]
     ))(variables["params"])
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
-    assert objective.reconstruct(variables, batch, key).mask.any(1).all()
+    assert objective.outputs["reconstruction"](variables, batch, key).mask.any(1).all()
 
 
 def test_weighted_masks_take_their_weights_from_the_batch():

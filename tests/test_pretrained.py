@@ -35,7 +35,9 @@ def images():
 def test_features_are_those_of_the_evaluations(run, images):
     objective = Pretrain(workdir.read_config(run))
     variables = checkpointer.restore_variables(run / "checkpoints")
-    expected = objective.predict(variables, {"image": jnp.asarray(images)})["features"]
+    expected = objective.outputs["features"](
+        variables, {"image": jnp.asarray(images)}
+    )
     encoder = crossmae_jax.load(run)
     np.testing.assert_allclose(encoder(images), expected, atol=2e-6)
 

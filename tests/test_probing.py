@@ -47,7 +47,7 @@ def images():
 def test_reconstructions_are_those_of_the_run(runs, models, images, name):
     objective = Pretrain(workdir.read_config(runs[name]))
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(3, dtype=jnp.uint32)}
-    expected = objective.reconstruct(
+    expected = objective.outputs["reconstruction"](
         models[name].variables, batch, jax.random.key(5, impl="threefry2x32")
     )
     found = models[name].reconstruct(images, seed=5)

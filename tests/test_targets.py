@@ -120,14 +120,14 @@ def _all_of(grid, *, dim=5, seed=0):
 def test_cells_of_another_grid_count_by_how_much_of_them_is_masked(grid):
     objective, ids = _objective(**MAE)
     pred, target = _all_of(grid), _all_of(grid, seed=1)
-    loss, logged = objective.prediction_loss({"cells": pred}, {"cells": target}, ids)
+    loss, aux = objective.prediction_loss({"cells": pred}, {"cells": target}, ids)
     share = masking.coverage(ids.pred, grid=(4, 6), of=grid)
     error = ((pred.values - target.values) ** 2).mean(-1)
     expected = ((error * share).sum(1) / share.sum(1)).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     trivial = target.values.var(-1)
     expected = ((trivial * share).sum(1) / share.sum(1)).mean()
-    np.testing.assert_allclose(logged["loss_trivial"], expected, rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["loss_trivial"], expected, rtol=1e-5)
 
 
 def test_thrown_cells_have_their_weight_on_any_grid():
@@ -149,11 +149,11 @@ def test_what_is_asked_for_counts_masked_or_not():
     places = jnp.array([[3, 1], [0, 5]])
     target = Tokens(jax.nn.softmax(_normal(2, 2, 24)), places, (4, 6))
     pred = target.with_values(_normal(2, 2, 24, seed=1))
-    loss, logged = objective.prediction_loss({"rows": pred}, {"rows": target}, ids)
+    loss, aux = objective.prediction_loss({"rows": pred}, {"rows": target}, ids)
     expected = losses.cross_entropy(pred.values, target.values).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     # The trivial predictor knows nothing: all are alike.
-    np.testing.assert_allclose(logged["loss_trivial"], np.log(24), rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["loss_trivial"], np.log(24), rtol=1e-5)
 
 
 def test_several_targets_have_a_kind_and_a_weight_each():
@@ -163,11 +163,11 @@ def test_several_targets_have_a_kind_and_a_weight_each():
     )
     pred = {"near": _all_of((4, 6)), "far": _all_of((2, 3), seed=1)}
     target = {"near": _all_of((4, 6), seed=2), "far": _all_of((2, 3), seed=3)}
-    loss, logged = objective.prediction_loss(pred, target, ids)
-    total = logged["loss_near"] + 3 * logged["loss_far"]
+    loss, aux = objective.prediction_loss(pred, target, ids)
+    total = aux.metrics["loss_near"] + 3 * aux.metrics["loss_far"]
     np.testing.assert_allclose(loss, total, rtol=1e-6)
     error = abs(pred["near"].at(ids.pred) - target["near"].at(ids.pred)).mean()
-    np.testing.assert_allclose(logged["loss_near"], error, rtol=1e-5)
+    np.testing.assert_allclose(aux.metrics["loss_near"], error, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes, message", [

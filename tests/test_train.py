@@ -21,6 +21,7 @@ from crossmae_jax import errors, train, train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.distributed import parallel, preemption
+from crossmae_jax.objectives.objective import Aux
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.optim import optimizers
 from crossmae_jax.runs.workdir import read_config
@@ -304,7 +305,7 @@ def test_compiled_steps_hold_the_state_whole_everywhere_and_reuse_its_memory():
             return {"params": {"w": jax.random.normal(key, (8,))}}
 
         def loss(self, variables, batch, key):
-            return jnp.mean((variables["params"]["w"] - batch["x"]) ** 2), {}
+            return jnp.mean((variables["params"]["w"] - batch["x"]) ** 2), Aux({})
 
     mesh, key = parallel.make_mesh(), jax.random.key(0)
     init, step = train_step.compile_steps(

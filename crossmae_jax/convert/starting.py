@@ -13,6 +13,7 @@ resized to the model's grid. Anything else is an error.
 import collections
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import einops
@@ -41,11 +42,13 @@ class Start:
     """What training starts from.
 
     Attributes:
+      collections: of the variables, those that it is for.
       tensors: what is loaded, under our names and in the model's shapes.
       new: the parts that stay as they were drawn.
       report: what becomes of every part, a line each.
     """
 
+    collections: frozenset[str]
     tensors: dict[str, Tensor]
     new: frozenset[str]
     report: list[str]
@@ -56,14 +59,32 @@ class Start:
         """
         flat = traverse_util.flatten_dict(variables, sep="/")
         for path, leaf in flat.items():
-            loaded = self.tensors.get(path.partition("/")[2])
-            if loaded is not None:
+            collection, _, name = path.partition("/")
+            loaded = self.tensors.get(name)
+            if loaded is not None and collection in self.collections:
                 values = loaded.read().astype(leaf.dtype)
                 flat[path] = jax.make_array_from_callback(
                     leaf.shape, leaf.sharding,
                     lambda index, values=values: values[index],
                 )
         return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def plan_all(
+    starts: Mapping[str, str], abstract_variables: Any, config: ConfigDict
+) -> list[Start]:
+    """Decides what becomes of an objective's `starts`; see `plan`.
+
+    With "params" go the collections that have no weights of their own.
+    """
+    unnamed = abstract_variables.keys() - starts.keys()
+    plans = []
+    for collection, path in starts.items():
+        own = {collection} | (unnamed if collection == "params" else set())
+        if path:
+            own = {name: abstract_variables[name] for name in sorted(own)}
+            plans.append(plan(path, own, config))
+    return plans
 
 
 def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
@@ -105,7 +126,9 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
         report.append(
             f"  note     the decoder was trained with target.normalize={card.normalize}"
         )
-    return Start(loaded, frozenset(map(_part, new)), report)
+    return Start(
+        frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report
+    )
 
 
 def _part(name: str) -> str:

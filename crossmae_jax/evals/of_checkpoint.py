@@ -227,7 +227,7 @@ def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
             f"Unknown suite {unknown[0]!r}. Known: {', '.join(SUITES)}."
         )
     of_logits = [name for name in ("accuracy", "robustness") if name in suites]
-    if of_logits and "logits" not in while_training.outputs_of(made.objective):
+    if of_logits and "logits" not in made.objective.outputs:
         raise ValueError(
             f"{' and '.join(of_logits)} need a classifier, but {made.path} was trained "
             f"with objective={made.config.objective!r}: fine-tune it "
@@ -283,9 +283,9 @@ def _note_replaced(written: report.Report, evaluation: evaluator.Evaluation) -> 
 
 
 def _predict(made: Checkpoint, mesh: jax.sharding.Mesh) -> features.Predict:
-    """Returns the jitted `predict` of a checkpoint, its kernels having been checked."""
+    """Returns what extracts rows with a checkpoint, its kernels having been checked."""
     data = made.config.data
-    jitted = jax.jit(parallel.within(mesh, made.objective.predict))
+    jitted = while_training.rows_of(made.objective, mesh)
     batch = parallel.with_sharding(
         pipeline.blank_batch(data, batch_size=data.batch_size, valid=True),
         parallel.batch_sharding(mesh),

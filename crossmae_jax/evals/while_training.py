@@ -49,10 +49,11 @@ class Evaluations:
         self._directory, self._panel_key = directory, panel_key
         self._evaluators = evals.make(config.evals.to_dict())
         evaluator.check(self._evaluators, about(config, objective, opened))
-        self._predict = jax.jit(parallel.within(mesh, objective.predict))
-        self._draws = "reconstruction" in outputs_of(objective)
+        self._predict = rows_of(objective, mesh)
+        self._draws = "reconstruction" in objective.outputs
         if self._draws:
-            self._reconstruct = jax.jit(parallel.within(mesh, objective.reconstruct))
+            reconstruct = objective.outputs["reconstruction"]
+            self._reconstruct = jax.jit(parallel.within(mesh, reconstruct.function))
         self.files: list[Path] = []
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
@@ -150,9 +151,13 @@ class Evaluations:
         )
 
 
-def outputs_of(objective: Any) -> frozenset[str]:
-    """Returns the names of what an objective can give, such as "features"."""
-    return frozenset(objective.outputs)
+def rows_of(objective: Any, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
+    """Returns what computes all outputs that have a row per image, jitted.
+
+    Of variables and a placed batch, in one pass.
+    """
+    names = [name for name in objective.outputs if name in features.ROWS]
+    return jax.jit(parallel.within(mesh, objective.outputs.together(names)))
 
 
 def about(
@@ -167,7 +172,7 @@ def about(
         num_images={split: len(source) for split, source in opened.items()},
         # A split without labels is enough to fail.
         num_classes=min((each.num_classes for each in opened.values()), default=0),
-        outputs=outputs_of(objective),
+        outputs=frozenset(objective.outputs),
         pool=config.model.get("pool", "mean"),
     )
 

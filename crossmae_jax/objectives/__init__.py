@@ -1,25 +1,18 @@
-"""Objectives: what a batch is trained on. The train loop knows these functions only:
+"""Objectives: what a batch is trained on, `config.objective` by name.
 
-    init(key) -> variables
-    loss(variables, batch, key) -> (scalar, dict of scalars to log)
-                                     under "batch_stats" what replaces that collection
-    predict(variables, batch) -> dict with "features" and "class_token" [b d], and
-        "logits" of a classifier
-    reconstruct(variables, batch, key) -> pictures, masks and errors; if it can
-    outputs  what it can give: the names in `predict`, and "reconstruction"
+The train loop knows of one what `objective.Objective` says and nothing else.
 """
-
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from crossmae_jax.objectives.classify import Classify
+from crossmae_jax.objectives.objective import Objective
 from crossmae_jax.objectives.pretrain import Pretrain
 
 OBJECTIVES = {"classify": Classify, "pretrain": Pretrain}
 
 
-def make(config: ConfigDict) -> Any:
+def make(config: ConfigDict) -> Objective:
     """Returns what `config.objective` names; ValueError if there is no such thing."""
     if config.objective not in OBJECTIVES:
         raise ValueError(

@@ -10,7 +10,6 @@ Whatever is drawn follows from the key and the numbers of the samples, so a run 
 goes on from a checkpoint draws what it would have drawn.
 """
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +18,12 @@ from ml_collections import ConfigDict
 
 from crossmae_jax import augment, losses
 from crossmae_jax.models import classifier
+from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.optim import layerwise
-
-Variables = dict[str, Any]
-Batch = dict[str, Array]
 
 
 class Classify:
-    """Pure functions of one classifier's configuration.
-
-    Attributes:
-      model: the Flax module; give it images.
+    """Pure functions of one classifier's configuration; see `objective.Objective`.
 
     Raises:
       ValueError: if the configuration contradicts itself.
@@ -52,8 +46,6 @@ class Classify:
         _check(config)
         self.model = classifier.build(config)
 
-    outputs = frozenset({"features", "class_token", "logits"})
-
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""
         data = self.config.data
@@ -69,10 +61,11 @@ class Classify:
 
     def loss(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """Returns the mean loss of a batch, and what to log beside it.
+    ) -> tuple[Float[Array, ""], Aux]:
+        """Returns the mean loss of a batch, and the share of images that it hits.
 
-        Where the head has a batch norm, "batch_stats" holds its new statistics.
+        Where the head has a batch norm, the collection "batch_stats" is replaced by
+        its new statistics.
         """
         images, targets = self.augmented(batch, key)
         first = batch["sample"][0]
@@ -87,7 +80,7 @@ class Classify:
         )
         loss = losses.cross_entropy(found.logits, targets).mean()
         hit = found.logits.argmax(-1) == targets.argmax(-1)
-        return loss, {"top1": hit.astype(jnp.float32).mean(), **updated}
+        return loss, Aux({"top1": hit.astype(jnp.float32).mean()}, dict(updated))
 
     def augmented(
         self, batch: Batch, key: Key[Array, ""]
@@ -112,7 +105,18 @@ class Classify:
             )
         return images, targets
 
-    def predict(
+    @property
+    def starts(self) -> dict[str, str]:
+        """The encoder, and what else fits, of `config.init_from`."""
+        return {"params": self.config.init_from}
+
+    @property
+    def outputs(self) -> Outputs:
+        """What the classifier gives of whole images."""
+        names = ("features", "class_token", "logits")
+        return Outputs({name: Output(self._classified, name) for name in names})
+
+    def _classified(
         self, variables: Variables, batch: Batch
     ) -> dict[str, Float[Array, "b d"]]:
         """Returns the pooled features of whole images, and their logits.

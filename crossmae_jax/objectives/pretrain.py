@@ -9,7 +9,7 @@ stands the loss of a trivial predictor, the mean of each patch: about 1.0 for
 standardised targets. A model at that level has learnt nothing.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,8 @@ from ml_collections import ConfigDict
 
 from crossmae_jax import augment, losses, masking, sampling, targets
 from crossmae_jax.models import mim, vit
+from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
-
-Variables = dict[str, Any]
-Batch = dict[str, Array]
 
 
 class Reconstruction(NamedTuple):
@@ -42,17 +40,19 @@ class Reconstruction(NamedTuple):
 
 
 class Pretrain:
-    """Pure functions of one masked-image-modelling configuration.
+    """Pure functions of one masked image model's configuration.
+
+    As `objective.Objective`, and for whoever looks at masks and predictions:
 
     Attributes:
-      model: the Flax module; give it images and token ids.
+      target: what is to be predicted.
+      sampler: draws the masks.
       counts: how many patches are seen, decoded and thrown in training.
+      grid: rows and columns of patches.
 
     Raises:
       ValueError: if the configuration contradicts itself.
     """
-
-    outputs = frozenset({"features", "class_token", "reconstruction"})
 
     def __init__(self, config: ConfigDict):
         self.config = config
@@ -125,7 +125,7 @@ class Pretrain:
 
     def loss(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, ""], Aux]:
         """Returns the mean loss of a batch, and what to log beside it."""
         return self.masked_loss(
             variables, self.normalize(batch), self.sample(key, batch)
@@ -136,7 +136,7 @@ class Pretrain:
         variables: Variables,
         images: Float[Array, "b height width c"],
         ids: masking.TokenIds,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, ""], Aux]:
         """Returns the loss of normalised images under given token ids."""
         target = jax.lax.stop_gradient(self.target(variables, images))
         return self.prediction_loss(
@@ -148,7 +148,7 @@ class Pretrain:
         predicted: dict[str, Tokens],
         target: dict[str, Tokens],
         ids: masking.TokenIds,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    ) -> tuple[Float[Array, ""], Aux]:
         """Returns the loss of predictions of some targets, and its parts.
 
         "loss_trivial" is that of the mean of each place. With an aggregator
@@ -164,7 +164,7 @@ class Pretrain:
                 logged[part] = logged.get(part, 0.0) + weight * value
             if len(predicted) > 1:
                 logged[f"loss_{name}"] = found["loss"]
-        return logged.pop("loss"), logged
+        return logged.pop("loss"), Aux(logged)
 
     def term(
         self, name: str, pred: Tokens, target: Tokens, ids: masking.TokenIds
@@ -231,7 +231,21 @@ class Pretrain:
         pred = self.model.apply(variables, images, ids)
         return {"pixels": Tokens(pred, self.model.predicted(ids), self.grid)}
 
-    def predict(
+    @property
+    def starts(self) -> dict[str, str]:
+        """What fits of `config.init_from`."""
+        return {"params": self.config.init_from}
+
+    @property
+    def outputs(self) -> Outputs:
+        """Features of whole images, and pictures of masked ones."""
+        return Outputs({
+            "features": Output(self._features, "features"),
+            "class_token": Output(self._features, "class_token"),
+            "reconstruction": Output(self._reconstruct, draws=True),
+        })
+
+    def _features(
         self, variables: Variables, batch: Batch
     ) -> dict[str, Float[Array, "b d"]]:
         """Returns features of whole images: all patches visible, no key, no masking.
@@ -258,7 +272,7 @@ class Pretrain:
             key, batch, throw=self.model.aggregator is not None
         )
 
-    def reconstruct(
+    def _reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
     ) -> Reconstruction:
         """Predicts every masked patch, those of `masked_ids`."""
