@@ -40,6 +40,7 @@ from crossmae_jax.data import pipeline
 from crossmae_jax.distributed import environment, hardware, parallel, sharding
 from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.optim import optimizers
+from crossmae_jax.runs import settings
 
 RESULTS = Path(__file__).parent / "results" / "step.md"
 PROFILED_STEPS = 3
@@ -86,7 +87,8 @@ def _set(config: ConfigDict, override: str) -> None:
     for key in name.split("."):
         known = list(old) if isinstance(old, ConfigDict) else []
         if key not in known:
-            hint = flags.did_you_mean(key, known)
+            now = settings.moved(name, config)
+            hint = f" {now}." if now else flags.did_you_mean(key, known)
             flags.stop(f"Unknown setting {name}.{hint}")
         parent, old = old, old[key]
     if isinstance(old, ConfigDict):

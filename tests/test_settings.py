@@ -1,6 +1,7 @@
 """Settings of older versions: read in today's form, and named where they are given."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from configs import digits_cross, finetune_digits
 from crossmae_jax import objectives
+from crossmae_jax.commands import flags
 from crossmae_jax.models import decoders, parts
 from crossmae_jax.runs import settings, workdir
 
@@ -136,6 +138,32 @@ def test_an_old_name_is_answered_with_the_new_one():
     )
     assert not settings.moved("model.decoder_dim", classifier)
     assert not settings.moved("model.deccoder", config)
+
+
+@pytest.mark.parametrize("config, message", [
+    (digits_cross, "Unknown setting model.decoder_dim=8. model.decoder_dim is now "
+     "model.decoder.dim."),
+    (finetune_digits, "Unknown setting model.decoder_dim=8. There are: encoder, pool"),
+])
+def test_an_old_name_that_is_set_in_python_is_not_overlooked(config, message):
+    config = config.get_config()
+    config.model.decoder_dim, config.data.num_classes = 8, 10
+    with pytest.raises(ValueError, match=re.escape(message)):
+        objectives.make(config)
+
+
+def test_a_file_that_sets_a_group_to_a_name_is_told_where(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from configs import digits_cross\n\n\ndef get_config():\n"
+        "    config = digits_cross.get_config()\n"
+        "    config.model.fusion = 'last'\n    return config\n"
+    )
+    with pytest.raises(SystemExit):
+        flags.load_config(path)
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}, line 6: Could not override field 'fusion'")
+    assert "docs/configs.md" in said
 
 
 def _model(name, *changes):

@@ -14,6 +14,7 @@ import difflib
 import re
 import runpy
 import sys
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,13 @@ def load_config(path: Path) -> ConfigDict:
             f"{path} has no function get_config; name a file that describes an "
             "experiment, such as configs/digits_cross.py."
         )
-    config, old = settings.of_file(names["get_config"]())
+    try:
+        config, old = settings.of_file(names["get_config"]())
+    except TypeError as error:  # such as a name where there is a group now
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
+        stop(f"{path}{where}: {error}. docs/configs.md has what settings are called.")
     if old:
         moved = "; ".join(settings.moved(name, config) for name in old)
         print(f"{path} has old names, which were understood: {moved}.", file=sys.stderr)

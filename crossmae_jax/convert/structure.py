@@ -32,15 +32,17 @@ def config_of(card: Card) -> ConfigDict:
 
     What the card does not know is filled in with values that no tensor depends on.
     """
+    model = dict(card.model)
+    num_classes = model.pop("num_classes", None)
     config = dict(
-        model=dict(card.model, remat="none", dtype="float32"),
+        model=model | dict(remat="none", dtype="float32"),
         masking=card.masking or dict(mask_ratio=0.75, pred_ratio=0.75),
         target=dict(normalize=card.normalize in (True, None)),
         data=dict(
             image_size=card.image_size, channels=card.channels,
             mean=card.mean or (0.0,) * card.channels,
             std=card.std or (1.0,) * card.channels,
-            num_classes=card.model.get("num_classes"),
+            num_classes=num_classes,
         ),
     )
     if card.kind == "pretrain":  # whose card may be older than some settings

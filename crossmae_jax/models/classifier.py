@@ -149,6 +149,9 @@ def build(config: ConfigDict) -> Classifier:
     Raises:
       ValueError: for an unknown choice, or choices that do not fit each other.
     """
+    parts.check_settings(
+        config, ("encoder", "pool", "head_norm", "head_std", "remat", "dtype")
+    )
     model = config.model
     head = {name: model[name] for name in ("head_norm", "head_std") if name in model}
     return Classifier(

@@ -103,6 +103,9 @@ def build(config: ConfigDict) -> MaskedImageModel:
     Raises:
       ValueError: for an unknown choice, or choices that do not fit each other.
     """
+    parts.check_settings(
+        config, ("encoder", "fusion", "decoder", "aggregator", "remat", "dtype")
+    )
     model, computing = config.model, parts.computing(config.model)
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
     decoder = parts.make(

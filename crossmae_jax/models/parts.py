@@ -22,6 +22,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from crossmae_jax.models import layers
+from crossmae_jax.runs import settings
 
 DTYPES = ("bfloat16", "float32")
 Table = Mapping[str, type[nn.Module] | None]
@@ -79,6 +80,21 @@ def computing(model: Group) -> dict[str, Any]:
     for name, known in (("dtype", DTYPES), ("remat", layers.REMATS)):
         check_choice(f"model.{name}", model[name], known)
     return dict(remat=model["remat"], dtype=jnp.dtype(model["dtype"]))
+
+
+def check_settings(config: ConfigDict, known: tuple[str, ...]) -> None:
+    """Raises ValueError for a setting of `config.model` that nobody would read.
+
+    Args:
+      known: groups and settings that there are.
+    """
+    for name in config.model:
+        if name not in known:
+            now = settings.moved(f"model.{name}", config)
+            raise ValueError(
+                f"Unknown setting model.{name}={config.model[name]!r}. "
+                + (f"{now}." if now else f"There are: {', '.join(known)}.")
+            )
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
