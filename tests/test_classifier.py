@@ -212,6 +212,6 @@ def test_cross_entropy_is_computed_in_float32():
     loss = losses.cross_entropy(jnp.asarray(logits, jnp.bfloat16), targets)
     assert loss.dtype == jnp.float32
     expected = np.log(np.exp(logits).sum()) - (np.asarray(targets) * logits).sum()
-    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+    np.testing.assert_allclose(loss, [[expected]], rtol=1e-6)
 
 
