@@ -49,7 +49,7 @@ def compare(
     """Returns the deviations of every way to throw, by training and ratio."""
     config = workdir.read_config(directory)
     ratio, kind = config.masking.throw_ratio, config.model.aggregator.kind
-    aggregates = mim.build(config).aggregator is not None
+    aggregates = bool(mim.build(config).aggregators)
     if aggregates != (ratio > 0):
         raise ValueError(
             f"{directory} has aggregator {kind!r} and throw_ratio {ratio}; give runs "

@@ -68,7 +68,7 @@ def check_config(name: str, config: ConfigDict) -> None:
         flags.stop(f"{name} does not pre-train; the reference does nothing else.")
     height, width = config.data.image_size
     reasons = {
-        "model.aggregator.kind": mim.build(config).aggregator is not None,
+        "model.aggregator.kind": bool(mim.build(config).aggregators),
         "masking.throw_ratio": config.masking.throw_ratio > 0,
         "model.decoder.mlp_ratio": (
             config.model.decoder.mlp_ratio != config.model.encoder.mlp_ratio

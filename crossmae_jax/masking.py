@@ -64,6 +64,10 @@ class TokenIds(NamedTuple):
     thrown: Int[Array, "b thrown"]
 
 
+# Places at which targets are asked for, by their names; of others all masked ones.
+Asked = Mapping[str, Int[Array, "b r"]]
+
+
 def _floor(ratio: float) -> float:
     """Rounds down to three digits, and off the edge where truncation bites."""
     return math.floor((ratio - 1e-9) * 1000) / 1000

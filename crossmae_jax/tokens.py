@@ -5,13 +5,15 @@ order. A patch vector lists its pixels row by row, column by column, channel fas
 the layout of MAE (arXiv 2111.06377).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import einops
 import flax
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
+
+CLASS_TOKEN = -1  # where it stands in place of the number of a place
 
 
 @flax.struct.dataclass
@@ -36,6 +38,11 @@ class Tokens:
     has_cls: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
+    def num(self) -> int:
+        """How many places have a vector."""
+        return self.sequence.shape[1] - self.has_cls
+
+    @property
     def values(self) -> Shaped[Array, "b k d"]:
         """The vectors of the places."""
         return self.sequence[:, 1:] if self.has_cls else self.sequence
@@ -44,6 +51,21 @@ class Tokens:
     def cls(self) -> Shaped[Array, "b 1 d"] | None:
         """The class token."""
         return self.sequence[:, :1] if self.has_cls else None
+
+    @property
+    def places(self) -> Int[Array, "b s"]:
+        """The place of each vector of `sequence`, `CLASS_TOKEN` of the class token."""
+        ids = self.ids
+        if ids is None:
+            ids = jnp.arange(self.num)
+            ids = jnp.broadcast_to(ids[None], (len(self.sequence), self.num))
+        if not self.has_cls:
+            return ids
+        return jnp.concatenate([jnp.full_like(ids[:, :1], CLASS_TOKEN), ids], axis=1)
+
+    def mean(self) -> Float[Array, "b d"]:
+        """Returns the mean over the places, in float32: a feature of the image."""
+        return self.values.astype(jnp.float32).mean(1)
 
     def at(self, ids: Int[Array, "b q"] | None) -> Shaped[Array, "b q d"]:
         """Returns the vectors of these places, zeros where there is none.
@@ -75,6 +97,28 @@ class Tokens:
         """Returns the places behind the first `num`, and no class token."""
         ids = self.ids if num == 0 else self.ids[:, num:]
         return Tokens(self.sequence[:, self.has_cls + num :], ids, self.grid)
+
+
+class Encoded(NamedTuple):
+    """What an encoder makes of its visible patches.
+
+    Attributes:
+      last: output of the last block, after the final norm if there is one.
+      maps: the input of the first block, positions included, then the output of each
+        block, before any norm.
+    """
+
+    last: Tokens
+    maps: tuple[Tokens, ...]
+
+    def trained(self, used_maps: tuple[int, ...] | None) -> Tokens:
+        """Returns the last output of a block that a decoder was trained on.
+
+        Args:
+          used_maps: positions in `maps` of those that it sees: blocks behind the last
+            of them are not trained. None for a decoder that sees `last`.
+        """
+        return self.last if used_maps is None else self.maps[used_maps[-1]]
 
 
 def grid_size(image_size: tuple[int, ...], patch_size: int) -> tuple[int, int]:

@@ -73,9 +73,10 @@ def check_classifier(_path: Path, data: Data, report: Report) -> None:
         variables, images, mutable=["intermediates"],
         capture_intermediates=lambda module, _: isinstance(module, vit.ViT),
     )
-    maps = state["intermediates"]["encoder"]["__call__"][0].feature_maps
+    maps = state["intermediates"]["encoder"]["__call__"][0].maps[1:]
     outputs = {
-        "tokens": found.tokens, "block_out": jnp.stack(maps[1:]),
+        "tokens": found.tokens.sequence,
+        "block_out": jnp.stack([tokens.sequence for tokens in maps]),
         "pre_logits": found.features, "logits": found.logits,
     }
     for name, ours in outputs.items():

@@ -19,7 +19,7 @@ from crossmae_jax.convert import names
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.optim import optimizers
-from crossmae_jax.tokens import put_tokens, take_tokens
+from crossmae_jax.tokens import take_tokens
 from tests.parity_files import Data, nhwc, token_counts
 from tests.parity_report import LOSS, TRAJECTORY, Report
 
@@ -129,7 +129,7 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
     """Returns every activation that a fixture may hold, under the fixture's names."""
     model = objective.model
     is_mae = model.decoder.gives_visible
-    pred, state = model.apply(
+    predicted, state = model.apply(
         variables, images, ids,
         capture_intermediates=_stored, mutable=["intermediates"],
     )
@@ -137,16 +137,17 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
     encoded = seen["encoder"]["__call__"][0]
     depth = model.decoder.depth
     target = objective.target(variables, images)["pixels"].values
+    pred = predicted["pixels"].values
     if is_mae:  # the reference predicts visible patches, too
-        head = nn.apply(lambda model, x: model.decoder.head(x), model)
-        visible = head(variables, seen["decoder"]["__call__"][0].visible)
-        pred = put_tokens(jnp.zeros_like(target), ids.pred, pred)
-        pred = put_tokens(pred, ids.keep, visible)
+        head = nn.apply(lambda model, *args: model.decoder.head(*args), model)
+        tokens = seen["decoder"]["__call__"][0]["pixels"]
+        none_visible = ids._replace(keep=ids.keep[:, :0])  # nothing is cut off
+        pred = head(variables, "pixels", tokens, none_visible, {}).at(None)
     else:
         target = take_tokens(target, ids.pred)
     outputs = {
-        "pred": pred, "target": target, "latent": encoded.tokens,
-        "encoder_input": encoded.feature_maps[0],
+        "pred": pred, "target": target, "latent": encoded.last.sequence,
+        "encoder_input": encoded.maps[0].sequence,
         "mask": masking.mask_of(ids.pred, num_patches=objective.num_patches),
         "ids_restore": ids.keep,
         "loss": objective.masked_loss(variables, images, ids)[0],
@@ -157,12 +158,13 @@ def model_outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]
         outputs["dec_block_out"] = jnp.stack(
             [decoder[f"decoder_blocks_{i}"]["__call__"][0] for i in range(depth)]
         )
-        outputs["dec_kv_in"] = jnp.stack([encoded.tokens] * depth)
+        outputs["dec_kv_in"] = jnp.stack([encoded.last.sequence] * depth)
     if model.fusion.used_maps is not None:
-        chosen = [encoded.feature_maps[j] for j in model.fusion.used_maps]
+        chosen = [encoded.maps[j].sequence for j in model.fusion.used_maps]
         outputs["feats"] = jnp.stack(chosen)
         outputs["fm_mix"] = jnp.moveaxis(seen["fusion"]["mix"][0], 0, -1)
-        outputs["dec_kv_in"] = jnp.stack(seen["fusion"]["__call__"][0])
+        contexts = seen["fusion"]["__call__"][0]
+        outputs["dec_kv_in"] = jnp.stack([context.sequence for context in contexts])
     return outputs
 
 

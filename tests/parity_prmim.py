@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from configs import common
 from crossmae_jax import masking
-from crossmae_jax.models import layers
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Tokens
 from tests.parity_files import Data, nhwc
@@ -82,32 +81,34 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
     def forward(inputs):
         params = _nested({k: v for k, v in inputs.items() if "/" in k})
         params["decoder"]["mask_token"] = jnp.zeros((1, 1, dim))  # not used
-        decoded = layers.Decoded(inputs["dec_ret"], visible=inputs["dec_vis"])
-        pred, state = objective.model.apply(
-            {"params": params, "constants": {"decoder": table}}, decoded, None, ids,
+        decoded = Tokens(
+            jnp.concatenate([inputs["dec_vis"], inputs["dec_ret"]], axis=1),
+            jnp.concatenate([ids.keep, ids.pred], axis=1), objective.grid,
+        )
+        predicted, state = objective.model.apply(
+            {"params": params, "constants": {"decoder": table}},
+            {"pixels": decoded}, ids, {}, None,
             method="complete",
             capture_intermediates=lambda _, method: method in ("__call__", "lay_out"),
             mutable=["intermediates"],
         )
-        predicted = Tokens(pred, objective.model.predicted(ids), objective.grid)
         loss, aux = objective.prediction_loss(
-            {"pixels": predicted}, objective.target({}, images), ids
+            predicted, objective.target({}, images), ids
         )
         seen = state["intermediates"]["aggregator"]
-        return loss, (pred, aux.metrics, seen)
+        return loss, (predicted["pixels"], aux.metrics, seen)
 
     (loss, (pred, logged, seen)), gradients = jax.jit(
         jax.value_and_grad(forward, has_aux=True)
     )(inputs)
-    target = objective.target({}, images)["pixels"].at(
-        objective.model.predicted(ids)
-    )
+    target = objective.target({}, images)["pixels"].at(pred.ids)
+    hidden, pred = pred.ids, pred.values
     error = jnp.mean((pred - target) ** 2, axis=-1)
     mixed = seen["mixer"]["__call__"][0].reshape(num_images, num_patches, dim)
     outputs = {
         "conv_input": seen["lay_out"][0].reshape(num_images, num_patches, dim),
         "conv_output": mixed,
-        "thrown_features": seen["__call__"][0][:, num_retained:],
+        "thrown_features": seen["__call__"][0].at(ids.thrown),
         "pred_retained": pred[:, :num_retained],
         "pred_thrown": pred[:, num_retained:],
         "target_retained": target[:, :num_retained],
@@ -115,9 +116,7 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
         "loss_per_patch": error,
     }
     masks = {
-        "mask": masking.mask_of(
-            objective.model.predicted(ids), num_patches=num_patches
-        ),
+        "mask": masking.mask_of(hidden, num_patches=num_patches),
         "thrown_mask": masking.mask_of(ids.thrown, num_patches=num_patches),
     }
     for name in sorted(data.keys() & outputs.keys()):

@@ -122,7 +122,7 @@ def _finetuned(
     params = variables["params"]
     if pooling == "gap":
         params = {name: value for name, value in params.items() if name != "norm"}
-    tokens = encoder.apply({**variables, "params": params}, images).tokens
+    tokens = encoder.apply({**variables, "params": params}, images).last.sequence
     if pooling == "cls":
         return tokens, tokens[:, 0]
     norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False)
@@ -164,7 +164,7 @@ def _classifier(
     weights = opening.open_weights(path, num_heads=heads)
     found = structure.build(weights.card).apply(_read(weights), _images(data))
     tokens = "tokens" if "tokens" in data else "features"
-    report.output(tokens, found.tokens, data[tokens])
+    report.output(tokens, found.tokens.sequence, data[tokens])
     report.output("pre_logits", found.features, data["pre_logits"])
     report.output("logits", found.logits, data["logits"])
     _all_compared({"imgs", tokens, "pre_logits", "logits"}, data, report)

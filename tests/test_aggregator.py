@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 from crossmae_jax import losses, masking
-from crossmae_jax.models import aggregator, layers, parts
+from crossmae_jax.models import aggregator, decoder_cross, layers, mim, parts, posemb
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
-from crossmae_jax.tokens import take_tokens
+from crossmae_jax.tokens import Tokens, take_tokens
 from tests.test_models import MAE, make_config
 
 GRID = (4, 6)
@@ -32,7 +32,20 @@ def _inputs(seed=0, num=2, dim=8, encoder_dim=16):
         jnp.asarray(rng.normal(size=(num, 6, dim)), jnp.float32) for _ in range(2)
     )
     encoded = jnp.asarray(rng.normal(size=(num, 7, encoder_dim)), jnp.float32)
-    return layers.Decoded(retained, visible=visible), encoded, ids
+    tokens = Tokens(
+        jnp.concatenate([visible, retained], axis=1),
+        jnp.concatenate([ids.keep, ids.pred], axis=1), GRID,
+    )
+    return tokens, ids, Tokens(encoded, ids.keep, GRID, has_cls=True)
+
+
+def _masked(module, variables, *inputs):
+    """Returns the tokens of retained and thrown patches, behind the 6 visible ones."""
+    out = module.apply(variables, *inputs)
+    tokens, ids, _ = inputs
+    np.testing.assert_array_equal(out.ids[:, :12], tokens.ids)
+    np.testing.assert_array_equal(out.ids[:, 12:], ids.thrown)
+    return out.behind(6).values
 
 
 def _aggregator(kind="conv", visible="decoder", **changes):
@@ -68,17 +81,16 @@ def test_depthwise_conv_is_flaxs_and_so_are_its_gradients(side, grid):
 
 
 def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours():
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator()
-    variables = module.init(jax.random.key(0), decoded, encoded, ids)
-    out = module.apply(variables, decoded, encoded, ids)
-    np.testing.assert_array_equal(out[:, :6], decoded.pred)
+    variables = module.init(jax.random.key(0), tokens, ids, context)
+    out = _masked(module, variables, tokens, ids, context)
+    np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
 
     weight = np.asarray(variables["params"]["mixer"]["kernel"])[:, :, 0]
     for sample in range(2):
         grid = np.zeros((24, 8), np.float32)
-        grid[ids.pred[sample]] = decoded.pred[sample]
-        grid[ids.keep[sample]] = decoded.visible[sample]
+        grid[tokens.ids[sample]] = tokens.values[sample]
         padded = np.pad(grid.reshape(*GRID, 8), ((1, 1), (1, 1), (0, 0)))
         for place, token in zip(ids.thrown[sample], out[sample, 6:], strict=True):
             row, column = divmod(int(place), GRID[1])
@@ -87,32 +99,32 @@ def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours(
 
 
 def test_retained_places_can_be_rewritten():
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator(rewrites_retained=True)
-    variables = module.init(jax.random.key(0), decoded, encoded, ids)
-    out = module.apply(variables, decoded, encoded, ids)
-    mixed = module.bind(variables).mixer(
-        module.lay_out(decoded.pred, decoded.visible, ids)
-    )
+    variables = module.init(jax.random.key(0), tokens, ids, context)
+    out = _masked(module, variables, tokens, ids, context)
+    mixed = module.bind(variables).mixer(tokens.laid_out())
     mixed = mixed.reshape(2, 24, 8)
     np.testing.assert_allclose(
         out[:, :6], take_tokens(mixed, ids.pred), atol=1e-6
     )
-    kept = _aggregator().apply(variables, decoded, encoded, ids)
+    kept = _masked(_aggregator(), variables, tokens, ids, context)
     np.testing.assert_array_equal(out[:, 6:], kept[:, 6:])
 
 
 @pytest.mark.parametrize("visible", aggregator.VISIBLE)
 def test_visible_places_hold_what_was_asked_for(visible):
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator(visible=visible)
-    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    variables = module.init(jax.random.key(0), tokens, ids, context)
 
     def thrown(decoded, encoded):
-        return module.apply(variables, decoded, encoded, ids)[:, 6:]
+        seen = tokens.replace(sequence=decoded), ids, context.replace(sequence=encoded)
+        return _masked(module, variables, *seen)[:, 6:]
 
+    decoded, encoded = tokens.sequence, context.sequence
     moved = {
-        "decoder": thrown(decoded._replace(visible=decoded.visible + 1), encoded),
+        "decoder": thrown(decoded.at[:, :6].add(1), encoded),
         "encoder": thrown(decoded, encoded.at[:, 1:].add(1)),
         "class token": thrown(decoded, encoded.at[:, 0].add(1)),
     }
@@ -123,10 +135,10 @@ def test_visible_places_hold_what_was_asked_for(visible):
 
 def test_every_thrown_place_is_another_one_to_the_transformer():
     """Zeros without a position would all give one token."""
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator("transformer")
-    variables = module.init(jax.random.key(0), decoded, encoded, ids)
-    thrown = np.asarray(module.apply(variables, decoded, encoded, ids)[0, 6:])
+    variables = module.init(jax.random.key(0), tokens, ids, context)
+    thrown = np.asarray(_masked(module, variables, tokens, ids, context)[0, 6:])
     assert np.unique(thrown.round(4), axis=0).shape[0] == 12
 
 
@@ -141,13 +153,14 @@ def test_every_thrown_place_is_another_one_to_the_transformer():
 def test_every_masked_patch_is_predicted_and_everything_learns(changes):
     objective = Pretrain(make_config(**changes))
     variables = jax.jit(objective.init)(jax.random.key(0))
+    if changes["model__aggregator__kind"] != "pool":  # which has no parameters
+        assert "mixer" in variables["params"]["aggregator"]
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), BATCH)
-    predicted = objective.model.predicted(ids)
-    hidden = masking.mask_of(predicted, num_patches=24)
+    pred = jax.jit(objective.model.apply)(variables, images, ids)["pixels"]
+    hidden = masking.mask_of(pred.ids, num_patches=24)
     assert (hidden == ~masking.mask_of(ids.keep, num_patches=24)).all()
-    pred = jax.eval_shape(objective.model.apply, variables, images, ids)
-    assert pred.shape == (2, 18, 48)
+    assert pred.values.shape == (2, 18, 48)
 
     @jax.jit
     def gradient(params):
@@ -161,10 +174,10 @@ def test_every_masked_patch_is_predicted_and_everything_learns(changes):
 
 
 def test_pooling_is_the_mean_of_the_window_with_its_zeros():
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator("pool")
-    out = module.apply({}, decoded, encoded, ids)
-    grid = module.apply({}, decoded.pred, decoded.visible, ids, method="lay_out")
+    out = _masked(module, {}, tokens, ids, context)
+    grid = tokens.laid_out()
     padded = jnp.pad(grid, ((0, 0), (1, 1), (1, 1), (0, 0)))
     for place, token in zip(ids.thrown[0], out[0, 6:], strict=True):
         row, column = divmod(int(place), GRID[1])
@@ -173,21 +186,21 @@ def test_pooling_is_the_mean_of_the_window_with_its_zeros():
 
 
 def test_convnext_adds_its_branch_to_what_was_there():
-    decoded, encoded, ids = _inputs()
+    tokens, ids, context = _inputs()
     module = _aggregator("convnext", rewrites_retained=True)
-    variables = module.init(jax.random.key(0), decoded, encoded, ids)
+    variables = module.init(jax.random.key(0), tokens, ids, context)
     silent = jax.tree.map(jnp.zeros_like, variables)
-    out = module.apply(silent, decoded, encoded, ids)
-    np.testing.assert_array_equal(out[:, :6], decoded.pred)
+    out = _masked(module, silent, tokens, ids, context)
+    np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
     np.testing.assert_array_equal(out[:, 6:], jnp.zeros((2, 12, 8)))
     # And the branch: depth-wise, norm, MLP.
     params = variables["params"]["mixer"]
-    x = module.apply(silent, decoded.pred, decoded.visible, ids, method="lay_out")
+    x = tokens.laid_out()
     mixed = depthwise.depthwise_conv(x, params["conv"]["kernel"][:, :, 0])
     mixed = mixed.reshape(2, 24, 8)
     normed = layers.LayerNorm(jnp.float32).apply({"params": params["norm"]}, mixed)
     branch = layers.Mlp(normed.shape[-1], 2.0).apply({"params": params["mlp"]}, normed)
-    found = module.apply(variables, decoded, encoded, ids)[:, 6:]
+    found = _masked(module, variables, tokens, ids, context)[:, 6:]
     expected = take_tokens(branch, ids.thrown)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -203,7 +216,7 @@ def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
         if isinstance(context.module, aggregator.Aggregator) and (
             context.method_name == "__call__"
         ):
-            seen.append(args[1])
+            seen.append(args[2].sequence)
         return call(*args, **kwargs)
 
     with nn.intercept_methods(record):
@@ -211,7 +224,8 @@ def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
             variables, images, ids, mutable=["intermediates"],
             capture_intermediates=lambda module, _: module.name == "fusion",
         )
-    first, last = state["intermediates"]["fusion"]["__call__"][0]
+    contexts = state["intermediates"]["fusion"]["__call__"][0]
+    first, last = (context.sequence for context in contexts)
     np.testing.assert_array_equal(seen[0], last)
     assert jnp.abs(first - last).max() > 0.1
 
@@ -263,7 +277,7 @@ def test_the_loss_weighs_the_groups():
         retained, thrown = (aux.metrics[f"loss_{x}"] for x in ("retained", "thrown"))
         expected = 6 * retained + 12 * weight * thrown
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
-        pred = objective.predicted(variables, images, ids)["pixels"]
+        pred = objective.model.apply(variables, images, ids)["pixels"]
         target = objective.target(variables, images)["pixels"].at(pred.ids)
         expected = losses.mse(pred.values[:, 6:], target[:, 6:]).mean()
         np.testing.assert_allclose(thrown, expected, rtol=1e-5)
@@ -280,16 +294,16 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), BATCH)
-    pred = objective.model.apply(variables, images, ids)
-    assert pred.shape[1] == 6
+    pred = objective.model.apply(variables, images, ids)["pixels"]
+    assert pred.num == 6
     # Those that stay see fewer others than when every masked patch is there.
     everything = ids._replace(pred=jnp.sort(jnp.concatenate([ids.pred, ids.thrown], 1)))
-    full = objective.model.apply(variables, images, everything)
-    place = jax.vmap(jnp.searchsorted)(everything.pred, ids.pred)
-    assert jnp.abs(take_tokens(full, place) - pred).max() > 1e-3
+    full = objective.model.apply(variables, images, everything)["pixels"]
+    assert jnp.abs(full.at(ids.pred) - pred.values).max() > 1e-3
     # And which patches were thrown makes no difference to them.
     other = ids._replace(thrown=ids.thrown[:, ::-1])
-    np.testing.assert_array_equal(objective.model.apply(variables, images, other), pred)
+    same = objective.model.apply(variables, images, other)["pixels"]
+    np.testing.assert_array_equal(same.values, pred.values)
 
 
 def test_reconstruction_throws_as_many_as_training_does_and_says_which():
@@ -327,3 +341,65 @@ def test_what_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
         Pretrain(make_config(**changes))
     assert message in str(error.value)
+
+
+class TwoHeads(decoder_cross.CrossDecoder):
+    """Predicts two targets of the same tokens, "near" and "far"."""
+
+    def __post_init__(self):
+        nn.Module.__post_init__(self)
+
+    def setup(self):
+        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.decoder_pos_embed = self.variable(
+            "constants", "decoder_pos_embed",
+            lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
+        )
+        self.heads = {name: layers.Dense(n) for name, n in self.widths.items()}
+
+    def __call__(self, contexts, ids, asked):
+        places = {name: asked.get(name, ids.pred) for name in self.widths}
+        return {
+            name: Tokens(self.queries(ids) + 0 * contexts[0].cls, ids, self.grid)
+            for name, ids in places.items()
+        }
+
+    def head(self, name, tokens, ids, asked):
+        return tokens.with_values(self.heads[name](tokens.values))
+
+
+def test_every_target_has_an_aggregator_of_its_own_unless_it_is_asked_for():
+    config = make_config(**CROSS, model__fusion__kind="last")
+    plain = mim.build(config)
+    model = mim.MaskedImageModel(
+        encoder=plain.encoder, fusion=plain.fusion,
+        decoder=TwoHeads(
+            widths={"near": 5, "far": 7}, dim=16, depth=1, num_heads=2, grid=GRID
+        ),
+        aggregators={
+            name: _aggregator(visible="zeros").clone(name=f"aggregator_{name}", dim=16)
+            for name in ("near", "far")
+        },
+    )
+    objective = Pretrain(config)
+    ids = objective.sample(jax.random.key(1), BATCH)
+    images = jnp.zeros((2, 16, 24, 3))
+    asked = {"far": jnp.array([[3, 1], [2, 5]])}
+    variables = model.init(jax.random.key(0), images, ids)
+    for name in ("near", "far"):
+        assert f"aggregator_{name}" in variables["params"]
+    both = model.apply(variables, images, ids)
+    assert {name: x.values.shape for name, x in both.items()} == {
+        "near": (2, 18, 5), "far": (2, 18, 7)
+    }
+    some = model.apply(variables, images, ids, asked)
+    np.testing.assert_array_equal(some["far"].ids, asked["far"])
+    np.testing.assert_array_equal(some["near"].values, both["near"].values)
+
+
+def test_a_decoder_of_masked_patches_refuses_what_may_be_visible():
+    objective = Pretrain(make_config(**MAE))
+    ids = objective.sample(jax.random.key(1), BATCH)
+    images, asked = jnp.zeros((2, 16, 24, 3)), {"rows": jnp.array([[3, 1], [2, 5]])}
+    with pytest.raises(ValueError, match="asks for rows at places that may be visible"):
+        objective.model.init(jax.random.key(0), images, ids, asked)

@@ -143,7 +143,7 @@ def ablated(tmp_path_factory):
     def run(images, ids, kind):
         normal = objective.normalize({"image": jnp.asarray(images)})
         with attention_weights.without(kind, ids):
-            return objective.model.apply(variables, normal, ids)
+            return objective.model.apply(variables, normal, ids)["pixels"].values
 
     sample = jnp.arange(3, dtype=jnp.uint32)
     return run, objective.masked_ids(jax.random.key(0), {"sample": sample})

@@ -225,7 +225,7 @@ def test_the_class_token_is_told_beside_what_the_head_sees(pool):
     batch, variables = batch_of(8, config), objective.init(jax.random.key(0))
     found = objective.outputs.together(objective.outputs)(variables, batch)
     tokens = objective.model.apply(variables, objective.normalize(batch)).tokens
-    np.testing.assert_array_equal(found["class_token"], tokens[:, 0])
+    np.testing.assert_array_equal(found["class_token"], tokens.cls[:, 0])
     same = np.array_equal(found["class_token"], found["features"])
     assert same == (pool == "cls")
 

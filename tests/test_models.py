@@ -15,7 +15,7 @@ from crossmae_jax import masking
 from crossmae_jax.convert import names
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.tokens import take_tokens
+from crossmae_jax.tokens import Encoded, Tokens
 
 
 def make_config(**changes):
@@ -84,9 +84,9 @@ def test_every_variant_takes_oblong_images_of_any_channels(changes, dtype):
     variables = jax.jit(objective.init)(jax.random.key(0))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
     images, ids = _images(config), _ids(objective)
-    pred = jax.eval_shape(objective.model.apply, variables, images, ids)
-    assert pred.shape == (2, objective.counts.num_pred, 4 * 4 * 5)
-    assert pred.dtype == jnp.dtype(dtype)
+    pred = jax.eval_shape(objective.model.apply, variables, images, ids)["pixels"]
+    assert pred.sequence.shape == (2, objective.counts.num_pred, 4 * 4 * 5)
+    assert pred.sequence.dtype == jnp.dtype(dtype)
     gradient = jax.jit(jax.grad(
         lambda p: objective.masked_loss({**variables, "params": p}, images, ids)[0]
     ))(variables["params"])
@@ -134,12 +134,11 @@ def test_visible_patches_are_encoded_as_if_all_had_been_projected_and_some_dropp
     images, ids = _images(config), _ids(objective)
     every = jnp.tile(jnp.arange(objective.num_patches), (2, 1))
     maps = [
-        objective.model.apply(variables, images, keep, method="encode").feature_maps[0]
-        for keep in (None, every, ids.keep)
+        objective.model.apply(variables, images, chosen, method="encode").maps[0]
+        for chosen in (None, ids._replace(keep=every), ids)
     ]
-    np.testing.assert_array_equal(maps[0], maps[1])
-    kept = take_tokens(maps[0][:, 1:], ids.keep)
-    np.testing.assert_allclose(maps[2][:, 1:], kept, atol=1e-6)
+    np.testing.assert_array_equal(maps[0].sequence, maps[1].sequence)
+    np.testing.assert_allclose(maps[2].values, maps[0].at(ids.keep), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cross", "cross_last", "cross_subset"])
@@ -150,12 +149,9 @@ def test_a_patch_is_decoded_alike_whichever_others_are(name):
     images = _images(config)
     few, every = _ids(objective), _ids(objective, num_pred=18)
     assert few.pred.shape[1] == 6 and every.pred.shape[1] == 18
-    pred = objective.model.apply(variables, images, few)
-    every_pred = objective.model.apply(variables, images, every)
-    place = jax.vmap(jnp.searchsorted)(every.pred, few.pred)
-    np.testing.assert_allclose(
-        pred, take_tokens(every_pred, place), atol=1e-5
-    )
+    pred = objective.model.apply(variables, images, few)["pixels"]
+    every_pred = objective.model.apply(variables, images, every)["pixels"]
+    np.testing.assert_allclose(pred.values, every_pred.at(few.pred), atol=1e-5)
 
 
 @pytest.mark.parametrize("reference, changes", [
@@ -203,14 +199,15 @@ def test_initial_values_follow_the_reference(reference, changes):
 def test_inter_block_attention_is_a_weighted_sum_and_a_norm():
     maps = tuple(_images(make_config(), seed)[:, :, :, 0] for seed in range(3))
     module = fusion.InterBlockAttention(encoder_depth=2, num_contexts=2, maps=(1,))
-    encoded = vit.Encoded(maps[-1], maps)
+    tokens = tuple(Tokens(x, None, (16, 1)) for x in maps)
+    encoded = Encoded(tokens[-1], tokens)
     variables = module.init(jax.random.key(0), encoded)
     weights = variables["params"]["kernel"]
     for i, context in enumerate(module.apply(variables, encoded)):
         mixture = weights[0, i] * maps[0] + weights[1, i] * maps[2]
         centred = mixture - mixture.mean(-1, keepdims=True)
         scale = jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-        np.testing.assert_allclose(context, centred / scale, atol=1e-4)
+        np.testing.assert_allclose(context.values, centred / scale, atol=1e-4)
 
 
 def test_maps_are_taken_in_ascending_order():

@@ -7,7 +7,7 @@ import pytest
 
 from crossmae_jax import losses
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.tokens import patchify, take_tokens
+from crossmae_jax.tokens import Tokens, patchify, take_tokens
 from tests.test_models import MAE, make_config
 
 
@@ -30,13 +30,13 @@ def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
     encoded = objective.model.apply(
         variables, objective.normalize(batch), method="encode"
     )
-    assert encoded.tokens.shape == (3, 1 + 24, 16)
+    assert encoded.last.sequence.shape == (3, 1 + 24, 16)
     features = objective.outputs.together(("features", "class_token"))
     found = features(variables, batch)["features"]
-    np.testing.assert_allclose(found, encoded.tokens[:, 1:].mean(1), atol=1e-6)
+    np.testing.assert_allclose(found, encoded.last.values.mean(1), atol=1e-6)
     again = features(variables, batch)
     np.testing.assert_array_equal(found, again["features"])
-    np.testing.assert_allclose(again["class_token"], encoded.tokens[:, 0], atol=1e-6)
+    np.testing.assert_allclose(again["class_token"], encoded.last.cls[:, 0], atol=1e-6)
 
 
 def test_features_come_from_the_last_block_that_is_trained():
@@ -44,12 +44,12 @@ def test_features_come_from_the_last_block_that_is_trained():
     encoded = objective.model.apply(
         variables, objective.normalize(batch), method="encode"
     )
-    expected = encoded.feature_maps[2][:, 1:].mean(1)
+    expected = encoded.maps[2].values.mean(1)
     features = objective.outputs.together(("features", "class_token"))
     found = features(variables, batch)
     np.testing.assert_allclose(found["features"], expected, atol=1e-6)
     np.testing.assert_allclose(
-        found["class_token"], encoded.feature_maps[2][:, 0], atol=1e-6
+        found["class_token"], encoded.maps[2].cls[:, 0], atol=1e-6
     )
 
 
@@ -88,7 +88,7 @@ def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes)
 
     images = objective.normalize(batch)
     ids = objective.masked_ids(key, batch)
-    pred = objective.predicted(variables, images, ids)["pixels"]
+    pred = objective.model.apply(variables, images, ids)["pixels"]
     target = objective.target(variables, images)["pixels"].at(pred.ids)
     error = found.error.sum(1) / 18
     expected = losses.mean(losses.mse(pred.values, target))
@@ -113,13 +113,11 @@ def test_a_perfect_prediction_is_the_image():
     images = objective.normalize(batch)
 
     class Oracle:
-        aggregator = None
+        aggregators = {}
 
         def apply(self, _variables, _images, ids):
-            return objective.target({}, images)["pixels"].at(ids.pred)
-
-        def predicted(self, ids):
-            return ids.pred
+            target = objective.target({}, images)["pixels"]
+            return {"pixels": Tokens(target.at(ids.pred), ids.pred, target.grid)}
 
     objective.model = Oracle()
     found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))

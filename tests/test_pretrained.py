@@ -79,7 +79,7 @@ def test_features_of_the_reference_at_a_larger_size_come_out():
         GOLDEN / "ckpt_encoder_only.pth", num_heads=2, image_size=(56, 56)
     )
     images = jnp.asarray(data["imgs/interp"].transpose(0, 2, 3, 1))
-    tokens = encoder.model.apply(encoder.variables, images).tokens
+    tokens = encoder.model.apply(encoder.variables, images).last.sequence
     np.testing.assert_allclose(tokens, data["tokens/cls_interp"], atol=3e-5)
 
 

@@ -11,6 +11,7 @@ from crossmae_jax import masking
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.runs import workdir
+from crossmae_jax.tokens import Tokens
 from tests.interop import torch
 from tests.saved_runs import save_run
 from tests.test_convert import GOLDEN, HEADS
@@ -208,11 +209,12 @@ class TestPartialReconstruction:
         def run(shift):
             bound = objective.model.bind(model.variables)
             decoder = bound.decoder
-            context = bound.fusion(bound.encode(normal, ids.keep))
+            contexts = bound.fusion(bound.encode(normal, ids))
             x = decoder.queries(ids.pred) + shift
-            for block, seen in zip(decoder.decoder_blocks, context, strict=True):
-                x = block(x, seen)
-            return decoder.head(x).sum((0, 2))  # q
+            for block, context in zip(decoder.decoder_blocks, contexts, strict=True):
+                x = block(x, context.sequence)
+            tokens = Tokens(x, ids.pred, objective.grid)
+            return decoder.head("pixels", tokens, ids, {}).values.sum((0, 2))  # q
 
         shape = (1, ids.pred.shape[1], model.card.model["decoder"]["dim"])
         matrix = jnp.abs(jax.jacobian(run)(jnp.zeros(shape)))[:, 0].sum(-1)  # q q

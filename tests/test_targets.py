@@ -58,9 +58,8 @@ def test_one_value_cannot_be_standardised():
 ])
 def test_a_target_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        targets.make(
-            ConfigDict(options), image_size=(8, 8), channels=3, patch_size=4
-        )
+        data = dict(image_size=(8, 8), channels=3)
+        targets.make(ConfigDict(dict(target=options, data=data)), patch_size=4)
 
 
 def test_losses_have_their_closed_forms():

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     magnitudes = decoder_analysis.attention(model, source, **how)
     parts = [magnitudes.table()]
     # One self-attention over visible and masked patches, as MAE has it.
-    if model.model.decoder.gives_visible and model.model.aggregator is None:
+    if model.model.decoder.gives_visible and not model.model.aggregators:
         scores = decoder_analysis.ablations(model, source, **how)
         parts.append(decoder_analysis.table(scores))
     count = min(given.num_images or len(source), len(source))

@@ -154,14 +154,15 @@ def _ours(
     def outputs(variables, images, noise):
         if predicts:
             ids = masking.token_ids(noise, counts)
-            predicted = objective.predicted(variables, images, ids)
+            predicted = model.apply(variables, images, ids)
             target = objective.target(variables, images)
             loss, _ = objective.prediction_loss(predicted, target, ids)
             return {"predictions": predicted["pixels"].values, "loss": loss}
         if weights.card.kind == "classifier":
-            return model.apply(variables, images)._asdict()
+            found = model.apply(variables, images)._asdict()
+            return found | {"tokens": found["tokens"].sequence}
         variables = {name: tree["encoder"] for name, tree in variables.items()}
-        return {"tokens": model.apply(variables, images).tokens}
+        return {"tokens": model.apply(variables, images).last.sequence}
 
     like = traverse_util.flatten_dict(structure.abstract_variables(weights.card))
     variables = traverse_util.unflatten_dict({

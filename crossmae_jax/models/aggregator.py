@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from crossmae_jax import masking
 from crossmae_jax.models import layers, parts, posemb
 from crossmae_jax.ops import depthwise
-from crossmae_jax.tokens import put_tokens, take_tokens
+from crossmae_jax.tokens import Tokens
 
 
 class DepthwiseConv(nn.Module):
@@ -134,44 +134,38 @@ class Aggregator(nn.Module):
             self.visible_embed = layers.Dense(self.dim, self.dtype)
 
     def __call__(
-        self,
-        decoded: layers.Decoded,
-        encoded: Float[Array, "b k e"] | None,
-        ids: masking.TokenIds,
-    ) -> Float[Array, "b p d"]:
-        """Returns the tokens of `ids.pred`, then those of `ids.thrown`.
+        self, tokens: Tokens, ids: masking.TokenIds, context: Tokens | None
+    ) -> Tokens:
+        """Returns the tokens that it is given and, behind them, those of `ids.thrown`.
 
         Args:
-          decoded: the decoder's tokens.
-          encoded: class and visible tokens that the decoder's last block attends to.
+          tokens: the decoder's: of visible patches, if it has them, and of `ids.pred`.
+          context: what the decoder's last block attends to.
         """
-        visible = None
-        if self.visible == "decoder":
-            visible = decoded.visible
-        elif self.visible == "encoder":
-            visible = self.visible_embed(encoded[:, 1:])
-        mixed = self.mixer(self.lay_out(decoded.pred, visible, ids))
-        mixed = mixed.reshape(-1, self.grid[0] * self.grid[1], self.dim)
-        retained = decoded.pred
+        mixed = self.mixer(self.lay_out(tokens, ids, context))
+        mixed = Tokens(mixed.reshape(len(mixed), -1, self.dim), None, self.grid)
         if self.rewrites_retained:
-            retained = take_tokens(mixed, ids.pred)
-        thrown = take_tokens(mixed, ids.thrown)
-        return jnp.concatenate([retained, thrown], axis=1)
+            tokens = tokens.with_values(mixed.at(tokens.ids))
+        thrown = mixed.at(ids.thrown)
+        return tokens.replace(
+            sequence=jnp.concatenate([tokens.sequence, thrown], axis=1),
+            ids=jnp.concatenate([tokens.ids, ids.thrown], axis=1),
+        )
 
     def lay_out(
-        self,
-        retained: Float[Array, "b q d"],
-        visible: Float[Array, "b v d"] | None,
-        ids: masking.TokenIds,
+        self, tokens: Tokens, ids: masking.TokenIds, context: Tokens | None
     ) -> Float[Array, "b row col d"]:
-        """Puts tokens at their places on the grid, zeros elsewhere."""
-        ids_present, tokens = ids.pred, retained
-        if visible is not None:
-            ids_present = jnp.concatenate([ids.keep, ids.pred], axis=1)
-            tokens = jnp.concatenate([visible, retained], axis=1)
-        shape = (tokens.shape[0], self.grid[0] * self.grid[1], self.dim)
-        places = put_tokens(jnp.zeros(shape, self.dtype), ids_present, tokens)
-        return places.reshape(-1, *self.grid, self.dim)
+        """Puts retained and visible tokens at their places, zeros elsewhere."""
+        if self.visible == "decoder":
+            return tokens.laid_out()
+        retained = tokens.behind(tokens.num - ids.pred.shape[1])
+        if self.visible == "zeros":
+            return retained.laid_out()
+        visible = self.visible_embed(context.values)
+        return Tokens(
+            jnp.concatenate([visible, retained.values], axis=1),
+            jnp.concatenate([context.ids, retained.ids], axis=1), self.grid,
+        ).laid_out()
 
 
 class _Windows(Aggregator):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from crossmae_jax.models import encoders, layers, parts
+from crossmae_jax.tokens import Tokens
 
 POOLS = ("cls", "mean")
 HEAD_NORMS = ("none", "batch")
@@ -28,12 +29,12 @@ class Classified(NamedTuple):
     """What a classifier makes of images.
 
     Attributes:
-      tokens: output of the encoder, the class token first.
+      tokens: output of the encoder.
       features: the pooled and normed vector; a batch norm belongs to the head.
       logits: a value per class; None without a head.
     """
 
-    tokens: Float[Array, "b v d"]
+    tokens: Tokens
     features: Float[Array, "b d"]
     logits: Float[Array, "b classes"] | None
 
@@ -123,16 +124,16 @@ class Classifier(nn.Module):
             ones, where there is a batch norm. Stochastic depth asks for a key instead,
             see `vit.ViT`.
         """
-        tokens = self.encoder(images).tokens
+        tokens = self.encoder(images).last
         features = self.pooled(tokens)
         logits = self.classify(features, train=train) if self.num_classes else None
         return Classified(tokens, features, logits)
 
-    def pooled(self, tokens: Float[Array, "b v d"]) -> Float[Array, "b d"]:
+    def pooled(self, tokens: Tokens) -> Float[Array, "b d"]:
         """Returns one vector of an image's tokens."""
         if self.pool == "cls":
-            return tokens[:, 0]
-        return self.fc_norm(tokens[:, 1:].mean(1))
+            return tokens.cls[:, 0]
+        return self.fc_norm(tokens.values.mean(1))
 
     def classify(
         self, features: Float[Array, "b d"], *, train: bool = False

@@ -8,20 +8,23 @@ each: a part of them in training, all of them at test time.
 The class token is part of the context; contexts carry no decoder position.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking
-from crossmae_jax.models import layers, posemb
+from crossmae_jax.masking import Asked
+from crossmae_jax.models import layers, parts, posemb
+from crossmae_jax.tokens import Tokens
 
 
 class CrossDecoder(nn.Module):
-    """Decodes `ids.pred` from one context per block, or from one shared by all.
+    """Decodes any patches from one context per block, or from one shared by all.
 
     Attributes are those of `decoders.Decoder`, and:
-      out_dim: values in a patch vector.
       self_attention: the queries also attend to each other (the paper's ablation); a
         prediction then depends on which others are made.
     """
@@ -32,7 +35,7 @@ class CrossDecoder(nn.Module):
     dim: int
     depth: int
     num_heads: int
-    out_dim: int
+    widths: Mapping[str, int]
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
     self_attention: bool = False
@@ -41,6 +44,7 @@ class CrossDecoder(nn.Module):
 
     def __post_init__(self):
         layers.check_heads("decoder", self.dim, self.num_heads)
+        parts.only(self.widths)
         super().__post_init__()
 
     def setup(self):
@@ -57,23 +61,27 @@ class CrossDecoder(nn.Module):
             for _ in range(self.depth)
         ]
         self.decoder_norm = layers.LayerNorm(self.dtype)
-        self.decoder_pred = layers.Dense(self.out_dim, self.dtype)
+        self.name_of_target, width = parts.only(self.widths)
+        self.decoder_pred = layers.Dense(width, self.dtype)
 
     def __call__(
-        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
-    ) -> layers.Decoded:
-        if len(context) == 1:
-            context = context * self.depth
-        x = self.queries(ids.pred)
-        for block, seen in zip(self.decoder_blocks, context, strict=True):
-            x = block(x, seen)
-        return layers.Decoded(x, visible=None)
+        self, contexts: tuple[Tokens, ...], ids: masking.TokenIds, asked: Asked
+    ) -> dict[str, Tokens]:
+        if len(contexts) == 1:
+            contexts = contexts * self.depth
+        places = asked.get(self.name_of_target, ids.pred)
+        x = self.queries(places)
+        for block, context in zip(self.decoder_blocks, contexts, strict=True):
+            x = block(x, context.sequence)
+        return {self.name_of_target: Tokens(x, places, self.grid)}
 
-    def head(self, tokens: Float[Array, "b q d"]) -> Float[Array, "b q t"]:
-        """Turns tokens into patch vectors."""
-        return self.decoder_pred(self.decoder_norm(tokens))
+    def head(
+        self, name: str, tokens: Tokens, ids: masking.TokenIds, asked: Asked
+    ) -> Tokens:
+        """Predicts the patches that were decoded."""
+        return tokens.with_values(self.decoder_pred(self.decoder_norm(tokens.values)))
 
-    def queries(self, ids_pred: Int[Array, "b q"]) -> Float[Array, "b q d"]:
+    def queries(self, places: Int[Array, "b q"]) -> Float[Array, "b q d"]:
         """Returns mask token plus position of each patch to predict."""
-        position = jnp.take(self.decoder_pos_embed.value[1:], ids_pred, axis=0)
+        position = jnp.take(self.decoder_pos_embed.value[1:], places, axis=0)
         return (self.mask_token + position).astype(self.dtype)

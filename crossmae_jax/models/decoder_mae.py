@@ -7,17 +7,20 @@ that are not asked for are not there: plain throwing (PR-MIM, arXiv 2411.15746, 
 3.1). Attention does not depend on the order of tokens: class, visible, masked.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
 
 from crossmae_jax import masking
-from crossmae_jax.models import layers, posemb
+from crossmae_jax.masking import Asked
+from crossmae_jax.models import layers, parts, posemb
+from crossmae_jax.tokens import Tokens
 
 
 class MAEDecoder(nn.Module):
-    """Decodes `ids.pred` from one context: the encoder's class and visible tokens.
+    """Decodes masked patches from one context: the encoder's class and visible tokens.
 
     Attributes are those of `decoders.Decoder`.
     """
@@ -28,7 +31,7 @@ class MAEDecoder(nn.Module):
     dim: int
     depth: int
     num_heads: int
-    out_dim: int
+    widths: Mapping[str, int]
     grid: tuple[int, int]
     mlp_ratio: float = 4.0
     remat: str = "none"
@@ -36,6 +39,7 @@ class MAEDecoder(nn.Module):
 
     def __post_init__(self):
         layers.check_heads("decoder", self.dim, self.num_heads)
+        parts.only(self.widths)
         super().__post_init__()
 
     def setup(self):
@@ -52,26 +56,30 @@ class MAEDecoder(nn.Module):
             for _ in range(self.depth)
         ]
         self.decoder_norm = layers.LayerNorm(self.dtype)
-        self.decoder_pred = layers.Dense(self.out_dim, self.dtype)
+        self.name_of_target, width = parts.only(self.widths)
+        self.decoder_pred = layers.Dense(width, self.dtype)
 
     def __call__(
-        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
-    ) -> layers.Decoded:
-        (encoded,) = context
+        self, contexts: tuple[Tokens, ...], ids: masking.TokenIds, asked: Asked
+    ) -> dict[str, Tokens]:
+        (encoded,) = contexts
         table = self.decoder_pos_embed.value
-        embedded = self.decoder_embed(encoded)
-        cls_token = embedded[:, :1] + table[None, :1].astype(self.dtype)
+        embedded = encoded.replace(sequence=self.decoder_embed(encoded.sequence))
+        cls_token = embedded.cls + table[None, :1].astype(self.dtype)
         position = jnp.take(table[1:], ids.keep, axis=0)
-        visible = embedded[:, 1:] + position.astype(self.dtype)
+        visible = embedded.values + position.astype(self.dtype)
         position = jnp.take(table[1:], ids.pred, axis=0)
         masked = (self.mask_token + position).astype(self.dtype)
 
         x = jnp.concatenate([cls_token, visible, masked], axis=1)
         for block in self.decoder_blocks:
             x = block(x)
-        num_keep = ids.keep.shape[1]
-        return layers.Decoded(x[:, 1 + num_keep :], visible=x[:, 1 : 1 + num_keep])
+        places = jnp.concatenate([ids.keep, ids.pred], axis=1)
+        return {self.name_of_target: Tokens(x, places, self.grid, has_cls=True)}
 
-    def head(self, tokens: Float[Array, "b q d"]) -> Float[Array, "b q t"]:
-        """Turns tokens into patch vectors."""
-        return self.decoder_pred(self.decoder_norm(tokens))
+    def head(
+        self, name: str, tokens: Tokens, ids: masking.TokenIds, asked: Asked
+    ) -> Tokens:
+        """Predicts the masked patches: of the visible ones nobody asks for any."""
+        masked = tokens.behind(ids.keep.shape[1])
+        return masked.with_values(self.decoder_pred(self.decoder_norm(masked.values)))

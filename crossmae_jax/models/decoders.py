@@ -1,20 +1,21 @@
 """Decoders by kind, and what every one of them tells about itself."""
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float
-
 from crossmae_jax import masking
-from crossmae_jax.models import layers
+from crossmae_jax.masking import Asked
 from crossmae_jax.models.decoder_cross import CrossDecoder
 from crossmae_jax.models.decoder_mae import MAEDecoder
+from crossmae_jax.tokens import Tokens
 
 
 @runtime_checkable
 class Decoder(Protocol):
-    """Predicts patches from what a fusion has made of the encoder's feature maps.
+    """Predicts targets from what a fusion has made of the encoder's feature maps.
 
     Attributes:
+      widths: how many values it predicts at a place, by the target's name.
       dim: width of its tokens.
       depth: number of blocks; likewise `num_heads` and `mlp_ratio` of a block.
       method: what people call the method that has it, such as "MAE".
@@ -25,6 +26,7 @@ class Decoder(Protocol):
       shares_context: all blocks have one context; others can have one each.
     """
 
+    widths: Mapping[str, int]
     dim: int
     depth: int
     num_heads: int
@@ -36,13 +38,27 @@ class Decoder(Protocol):
     shares_context: bool
 
     def __call__(
-        self, context: tuple[Float[Array, "b k e"], ...], ids: masking.TokenIds
-    ) -> layers.Decoded:
-        """Decodes `ids.pred`."""
+        self, contexts: tuple[Tokens, ...], ids: masking.TokenIds, asked: Asked
+    ) -> dict[str, Tokens]:
+        """Returns the last block's tokens, from which each target is predicted.
+
+        Those of the visible patches first, if it gives them, then those of `ids.pred`,
+        both in the order of the ids; or those of the places that are asked for.
+        """
         ...
 
-    def head(self, tokens: Float[Array, "b q d"]) -> Float[Array, "b q t"]:
-        """Turns tokens into patch vectors."""
+    def head(
+        self, name: str, tokens: Tokens, ids: masking.TokenIds, asked: Asked
+    ) -> Tokens:
+        """Returns what is predicted of a target, perhaps at the places of another grid.
+
+        At the places that are asked for; at the masked patches, in the order in which
+        they come; or at all places of a grid.
+
+        Args:
+          tokens: as `__call__` returns them; of masked patches that an aggregator has
+            added, too, behind the others.
+        """
         ...
 
 

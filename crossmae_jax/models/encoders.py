@@ -2,10 +2,12 @@
 
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from crossmae_jax import masking
 from crossmae_jax.models import parts, vit
+from crossmae_jax.tokens import Encoded
 
 
 @runtime_checkable
@@ -29,9 +31,9 @@ class Encoder(Protocol):
     def __call__(
         self,
         images: Float[Array, "b height width c"],
-        ids_keep: Int[Array, "b v"] | None = None,
-    ) -> vit.Encoded:
-        """Encodes all patches, or those in `ids_keep`."""
+        ids: masking.TokenIds | None = None,
+    ) -> Encoded:
+        """Encodes the visible patches; all of them if not given."""
         ...
 
 

@@ -18,7 +18,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from crossmae_jax.models import layers, vit
+from crossmae_jax.models import layers
+from crossmae_jax.tokens import Encoded, Tokens
 
 
 @runtime_checkable
@@ -27,9 +28,9 @@ class Fusion(Protocol):
 
     Attributes:
       final_norm: the encoder that it reads ends in a norm.
-      used_maps: positions in `Encoded.feature_maps` of those that the decoder is
-        trained on, ascending: 0 is the encoder's input, 1 is block 0. None where it
-        takes the encoder's output, for which every block is trained.
+      used_maps: positions in `Encoded.maps` of those that the decoder is trained on,
+        ascending: 0 is the encoder's input, 1 is block 0. None where it takes the
+        encoder's output, for which every block is trained.
       num_contexts: one for all blocks of the decoder, or one for each.
     """
 
@@ -37,9 +38,7 @@ class Fusion(Protocol):
     used_maps: tuple[int, ...] | None
     num_contexts: int
 
-    def __call__(
-        self, encoded: vit.Encoded
-    ) -> tuple[Float[Array, "b k d"], ...]:
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
         """Returns the contexts."""
         ...
 
@@ -54,14 +53,14 @@ class Last(nn.Module):
     used_maps = None
     num_contexts = 1
 
-    def __call__(self, encoded: vit.Encoded) -> tuple[Float[Array, "b k d"], ...]:
-        return (encoded.tokens,)
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
+        return (encoded.last,)
 
 
 def resolve_maps(
     blocks: tuple[int, ...] | None, *, depth: int, include_input: bool
 ) -> tuple[int, ...]:
-    """Returns positions in `Encoded.feature_maps`: 0 is the encoder input, 1 block 0.
+    """Returns positions in `Encoded.maps`: 0 is the encoder input, 1 block 0.
 
     Args:
       blocks: block numbers, in any order, negative ones counted from the end; None
@@ -126,21 +125,27 @@ class InterBlockAttention(nn.Module):
             layers.LayerNorm(self.dtype) for _ in range(self.num_contexts)
         ]
 
-    def __call__(self, encoded: vit.Encoded) -> tuple[Float[Array, "b k d"], ...]:
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
         normed_mixtures = InterBlockAttention._normed_mixtures
         if self.remat != "none":
             normed_mixtures = nn.remat(normed_mixtures)
-        return normed_mixtures(self, encoded.feature_maps)
+        maps = tuple(encoded.maps[j].sequence for j in self.used_maps)
+        place = encoded.maps[0]
+        return tuple(place.replace(sequence=x) for x in normed_mixtures(self, maps))
 
-    def _normed_mixtures(self, feature_maps):
-        mixtures = self.mix(feature_maps)
+    def _normed_mixtures(self, maps):
+        mixtures = self.mix(maps)
         return tuple(norm(x) for norm, x in zip(self.dec_norms, mixtures, strict=True))
 
     def mix(
-        self, feature_maps: tuple[Float[Array, "b k d"], ...]
+        self, maps: tuple[Float[Array, "b k d"], ...]
     ) -> Float[Array, "i b k d"]:
-        """Returns the mixtures before their norms, decoder block first."""
-        chosen = jnp.stack([feature_maps[j] for j in self.used_maps])
+        """Returns the mixtures before their norms, decoder block first.
+
+        Args:
+          maps: those that are mixed, class token included.
+        """
+        chosen = jnp.stack(maps)
         return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))
 
 

@@ -12,8 +12,6 @@ With bfloat16 everything else is bfloat16, the residual stream and the gradients
 matrix products included (PyTorch's autocast keeps the residual stream in float32).
 """
 
-from typing import NamedTuple
-
 import einops
 import jax
 import jax.numpy as jnp
@@ -40,18 +38,6 @@ def check_heads(part: str, dim: int, num_heads: int) -> None:
         raise ValueError(
             f"{part}.dim={dim} does not divide into {part}.num_heads={num_heads}."
         )
-
-
-class Decoded(NamedTuple):
-    """What a decoder's last block returns, before the norm and linear of its `head`.
-
-    Attributes:
-      pred: tokens of the patches to predict.
-      visible: tokens of the visible patches, from a decoder that has them.
-    """
-
-    pred: Float[Array, "b q d"]
-    visible: Float[Array, "b v d"] | None
 
 
 class Dense(nn.Module):

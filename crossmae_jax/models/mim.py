@@ -1,6 +1,6 @@
 """The masked image model: encoder, fusion, decoder, and for PR-MIM an aggregator.
 
-    visible patches -> encoder -> fusion -> decoder ------------> head -> patch vectors
+    visible patches -> encoder -> fusion -> decoder ------------> head -> targets
                                                `-> aggregator ---^
 
 MAE is fusion "last" with decoder "mae"; CrossMAE is fusion "inter_block" with decoder
@@ -9,28 +9,25 @@ PR-MIM is either of them with an aggregator, which predicts the patches that wer
 from the decoder.
 """
 
-import jax.numpy as jnp
+from collections.abc import Mapping
+
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from flax.core import FrozenDict
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking
-from crossmae_jax.models import (
-    aggregator,
-    decoders,
-    encoders,
-    fusion,
-    layers,
-    parts,
-    vit,
-)
+from crossmae_jax import masking, targets
+from crossmae_jax.masking import Asked
+from crossmae_jax.models import aggregator, decoders, encoders, fusion, parts
+from crossmae_jax.tokens import Encoded, Tokens
 
 
 class MaskedImageModel(nn.Module):
     """Predicts patches from the visible ones.
 
     Attributes:
-      aggregator: None leaves thrown patches out.
+      aggregators: one for each target, by its name; without them thrown patches are
+        left out.
 
     Raises:
       ValueError: for parts that do not fit each other.
@@ -39,7 +36,9 @@ class MaskedImageModel(nn.Module):
     encoder: encoders.Encoder
     fusion: fusion.Fusion
     decoder: decoders.Decoder
-    aggregator: aggregator.Aggregator | None
+    aggregators: Mapping[str, aggregator.Aggregator]
+
+    preserve_adopted_names = True  # the only aggregator's parameters have no target's
 
     def __post_init__(self):
         if self.decoder.shares_context and self.fusion.num_contexts > 1:
@@ -48,8 +47,8 @@ class MaskedImageModel(nn.Module):
                 f"blocks, but the fusion makes {self.fusion.num_contexts}; set "
                 "config.model.fusion.kind='last' or config.model.decoder.kind='cross'."
             )
-        if self.aggregator is not None and (
-            self.aggregator.visible == "decoder" and not self.decoder.gives_visible
+        if not self.decoder.gives_visible and any(
+            each.visible == "decoder" for each in self.aggregators.values()
         ):
             raise ValueError(
                 "aggregator.visible='decoder' needs a decoder with outputs at visible "
@@ -59,42 +58,56 @@ class MaskedImageModel(nn.Module):
         super().__post_init__()
 
     def __call__(
-        self, images: Float[Array, "b height width c"], ids: masking.TokenIds
-    ) -> Float[Array, "b p t"]:
-        """Returns a vector for each of the patches `predicted(ids)`."""
-        context = self.fusion(self.encoder(images, ids.keep))
-        return self.complete(self.decoder(context, ids), context[-1], ids)
+        self,
+        images: Float[Array, "b height width c"],
+        ids: masking.TokenIds,
+        asked: Asked = FrozenDict(),
+    ) -> dict[str, Tokens]:
+        """Returns what is predicted, by the targets' names; see `Decoder.head`.
+
+        Args:
+          asked: places at which targets are asked for, masked or not.
+
+        Raises:
+          ValueError: if the decoder predicts masked patches only and is asked for some.
+        """
+        if asked and self.decoder.needs_masked:
+            raise ValueError(
+                f"The target asks for {', '.join(asked)} at places that may be visible,"
+                f" but {self.decoder.method}'s decoder predicts masked patches only; "
+                "set config.model.decoder.kind='cross'."
+            )
+        contexts = self.fusion(self.encoder(images, ids))
+        decoded = self.decoder(contexts, ids, asked)
+        return self.complete(decoded, ids, asked, contexts[-1])
 
     def complete(
         self,
-        decoded: layers.Decoded,
-        encoded: Float[Array, "b k e"] | None,
+        decoded: dict[str, Tokens],
         ids: masking.TokenIds,
-    ) -> Float[Array, "b p t"]:
-        """Turns decoder tokens, and with an aggregator their neighbours, into patches.
+        asked: Asked,
+        context: Tokens | None,
+    ) -> dict[str, Tokens]:
+        """Turns decoder tokens, and with an aggregator their neighbours, into targets.
 
         Args:
-          encoded: what the decoder's last block attends to; of use to an aggregator
+          context: what the decoder's last block attends to; of use to an aggregator
             that takes its visible neighbours from the encoder.
         """
-        tokens = decoded.pred
-        if self.aggregator is not None:
-            tokens = self.aggregator(decoded, encoded, ids)
-        return self.decoder.head(tokens)
-
-    def predicted(self, ids: masking.TokenIds) -> Int[Array, "b p"]:
-        """Returns the patches that are predicted, in the order of the predictions."""
-        if self.aggregator is None:
-            return ids.pred
-        return jnp.concatenate([ids.pred, ids.thrown], axis=1)
+        predicted = {}
+        for name, tokens in decoded.items():
+            if name in self.aggregators and name not in asked:
+                tokens = self.aggregators[name](tokens, ids, context)
+            predicted[name] = self.decoder.head(name, tokens, ids, asked)
+        return predicted
 
     def encode(
         self,
         images: Float[Array, "b height width c"],
-        ids_keep: Int[Array, "b v"] | None = None,
-    ) -> vit.Encoded:
-        """Encodes all patches, or those in `ids_keep`."""
-        return self.encoder(images, ids_keep)
+        ids: masking.TokenIds | None = None,
+    ) -> Encoded:
+        """Encodes the visible patches; all of them if not given."""
+        return self.encoder(images, ids)
 
 
 def build(config: ConfigDict) -> MaskedImageModel:
@@ -110,17 +123,24 @@ def build(config: ConfigDict) -> MaskedImageModel:
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
     decoder = parts.make(
         "decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
-        out_dim=encoder.patch_size**2 * config.data.channels, **computing,
+        widths=targets.make(config, patch_size=encoder.patch_size).widths, **computing,
     )
+    aggregators = {}
+    made = parts.make(
+        "aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
+        grid=encoder.grid, num_heads=decoder.num_heads, mlp_ratio=decoder.mlp_ratio,
+        **computing,
+    )
+    if made is not None:
+        several = len(decoder.widths) > 1
+        aggregators = {
+            name: made.clone(name=f"aggregator_{name}" if several else "aggregator")
+            for name in decoder.widths
+        }
     return MaskedImageModel(
         encoder=encoder,
         fusion=build_fusion(config, encoder, num_contexts=decoder.depth),
-        decoder=decoder,
-        aggregator=parts.make(
-            "aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
-            grid=encoder.grid, num_heads=decoder.num_heads,
-            mlp_ratio=decoder.mlp_ratio, **computing,
-        ),
+        decoder=decoder, aggregators=aggregators,
     )
 
 

@@ -103,6 +103,21 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"Unknown {name} {value!r}. Known: {', '.join(known)}.")
 
 
+def only(widths: Mapping[str, int]) -> tuple[str, int]:
+    """Returns name and width of the only target, for a decoder that predicts one.
+
+    Raises:
+      ValueError: if there are several.
+    """
+    if len(widths) > 1:
+        raise ValueError(
+            "This decoder predicts one target, but that of config.target is of several "
+            f"parts: {', '.join(widths)}; choose another config.model.decoder.kind."
+        )
+    (target,) = widths.items()
+    return target
+
+
 def _fields(part: type[nn.Module]) -> dict[str, Any]:
     """Returns the names of a class's fields and their defaults."""
     return {

@@ -1,6 +1,6 @@
 """Vision transformer on any subset of an image's patches.
 
-The encoder of MAE and CrossMAE, and with `ids_keep=None` the plain ViT of every
+The encoder of MAE and CrossMAE, and with `ids=None` the plain ViT of every
 downstream task: one class. Since a patch's projection depends on no other, only the
 visible ones are projected and given their positions: the same numbers as projecting all
 of them and dropping three quarters, as the references do, at a quarter of the work.
@@ -17,10 +17,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from crossmae_jax import masking
 from crossmae_jax.models import layers, posemb
-from crossmae_jax.tokens import grid_size, patchify, take_tokens
+from crossmae_jax.tokens import Encoded, Tokens, grid_size, patchify, take_tokens
 
 
 class Size(NamedTuple):
@@ -60,47 +61,6 @@ def parse_size(size: str) -> tuple[Size, int]:
             f"{shape.num_heads} heads."
         )
     return shape, int(patch)
-
-
-class Encoded(NamedTuple):
-    """What the encoder makes of its visible patches; the class token comes first.
-
-    Attributes:
-      tokens: output of the last block, after the final norm if there is one.
-      feature_maps: the input of the first block (positions and class token included),
-        then the output of each block, before any norm.
-    """
-
-    tokens: Float[Array, "b v d"]
-    feature_maps: tuple[Float[Array, "b v d"], ...]
-
-
-def mean_feature(
-    encoded: Encoded, used_maps: tuple[int, ...] | None
-) -> Float[Array, "b d"]:
-    """Returns the mean over patch tokens, a feature of the image.
-
-    Args:
-      used_maps: positions in the feature maps of those that the decoder was trained on:
-        blocks behind the last are not trained. None for a decoder that sees the
-        encoder's normed output.
-    """
-    return _output(encoded, used_maps)[:, 1:].astype(jnp.float32).mean(1)
-
-
-def class_token(
-    encoded: Encoded, used_maps: tuple[int, ...] | None
-) -> Float[Array, "b d"]:
-    """Returns the class token of what `mean_feature` is the mean of."""
-    return _output(encoded, used_maps)[:, 0].astype(jnp.float32)
-
-
-def _output(
-    encoded: Encoded, used_maps: tuple[int, ...] | None
-) -> Float[Array, "b v d"]:
-    if used_maps is None:
-        return encoded.tokens
-    return encoded.feature_maps[used_maps[-1]]
 
 
 def drop_path_rates(maximum: float, *, depth: int) -> tuple[float, ...]:
@@ -182,7 +142,7 @@ class ViT(nn.Module):
     def __call__(
         self,
         images: Float[Array, "b height width c"],
-        ids_keep: Int[Array, "b v"] | None = None,
+        ids: masking.TokenIds | None = None,
     ) -> Encoded:
         expected = (*self.image_size, self.channels)
         if images.shape[1:] != expected:
@@ -201,9 +161,10 @@ class ViT(nn.Module):
 
         x = patchify(images, patch_size=self.patch_size)
         position = pos_embed[None, 1:]
-        if ids_keep is not None:
-            x = take_tokens(x, ids_keep)
-            position = jnp.take(pos_embed[1:], ids_keep, axis=0)
+        keep = None if ids is None else ids.keep
+        if keep is not None:
+            x = take_tokens(x, keep)
+            position = jnp.take(pos_embed[1:], keep, axis=0)
         x = layers.PatchEmbed(self.dim, self.dtype, name="patch_embed")(x)
         x = x + position.astype(self.dtype)
 
@@ -212,14 +173,15 @@ class ViT(nn.Module):
         cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.dim))
         x = jnp.concatenate([cls_token, x], axis=1)
 
-        feature_maps = [x]
+        maps = [x]
         rates = drop_path_rates(self.drop_path, depth=self.depth)
         for i, rate in enumerate(rates):
             x = layers.Block(
                 self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype,
                 rate, name=f"blocks_{i}",
             )(x)
-            feature_maps.append(x)
+            maps.append(x)
         if self.final_norm:
             x = layers.LayerNorm(self.dtype, name="norm")(x)
-        return Encoded(x, tuple(feature_maps))
+        last, *maps = (Tokens(x, keep, self.grid, has_cls=True) for x in (x, *maps))
+        return Encoded(last, tuple(maps))

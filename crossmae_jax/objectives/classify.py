@@ -127,7 +127,7 @@ class Classify:
         found = self.model.apply(variables, self.normalize(batch))
         return {
             "features": found.features.astype(jnp.float32),
-            "class_token": found.tokens[:, 0].astype(jnp.float32),
+            "class_token": found.tokens.cls[:, 0].astype(jnp.float32),
             "logits": found.logits.astype(jnp.float32),
         }
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import augment, losses, masking, sampling, targets
-from crossmae_jax.models import mim, vit
+from crossmae_jax.models import mim
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
 
@@ -60,10 +60,7 @@ class Pretrain:
         self.image_size = tuple(config.data.image_size)
         self.patch_size = self.model.encoder.patch_size
         self.grid = self.model.encoder.grid
-        self.target = targets.make(
-            config.target, image_size=self.image_size, channels=config.data.channels,
-            patch_size=self.patch_size,
-        )
+        self.target = targets.make(config, patch_size=self.patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         self.sampler = sampling.Sampler(self.grid, **config.masking)
         self.counts = self.sampler.counts
@@ -91,7 +88,7 @@ class Pretrain:
                     f"Unknown loss.kind {kinds.get(name)!r} of {name}. Known: "
                     f"{', '.join(sorted(losses.LOSSES))}."
                 )
-        if self.model.aggregator is not None and not self.counts.num_thrown:
+        if self.model.aggregators and not self.counts.num_thrown:
             raise ValueError(
                 f"aggregator.kind={self.config.model.aggregator.kind!r} predicts "
                 f"thrown patches, but {self.sampler.throwing}, or set kind='none'."
@@ -139,9 +136,12 @@ class Pretrain:
     ) -> tuple[Float[Array, ""], Aux]:
         """Returns the loss of normalised images under given token ids."""
         target = jax.lax.stop_gradient(self.target(variables, images))
-        return self.prediction_loss(
-            self.predicted(variables, images, ids), target, ids
-        )
+        asked = {
+            name: tokens.ids for name, tokens in target.items()
+            if tokens.ids is not None
+        }
+        predicted = self.model.apply(variables, images, ids, asked)
+        return self.prediction_loss(predicted, target, ids)
 
     def prediction_loss(
         self,
@@ -195,7 +195,7 @@ class Pretrain:
 
         Weights are [b q] or [1 q]; None counts all alike.
         """
-        aggregates = self.model.aggregator is not None
+        aggregates = bool(self.model.aggregators)
         thrown_weight = self.config.loss.thrown_weight
         if pred.ids is not None and pred.grid == self.grid:
             if not aggregates:
@@ -219,17 +219,6 @@ class Pretrain:
             "loss_retained": (slice(None), masked),
             "loss_thrown": (slice(None), thrown),
         }
-
-    def predicted(
-        self,
-        variables: Variables,
-        images: Float[Array, "b height width c"],
-        ids: masking.TokenIds,
-    ) -> dict[str, Tokens]:
-        """Returns what the model predicts of normalised images, by the target's names.
-        """
-        pred = self.model.apply(variables, images, ids)
-        return {"pixels": Tokens(pred, self.model.predicted(ids), self.grid)}
 
     @property
     def starts(self) -> dict[str, str]:
@@ -256,10 +245,10 @@ class Pretrain:
         """
         images = self.normalize(batch)
         encoded = self.model.apply(variables, images, method="encode")
-        used_maps = self.model.fusion.used_maps
+        trained = encoded.trained(self.model.fusion.used_maps)
         return {
-            "features": vit.mean_feature(encoded, used_maps),
-            "class_token": vit.class_token(encoded, used_maps),
+            "features": trained.mean(),
+            "class_token": trained.cls[:, 0].astype(jnp.float32),
         }
 
     def masked_ids(self, key: Key[Array, ""], batch: Batch) -> masking.TokenIds:
@@ -268,9 +257,7 @@ class Pretrain:
         All are decoded; with an aggregator as many as in training, and the others are
         thrown.
         """
-        return self.sampler.draw_all(
-            key, batch, throw=self.model.aggregator is not None
-        )
+        return self.sampler.draw_all(key, batch, throw=bool(self.model.aggregators))
 
     def _reconstruct(
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
@@ -278,7 +265,7 @@ class Pretrain:
         """Predicts every masked patch, those of `masked_ids`."""
         images = self.normalize(batch)
         ids = self.masked_ids(key, batch)
-        predicted = self.predicted(variables, images, ids)
+        predicted = self.model.apply(variables, images, ids)
         return self.pictures(predicted, self.target(variables, images), images, ids)
 
     def pictures(
@@ -291,21 +278,26 @@ class Pretrain:
         """Returns predictions of pixels as pictures."""
         shown = self.target.pixels(predicted, images)
         ((name, pred),) = predicted.items()
-        values = patchify(images, patch_size=self.patch_size)
+        values = patchify(images, patch_size=self.image_size[0] // shown.grid[0])
         error = pred.values.astype(jnp.float32) - target[name].at(pred.ids)
         error = pred.with_values(jnp.mean(error**2, axis=-1, keepdims=True))
         mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
+        pictures = (
+            values,
+            put_tokens(mean_patch, shown.ids, shown.values),
+            put_tokens(values, shown.ids, shown.values),
+        )
+        thrown = masking.coverage(ids.thrown, grid=self.grid, of=pred.grid)
         return Reconstruction(
-            image=self._picture(values),
-            prediction=self._picture(put_tokens(mean_patch, shown.ids, shown.values)),
-            pasted=self._picture(put_tokens(values, shown.ids, shown.values)),
-            mask=masking.mask_of(pred.ids, num_patches=self.num_patches),
-            thrown=masking.mask_of(ids.thrown, num_patches=self.num_patches),
-            error=error.laid_out().reshape(-1, self.num_patches),
+            *(self._picture(vectors, shown.grid) for vectors in pictures),
+            mask=masking.mask_of(pred.ids, num_patches=values.shape[1]),
+            thrown=thrown > 0,
+            error=error.laid_out().reshape(-1, values.shape[1]),
         )
 
-    def _picture(self, vectors):
+    def _picture(self, vectors, grid):
         """Returns patch vectors of normalised images as images in 0..1."""
-        image = unpatchify(vectors, grid=self.grid, patch_size=self.patch_size)
+        patch_size = self.image_size[0] // grid[0]
+        image = unpatchify(vectors, grid=grid, patch_size=patch_size)
         data = self.config.data
         return augment.unnormalize(image, mean=tuple(data.mean), std=tuple(data.std))

@@ -34,8 +34,8 @@ from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking
 from crossmae_jax.models import layers, mim
+from crossmae_jax.tokens import CLASS_TOKEN, Tokens
 
-CLASS_TOKEN = -1
 WITHOUT = ("masked", "visible")
 
 
@@ -165,7 +165,7 @@ def predict_without(
     ids: masking.TokenIds,
     *,
     keep_own: bool = False,
-) -> Float[Array, "b p t"]:
+) -> dict[str, Tokens]:
     """Returns what a model predicts `without` some attention; None takes nothing away.
 
     Raises:
@@ -183,13 +183,31 @@ def predict_without(
             f"without={kind!r} is about one self-attention over visible and masked "
             "patches, which a CrossMAE does not have; load an MAE."
         )
-    if model.aggregator is not None:
+    if model.aggregators:
         raise ValueError(
             f"without={kind!r}: this model's aggregator would give masked patches back "
             "what was taken; load an MAE without one."
         )
     with without(kind, ids, keep_own=keep_own):
         return model.apply(variables, images, ids)
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[list[tuple[tuple[Tokens, ...], tuple[Tokens, ...]]]]:
+    """Collects the contexts and the tokens of every decoder that is called meanwhile.
+
+    Inside of a function that is jitted.
+    """
+    calls = []
+
+    def watch(next_function, args, kwargs, context):
+        out = next_function(*args, **kwargs)
+        if context.module.path == ("decoder",) and context.method_name == "__call__":
+            calls.append((args[0], tuple(out.values())))
+        return out
+
+    with nn.intercept_methods(watch):
+        yield calls
 
 
 def _intercepted(function):
@@ -237,15 +255,12 @@ def of_decoder(
     patches, in both. CrossMAE: masked patches; class token and visible patches; what
     its queries see of each other, if they do, is left out.
     """
-    with recording() as found:
+    with recording() as found, decoding() as calls:
         model.apply(variables, images, ids)
-    cls_token = jnp.full_like(ids.keep[:, :1], CLASS_TOKEN)
-    seen = jnp.concatenate([cls_token, ids.keep], axis=1)
-    everything = jnp.concatenate([seen, ids.pred], axis=1)
+    ((contexts, (tokens,)),) = calls
+    keys = tokens if model.decoder.gives_visible else contexts[-1]
     weights = jnp.stack(_of_decoder(found))
-    if weights.shape[-1] == seen.shape[1]:  # CrossMAE
-        return AttentionMaps(weights, queries=ids.pred, keys=seen)
-    return AttentionMaps(weights, queries=everything, keys=everything)
+    return AttentionMaps(weights, queries=tokens.places, keys=keys.places)
 
 
 def magnitudes(

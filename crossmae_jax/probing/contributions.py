@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from crossmae_jax import masking
 from crossmae_jax.models import layers, mim
+from crossmae_jax.probing import attention_weights
 
 _EPSILON = 1e-6  # of layers.LayerNorm
 
@@ -34,7 +35,7 @@ def contributions(
     Raises:
       ValueError: if an aggregator changes tokens between the last block and the head.
     """
-    if model.aggregator is not None:
+    if model.aggregators:
         raise ValueError(
             "This model has an aggregator, which mixes tokens after the last decoder "
             "block: its predictions are no sum over blocks. Take one without."
@@ -51,10 +52,12 @@ def contributions(
             streams.extend([out] if streams else [args[0], out])
         return out
 
-    with nn.intercept_methods(watch):
+    with nn.intercept_methods(watch), attention_weights.decoding() as calls:
         model.apply(variables, images, ids)
-    num_pred = ids.pred.shape[1]
-    stream = jnp.stack(streams)[:, :, -num_pred:].astype(jnp.float32)  # i b q e
+    ((_, (tokens,)),) = calls
+    num_visible = tokens.num - ids.pred.shape[1]
+    masked = [tokens.replace(sequence=x).behind(num_visible).values for x in streams]
+    stream = jnp.stack(masked).astype(jnp.float32)  # i b q e
     last = stream[-1]
     centred = last - last.mean(-1, keepdims=True)
     std = jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + _EPSILON)

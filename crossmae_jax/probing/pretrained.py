@@ -1,8 +1,8 @@
 """Looks inside a model: images in, arrays out. `crossmae_jax.load(path)` makes one.
 
 What it finds is computed elsewhere, by functions of variables and images: features
-(`models.vit`), predictions (`objectives.pretrain`), attention (`attention_weights`),
-parts of a prediction (`contributions`). Here they are compiled and given names.
+(`Encoded`), predictions (`objectives.pretrain`), attention (`attention_weights`), parts
+of a prediction (`contributions`). Here they are compiled and given names.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,9 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.data import transforms
 from crossmae_jax.distributed import parallel
-from crossmae_jax.models import vit
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.probing import attention_weights, contributions
-from crossmae_jax.tokens import Tokens
+from crossmae_jax.tokens import Encoded, Tokens
 
 
 class Pretrained:
@@ -81,7 +80,10 @@ class Pretrained:
         return self._encoded(images)["features"]
 
     def tokens(self, images: Any) -> Float[np.ndarray, "b n d"]:
-        """Returns the output of the last block, after its norm if there is one."""
+        """Returns the output of the last block, after its norm if there is one.
+
+        The class token comes first.
+        """
         return self._encoded(images)["tokens"]
 
     def feature_maps(self, images: Any) -> Float[np.ndarray, "maps b n d"]:
@@ -143,10 +145,11 @@ class Pretrained:
         self._need_target()
 
         def reconstruct(objective, variables, images, ids):
-            pred = attention_weights.predict_without(
+            predicted = attention_weights.predict_without(
                 without, objective.model, variables, images, ids, keep_own=keep_own
             )
-            return _pictures(objective, variables, pred, images, ids)
+            target = objective.target(variables, images)
+            return objective.pictures(predicted, target, images, ids)
 
         name = "reconstruct", without, keep_own
         return self._masked(name, reconstruct, images, mask_ratio, seed, numbers)
@@ -175,7 +178,7 @@ class Pretrained:
                 f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, the "
                 "same for all images. Of a mask: np.flatnonzero(mask)."
             )
-        if objective.model.aggregator is not None:
+        if objective.model.aggregators:
             raise ValueError(
                 "This model has an aggregator, whose predictions depend on which "
                 "patches are decoded; use reconstruct."
@@ -183,8 +186,10 @@ class Pretrained:
 
         def predict(objective, variables, images, drawn, ids):
             ids = jnp.broadcast_to(ids[None], (len(images), len(ids)))
-            pred = objective.model.apply(variables, images, drawn._replace(pred=ids))
-            return pred, drawn.keep
+            (pred,) = objective.model.apply(
+                variables, images, drawn._replace(pred=ids)
+            ).values()
+            return pred.values, drawn.keep
 
         pred, keep = self._masked(
             "predict", predict, images, mask_ratio, seed, None, jnp.asarray(ids)
@@ -217,8 +222,12 @@ class Pretrained:
             parts = contributions.contributions(
                 objective.model, variables, images, ids
             )
+            (name,) = objective.target.widths
+            target = objective.target(variables, images)
             return tuple(
-                _pictures(objective, variables, pred, images, ids)
+                objective.pictures(
+                    {name: Tokens(pred, ids.pred, objective.grid)}, target, images, ids
+                )
                 for pred in contributions.cumulative(parts)
             )
 
@@ -321,13 +330,14 @@ class Pretrained:
     def _encode(self, variables: Any, images: Array) -> dict[str, Array]:
         images = self._normalize(images)
         if self.card.kind == "classifier":
-            found = self.model.apply(variables, images)._asdict()
-            return {name: x for name, x in found.items() if x is not None}
-        found = self._whole(variables, images)
-        features = vit.mean_feature(found, self.card.fusion.used_maps)
-        return {"tokens": found.tokens, "features": features}
+            classified = self.model.apply(variables, images)._asdict()
+            classified["tokens"] = classified["tokens"].sequence
+            return {name: x for name, x in classified.items() if x is not None}
+        encoded = self._whole(variables, images)
+        features = encoded.trained(self.card.fusion.used_maps).mean()
+        return {"tokens": encoded.last.sequence, "features": features}
 
-    def _whole(self, variables: Any, images: Array) -> vit.Encoded:
+    def _whole(self, variables: Any, images: Array) -> Encoded:
         """Encodes whole images."""
         if self.card.kind == "encoder":
             return self.model.apply(variables, images)
@@ -336,7 +346,8 @@ class Pretrained:
         )
 
     def _feature_maps(self, variables: Any, images: Array) -> Array:
-        return jnp.stack(self._whole(variables, self._normalize(images)).feature_maps)
+        encoded = self._whole(variables, self._normalize(images))
+        return jnp.stack([tokens.sequence for tokens in encoded.maps])
 
     def _encoder_attention(self, variables: Any, images: Array) -> Any:
         with attention_weights.recording() as found:
@@ -399,13 +410,6 @@ class Pretrained:
             )
         seed, numbers = (np.asarray(x, np.uint32) for x in (seed, numbers))
         return self._run((name, mask_ratio), run, images, seed, numbers, *rest)
-
-
-def _pictures(objective, variables, pred, images, ids):
-    predicted = {"pixels": Tokens(pred, objective.model.predicted(ids), objective.grid)}
-    return objective.pictures(
-        predicted, objective.target(variables, images), images, ids
-    )
 
 
 def _decoder_attention(objective, variables, images, ids):

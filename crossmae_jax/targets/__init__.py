@@ -53,10 +53,8 @@ class Target(Protocol):
 TARGETS = {"pixels": Pixels}
 
 
-def make(
-    options: ConfigDict, *, image_size: tuple[int, int], channels: int, patch_size: int
-) -> Target:
-    """Returns the target that `config.target` describes.
+def make(config: ConfigDict, *, patch_size: int) -> Target:
+    """Returns the target that `config.target` describes, of images of `config.data`.
 
     Args:
       patch_size: side in pixels of what a decoder predicts at one place.
@@ -64,12 +62,15 @@ def make(
     Raises:
       ValueError: for an unknown kind, or options that it does not have.
     """
-    kind, given = options.kind, {k: v for k, v in options.items() if k != "kind"}
+    given, data = dict(config.target), config.data
+    kind = given.pop("kind")
     if kind not in TARGETS:
         raise ValueError(
             f"Unknown target.kind {kind!r}. Known: {', '.join(sorted(TARGETS))}."
         )
-    about = dict(image_size=image_size, channels=channels, patch_size=patch_size)
+    about = dict(
+        image_size=tuple(data.image_size), channels=data.channels, patch_size=patch_size
+    )
     known = {field.name for field in dataclasses.fields(TARGETS[kind])} - about.keys()
     if given.keys() != known:
         raise ValueError(
