@@ -25,6 +25,7 @@ import jax
 from tests import (
     parity_files,
     parity_finetune,
+    parity_mff,
     parity_models,
     parity_prmim,
     parity_weights,
@@ -49,6 +50,10 @@ def _kind(data) -> str:
     if any(name.startswith("momentum/") for name in data):
         return "LARS"
     ours = reference.startswith(("models_mae.", "models_cross."))
+    if {"fusion_weights", "fused_before_norm"} <= set(data):
+        return "multi-level fusion"
+    if {"config", "table"} == set(data):
+        return "transposed posembed"
     if any(name.startswith("patches/") for name in data):
         return "pixels"
     if any(name.startswith(("sincos_", "interp_in/")) for name in data):
@@ -66,6 +71,8 @@ NPZ_CHECKS = {
     "trajectory": parity_models.check_trajectory,
     "weights": parity_weights.check,
     "model": parity_models.check_model,
+    "multi-level fusion": parity_mff.check_fusion,
+    "transposed posembed": parity_mff.check_posembed,
     "progressive reconstruction": parity_prmim.check_reconstruction,
     "classifier": parity_finetune.check_classifier,
     "fine-tuning trajectory": parity_finetune.check_trajectory,

@@ -114,7 +114,7 @@ def test_the_experiments_of_the_papers_are_all_there():
     grid = {f"{size}_{kind}" for size in sizes for kind in kinds}
     others = {
         "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
-        "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
+        "vitb_mff", "digits_cross", "digits_cross_prmim", "digits_mae", "folder_cross",
         "folder_cross_knn", "photographs_cross", "photographs_mae", "finetune_vits",
         "finetune_vitb", "finetune_vitl",
         "finetune_vith", "finetune_vitb_448", "finetune_folder", "finetune_digits",

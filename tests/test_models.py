@@ -219,7 +219,7 @@ def test_maps_are_taken_in_ascending_order():
     (dict(model__decoder__kind="croos"),
      "Unknown decoder.kind 'croos'. Known: cross, mae."),
     (dict(model__fusion__kind="mean"),
-     "Unknown fusion.kind 'mean'. Known: inter_block, last."),
+     "Unknown fusion.kind 'mean'. Known: inter_block, last, multi_level."),
     (dict(model__encoder__kind="resnet"), "Unknown encoder.kind 'resnet'. Known: vit."),
     (dict(model__dtype="float16"), "Unknown model.dtype 'float16'"),
     (dict(model__encoder__size="XL/16"),

@@ -9,10 +9,18 @@ W is one learned matrix, shared by all tokens and channels, without softmax or b
 The paper draws W with standard deviation 1/sqrt(maps); its released code then
 re-initialises every linear layer, so that W is in effect Xavier-uniform, and so it is
 here. The norm follows the mixture; the encoder has no norm of its own.
+
+Multi-level feature fusion (MFF, arXiv 2308.00261): one context for all of the decoder,
+of chosen blocks' outputs f_1 ... f_m, the last of them as it is,
+
+    context = LayerNorm( sum_j  softmax(w)_j P_j(f_j) ),    P_m = identity
+
+with a linear layer P_j for each other block and one number w_j, 1 at the start.
 """
 
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
@@ -27,6 +35,7 @@ class Fusion(Protocol):
     """Makes contexts for the decoder of what the encoder returns.
 
     Attributes:
+      method: what people call a model with it; None: after its decoder.
       final_norm: the encoder that it reads ends in a norm.
       used_maps: positions in `Encoded.maps` of those that the decoder is trained on,
         ascending: 0 is the encoder's input, 1 is block 0. None where it takes the
@@ -34,6 +43,7 @@ class Fusion(Protocol):
       num_contexts: one for all blocks of the decoder, or one for each.
     """
 
+    method: str | None
     final_norm: bool
     used_maps: tuple[int, ...] | None
     num_contexts: int
@@ -49,6 +59,7 @@ class Last(nn.Module):
     Attributes are those of `Fusion`.
     """
 
+    method = None
     final_norm = True
     used_maps = None
     num_contexts = 1
@@ -103,6 +114,7 @@ class InterBlockAttention(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
 
+    method = None
     final_norm = False
 
     def __post_init__(self):
@@ -149,4 +161,53 @@ class InterBlockAttention(nn.Module):
         return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))
 
 
-FUSIONS = {"inter_block": InterBlockAttention, "last": Last}
+class MultiLevel(nn.Module):
+    """Mixes projections of shallow blocks into the last one, class token included.
+
+    Attributes are those of `Fusion`, and:
+      encoder_depth: number of blocks that there are to choose from.
+      maps: blocks to mix, as `resolve_maps` takes them. The paper gives those of ViT-B.
+    """
+
+    encoder_depth: int
+    maps: tuple[int, ...] | None = None
+    dtype: DTypeLike = jnp.float32
+
+    method = "MFF"
+    final_norm = False
+    num_contexts = 1
+
+    def __post_init__(self):
+        if self.maps is None:
+            raise ValueError(
+                "fusion.kind='multi_level' mixes chosen blocks; set "
+                "config.model.fusion.maps, for ViT-B to (0, 2, 4, 6, 8, 11)."
+            )
+        _ = self.used_maps  # refuses blocks that there are not
+        super().__post_init__()
+
+    @property
+    def used_maps(self) -> tuple[int, ...]:
+        """Positions of the maps that are mixed, see `Fusion`."""
+        return resolve_maps(self.maps, depth=self.encoder_depth, include_input=False)
+
+    @nn.compact
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
+        *shallow, last = (encoded.maps[j].sequence for j in self.used_maps)
+        projected = [
+            layers.Dense(last.shape[-1], self.dtype, name=f"proj_{i}")(x)
+            for i, x in enumerate(shallow)
+        ]
+        # Of four axes as published, so that it decays as matrices do.
+        weights = self.param(
+            "weights", nn.initializers.ones_init(), (len(self.used_maps), 1, 1, 1)
+        )
+        shares = jax.nn.softmax(weights, axis=0).astype(self.dtype)
+        mixture = sum(s * x for s, x in zip(shares, [*projected, last], strict=True))
+        normed = layers.LayerNorm(self.dtype, name="norm")(mixture)
+        return (encoded.maps[0].replace(sequence=normed),)
+
+
+FUSIONS = {
+    "inter_block": InterBlockAttention, "last": Last, "multi_level": MultiLevel
+}

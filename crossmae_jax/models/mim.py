@@ -3,8 +3,9 @@
     visible patches -> encoder -> fusion -> decoder ------------> head -> targets
                                                `-> aggregator ---^
 
-MAE is fusion "last" with decoder "mae"; CrossMAE is fusion "inter_block" with decoder
-"cross"; "last" with "cross" is CrossMAE's ablation with the encoder's last map only.
+MAE is fusion "last" with decoder "mae", MFF "multi_level" with "mae"; CrossMAE is
+"inter_block" with "cross"; "last" with "cross" is its ablation with the encoder's last
+map only.
 PR-MIM is either of them with an aggregator, which predicts the patches that were thrown
 from the decoder.
 """
@@ -19,6 +20,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import masking, targets
 from crossmae_jax.masking import Asked
 from crossmae_jax.models import aggregator, decoders, encoders, fusion, parts
+from crossmae_jax.models.fusion import FUSIONS
 from crossmae_jax.tokens import Encoded, Tokens
 
 
@@ -149,7 +151,7 @@ def build_fusion(
 ) -> fusion.Fusion:
     """Makes the fusion that `config.model` describes, for an encoder."""
     return parts.make(
-        "fusion", fusion.FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
+        "fusion", FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
         num_contexts=num_contexts, **parts.computing(config.model),
     )
 
@@ -160,10 +162,10 @@ def ends_in_norm(model: parts.Group) -> bool:
     Raises:
       ValueError: for an unknown kind of fusion, which decides over it.
     """
-    return parts.choose("fusion", fusion.FUSIONS, model["fusion"]).final_norm
+    return parts.choose("fusion", FUSIONS, model["fusion"]).final_norm
 
 
-def method(*, decoder: str, aggregator: str) -> str:
+def method(*, fusion: str, decoder: str, aggregator: str) -> str:
     """Returns what people call the method with parts of these kinds."""
-    name = decoders.DECODERS[decoder].method
+    name = FUSIONS[fusion].method or decoders.DECODERS[decoder].method
     return name if aggregator == "none" else f"PR-MIM on {name}"

@@ -87,7 +87,8 @@ def _title(config: Mapping[str, Any]) -> str:
     """Returns the method, the model and the data, such as "CrossMAE B/16, digits"."""
     if config.get("objective", "pretrain") == "pretrain":
         method = mim.method(**{
-            part: config[f"model.{part}.kind"] for part in ("decoder", "aggregator")
+            part: config[f"model.{part}.kind"]
+            for part in ("fusion", "decoder", "aggregator")
         })
     elif config["tune_blocks"] is None:
         method = "Fine-tuning of"
