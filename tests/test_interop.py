@@ -361,7 +361,7 @@ def test_predictions_and_loss_are_those_of_transformers(hf_folder, normalize):
     variables = _read(weights)
     loss, _ = jax.jit(objective.masked_loss)(variables, images, ids)
     np.testing.assert_allclose(loss, theirs.loss.numpy(), rtol=RELATIVE_LOSS)
-    logits = jax.jit(objective.model.apply)(variables, images, ids)
+    logits = jax.jit(objective.model.apply)(variables, images, ids)["pixels"].values
     for i, patches in enumerate(np.array(ids.pred)):
         np.testing.assert_allclose(
             logits[i], theirs.logits[i, patches].numpy(), rtol=0, atol=ABSOLUTE
