@@ -32,6 +32,8 @@ _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",  # no autotuning without a device
+    # The programs are looked at and never run: fast ones take three times as long.
+    "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0",
 }
 # A shallow model with heads of the real sizes.
 NARROW = [

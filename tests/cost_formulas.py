@@ -110,7 +110,7 @@ def pretraining(config: ConfigDict) -> counting.Cost:
     encoder_macs += size.depth * _block_macs(num_keep + 1, dim, hidden)
     encoder_params = _linear(patch_dim, dim) + dim  # patches, class token
     encoder_params += size.depth * _block_params(dim, hidden)
-    if not num_maps:
+    if model.fusion.kind == "last":
         encoder_params += 2 * dim  # final norm
 
     aggregates = model.aggregator.kind != "none"
@@ -121,6 +121,10 @@ def pretraining(config: ConfigDict) -> counting.Cost:
     else:
         decoder_tokens, num_unread = num_pred, 0
         macs, params = _cross_decoder(model, dim, num_keep + 1, num_pred, num_maps)
+    if model.fusion.kind == "multi_level":
+        num_projected = len(model.fusion.maps) - 1  # the last one is mixed as it is
+        macs += num_projected * (num_keep + 1) * dim**2
+        params += num_projected * _linear(dim, dim) + len(model.fusion.maps) + 2 * dim
     aggregator_macs, aggregator_params = _aggregator(model, dim, num_patches, num_keep)
     if aggregates:
         aggregator_macs += num_thrown * wide * patch_dim

@@ -201,7 +201,7 @@ def check_lars(_path: Path, data: Data, report: Report) -> None:
     reference = json.loads(str(data["config"]))
     config = ConfigDict(dict(optim=optimizer(
         reference, name="lars", b1=reference["momentum"],
-        trust_coefficient=reference["trust_coefficient"],
+        trust_coefficient=reference.get("trust_coefficient", 0.001),
     )))
     rates = jnp.asarray(reference["lr_per_step"])
     tx = optimizers.make_optimizer(config, lambda step: rates[step])

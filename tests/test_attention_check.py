@@ -233,7 +233,7 @@ def test_a_run_takes_a_good_kernel_says_so_once_and_refuses_a_bad_one(
 
         monkeypatch.setattr(Pretrain, name, call)
 
-    for name in ("loss", "predict", "reconstruct"):
+    for name in ("loss", "_features", "_reconstruct"):
         counted(name)
     take(_xla, check)
     train.run(_config(digits_dir), tmp_path)
@@ -244,7 +244,7 @@ def test_a_run_takes_a_good_kernel_says_so_once_and_refuses_a_bad_one(
     # The step and all evaluators saw the devices of the mesh, and what was traced to
     # find their shapes was not traced again to run them.
     assert {mesh and mesh.size for mesh in meshes} == {8}
-    assert sorted(traced) == ["loss", "predict", "reconstruct"]
+    assert sorted(traced) == ["_features", "_reconstruct", "loss"]
 
     train.run(_config(digits_dir), tmp_path)
     out = capsys.readouterr().out

@@ -217,6 +217,8 @@ def test_all_commands_speak_one_dialect(command, call):
     (["attention", "--num_images=many"], "--num_images=many: invalid literal for int"),
     (["attention", "--normalize=perhaps"], "--normalize=perhaps: "),
     (["reconstruct", "--to"], "Missing value for flag --to"),
+    (["sweep", CONFIG, "--workdir=", "--blocks=0"], "--workdir is missing: the dir"),
+    (["sweep", CONFIG, "--workdir=x", "--blocks="], "--blocks is missing: numbers of"),
 ])
 def test_wrong_flags_of_any_command_end_with_what_to_do(call, arguments, message):
     status, printed, line = call(*arguments)

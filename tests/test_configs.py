@@ -129,6 +129,10 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
     found = types_of(load(path))
     evals = found.pop("evals")
     expected = KEYS
+    if path.stem == "vitb_mff":  # the only one whose maps are named
+        expected = KEYS | {"model": KEYS["model"] | {
+            "fusion": KEYS["model"]["fusion"] | {"maps": tuple},
+        }}
     if path in CLASSIFY:
         expected = dict(CLASSIFY_KEYS)
         # Unset in some of them: the classes are then the data's, all blocks are tuned.
@@ -170,10 +174,14 @@ def test_the_recipe_is_the_papers(name):
     assert (model.decoder.dim, model.decoder.num_heads) == (
         (256, 8) if size == "vits" else (512, 16)
     )
-    mae, progressive = kind.startswith("mae"), kind.endswith("prmim")
+    mae, progressive = not kind.startswith("cross"), kind.endswith("prmim")
     method = ("mae", "last", 8) if mae else ("cross", "inter_block", 12)
+    if kind == "mff":
+        method = ("mae", "multi_level", 8)
     assert (model.decoder.kind, model.fusion.kind, model.decoder.depth) == method
-    assert model.fusion.input and model.fusion.maps is None
+    maps = (0, 2, 4, 6, 8, 11) if kind == "mff" else None
+    assert model.fusion.input and model.fusion.maps == maps
+    assert config.optim.decay_tokens == (kind != "mff")
     ratio = 0.75 if mae or progressive or kind == "cross75" else 0.25
     assert (config.masking.mask_ratio, config.masking.pred_ratio) == (0.75, ratio)
     assert config.data.batch_size == 4096

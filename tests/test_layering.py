@@ -194,3 +194,14 @@ def test_no_line_is_longer_than_88(folder):
         if len(line) > 88
     ]
     assert not long
+
+
+def test_no_function_is_longer_than_60_lines():
+    long = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[ast.get_docstring(node) is not None :]
+                if body and node.end_lineno - body[0].lineno >= 60:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert not long

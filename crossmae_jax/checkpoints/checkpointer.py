@@ -34,7 +34,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from crossmae_jax import errors, paths
-from crossmae_jax.checkpoints import digests, steps
+from crossmae_jax.checkpoints import digests, matching, steps
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
 
@@ -42,7 +42,6 @@ VARIABLES = "variables"
 OPTIMIZER = "optimizer"
 NOTES = "notes"
 _NOTES_FILE = "metadata"  # the name that Orbax gives to a JSON item
-_MAX_NAMES = 10  # tensors named per kind of mismatch
 _NONE, _ALL_DAMAGED = -1, -2  # what process 0 tells the others instead of a step
 
 Leaves = dict[tuple[str, ...], Any]
@@ -345,54 +344,8 @@ def _check_match(path: AnyPath, items: dict[str, Leaves]) -> None:
         if (path / item).exists():
             stored = _stored(path / item)
             theirs |= {(item, *names): value for names, value in stored.items()}
-    if ours == theirs:
-        return
-    both = ours.keys() & theirs.keys()
-    only_theirs = sorted(theirs.keys() - ours.keys())
-    only_ours = sorted(ours.keys() - theirs.keys())
-    shapes = sorted(name for name in both if ours[name][0] != theirs[name][0])
-    dtypes = sorted(name for name in both if ours[name][1] != theirs[name][1])
-
-    def section(title, names, describe):
-        if not names:
-            return ""
-        lines = [f"\n    {'/'.join(name[1:])}  {describe(name)}" for name in
-                 names[:_MAX_NAMES]]
-        rest = len(names) - _MAX_NAMES
-        more = f"\n    ... and {rest} more" if rest > 0 else ""
-        return f"\n  {title} ({len(names)}):{''.join(lines)}{more}"
-
-    raise MismatchError(
-        f"Checkpoint {path} does not fit the model: {len(both)} tensors have the same "
-        f"name, {len(only_theirs)} are only in the checkpoint, {len(only_ours)} only "
-        "in the model."
-        + section("only in the checkpoint", only_theirs, lambda n: theirs[n][0])
-        + section("only in the model", only_ours, lambda n: ours[n][0])
-        + section("other shape", shapes, lambda n:
-                  f"checkpoint {theirs[n][0]}, model {ours[n][0]}")
-        + section("other dtype", dtypes, lambda n:
-                  f"checkpoint {theirs[n][1]}, model {ours[n][1]}")
-        + f"\nLikely reason: {_likely_reason(only_theirs + only_ours, shapes, dtypes)}."
-        + "\nUse the configuration that the run was started with (config.json in its "
-        "workdir), or a new --workdir."
-    )
-
-
-def _likely_reason(missing: list, shapes: list, dtypes: list) -> str:
-    different = missing + shapes + dtypes
-    if all(name[0] == OPTIMIZER for name in different):
-        return "the optimiser changed (optim.*); the weights fit"
-    if not missing and not shapes:
-        return "the weights are kept in another precision"
-    if not missing:
-        return (
-            "the model has other widths, patches, image size or channels "
-            "(model.encoder.size, model.decoder.dim, data.image_size, data.channels)"
-        )
-    return (
-        "the model has other parts or another depth (model.encoder.size, "
-        "model.decoder.depth, model.fusion.maps, or the kind of one of them)"
-    )
+    if ours != theirs:
+        raise MismatchError(matching.differences(path, theirs, ours))
 
 
 def _leaves(tree: Any) -> list[tuple[Any, Any]]:

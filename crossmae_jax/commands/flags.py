@@ -191,7 +191,7 @@ def parse(
     given.operands = rest
     parser.check_operands(rest, operands)
     for name, flag in table.items():
-        if flag.required and getattr(given, name) is None:
+        if flag.required and getattr(given, name) in (None, "", ()):
             parser.stop(f"--{name} is missing: {flag.help}.")
     return given
 

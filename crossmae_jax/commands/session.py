@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import faulthandler
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,8 @@ def joined(
 
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
+    if sys.__stderr__ and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a crash in compiled code says where
     with cluster.leaving(heartbeat_seconds):
         try:
             cluster.join(

@@ -97,6 +97,38 @@ def infer(
     Raises:
       ConversionError: if a fact is missing, or the tensors are of no model of ours.
     """
+    encoder, image_size = _encoder_settings(tensors, patch, facts, fallback, evidence)
+    model: dict[str, Any] = {"encoder": encoder}
+    channels, kind, masking = patch[1], "encoder", None
+    _check_statistics(facts, channels)
+    if any(name.startswith("decoder/") for name in tensors):
+        kind, depth = "pretrain", _depth(tensors, "encoder/blocks_")
+        model |= _decoder_settings(tensors, depth, facts, fallback, evidence)
+        masking = _masking_settings(tensors, facts)
+        if facts.normalize is None:
+            evidence.append("targets: the file does not say whether standardised")
+    elif "head/bias" in tensors or "fc_norm/scale" in tensors:
+        kind = "classifier"
+        model |= _head_settings(tensors, evidence)
+    else:
+        has_norm = "encoder/norm/scale" in tensors
+        model["fusion"] = {"kind": "last" if has_norm else "inter_block"}
+        evidence.append(
+            "no decoder, no head; " + ("with" if has_norm else "without") +
+            " a norm after the last block"
+        )
+    return Card(
+        kind=kind, model=model, image_size=image_size, channels=channels,
+        mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
+        recipe=recipe, step=None, origin=origin,
+    )
+
+
+def _encoder_settings(
+    tensors: Tensors, patch: tuple[int, ...], facts: Facts, fallback: Facts,
+    evidence: list[str],
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Returns `config.model.encoder`, and the size of the images."""
     depth = _depth(tensors, "encoder/blocks_")
     dim, channels, patch_size = patch[0], patch[1], patch[2]
     needed = {  # with their ranks
@@ -114,10 +146,21 @@ def infer(
             "This is no ViT as we build them, with a class token, an absolute position "
             f"table, blocks and square patches; missing: {', '.join(missing)}."
         )
-    size, said = _size(dim, depth, facts, fallback)
+    size, remark = _size(dim, depth, facts, fallback)
     image_size, grid = _image_size(
         max(tensors["encoder/pos_embed"].shape[0] - 1, 0), patch_size, facts, fallback
     )
+    evidence.append(
+        f"encoder: width {dim}, depth {depth}{remark}; patches of {patch_size}, "
+        f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
+        f"{image_size[1]} px"
+    )
+    mlp_ratio = _mlp_ratio(tensors, "encoder/blocks_0", dim)
+    encoder = dict(kind="vit", size=f"{size}/{patch_size}", mlp_ratio=mlp_ratio)
+    return encoder, image_size
+
+
+def _check_statistics(facts: Facts, channels: int) -> None:
     for name in ("mean", "std"):
         values = getattr(facts, name)
         if values is not None and len(values) != channels:
@@ -125,58 +168,35 @@ def infer(
                 f"{name}={values} has {len(values)} values, but the file is for "
                 f"{channels} channels."
             )
+
+
+def _masking_settings(tensors: Tensors, facts: Facts) -> dict[str, Any] | None:
+    """Returns `config.masking`; None if nobody told the ratios."""
+    # MAE predicts all that is masked.
+    asks = names.attends_across(tensors)
+    pred = facts.pred_ratio if asks else facts.mask_ratio
+    if (facts.mask_ratio is None) != (pred is None):
+        raise ConversionError(
+            f"mask_ratio={facts.mask_ratio} and pred_ratio={pred}: give both, or "
+            "none of them."
+        )
+    if facts.mask_ratio is None:
+        return None
+    return dict(
+        mask_ratio=facts.mask_ratio, pred_ratio=pred, throw_ratio=0.0, retain="random"
+    )
+
+
+def _head_settings(tensors: Tensors, evidence: list[str]) -> dict[str, Any]:
+    """Returns a classifier's pooling and number of classes, 0 without a head."""
+    head, pools = tensors.get("head/bias"), "fc_norm/scale" in tensors
+    num_classes = head.shape[0] if head else 0
     evidence.append(
-        f"encoder: width {dim}, depth {depth}{said}; patches of {patch_size}, "
-        f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
-        f"{image_size[1]} px"
+        f"classifier: {num_classes} classes from the "
+        + ("mean of patch tokens (there is an fc_norm)" if pools
+           else "class token (there is no fc_norm)")
     )
-    model: dict[str, Any] = {"encoder": dict(
-        kind="vit", size=f"{size}/{patch_size}",
-        mlp_ratio=_mlp_ratio(tensors, "encoder/blocks_0", dim),
-    )}
-    has_norm = "encoder/norm/scale" in tensors
-    kind, masking = "encoder", None
-    if any(name.startswith("decoder/") for name in tensors):
-        kind = "pretrain"
-        model |= _decoder_settings(tensors, depth, facts, fallback, evidence)
-        # MAE predicts all that is masked.
-        asks = names.attends_across(tensors)
-        pred = facts.pred_ratio if asks else facts.mask_ratio
-        if (facts.mask_ratio is None) != (pred is None):
-            raise ConversionError(
-                f"mask_ratio={facts.mask_ratio} and pred_ratio={pred}: give both, or "
-                "none of them."
-            )
-        if facts.mask_ratio is not None:
-            masking = dict(
-                mask_ratio=facts.mask_ratio, pred_ratio=pred, throw_ratio=0.0,
-                retain="random",
-            )
-        if facts.normalize is None:
-            evidence.append("targets: the file does not say whether standardised")
-    elif "head/bias" in tensors or "fc_norm/scale" in tensors:
-        kind = "classifier"
-        head = tensors.get("head/bias")
-        model |= {
-            "pool": "mean" if "fc_norm/scale" in tensors else "cls",
-            "num_classes": head.shape[0] if head else 0,
-        }
-        evidence.append(
-            f"classifier: {model['num_classes']} classes from the "
-            + ("mean of patch tokens (there is an fc_norm)" if model["pool"] == "mean"
-               else "class token (there is no fc_norm)")
-        )
-    else:
-        model["fusion"] = {"kind": "last" if has_norm else "inter_block"}
-        evidence.append(
-            "no decoder, no head; " + ("with" if has_norm else "without") +
-            " a norm after the last block"
-        )
-    return Card(
-        kind=kind, model=model, image_size=image_size, channels=channels,
-        mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
-        recipe=recipe, step=None, origin=origin,
-    )
+    return {"pool": "mean" if pools else "cls", "num_classes": num_classes}
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:

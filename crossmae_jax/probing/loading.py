@@ -42,9 +42,9 @@ def load(
     card, tensors = weights.card, dict(weights.tensors)
     if image_size is not None:
         resized = dataclasses.replace(card, image_size=tuple(image_size))
-        aggregator = getattr(structure.build(card), "aggregator", None)
-        if aggregator is not None and not aggregator.resizes and (
-            resized.image_size != card.image_size
+        aggregators = getattr(structure.build(card), "aggregators", {}).values()
+        if resized.image_size != card.image_size and not all(
+            aggregator.resizes for aggregator in aggregators
         ):
             raise ConversionError(
                 "The positions of this model's aggregator are those of "
