@@ -12,6 +12,7 @@ this one, write to it too.
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def move(directory: AnyPath, target: AnyPath) -> None:
         bucket.cp_file(os.fspath(directory / name), os.fspath(target / name))
     for name in reversed(names):
         bucket.rm_file(os.fspath(directory / name))
+
+
+def remove(directory: AnyPath) -> None:
+    """Removes a checkpoint's directory, what commits it first."""
+    if not is_remote(directory):
+        shutil.rmtree(directory)
+        return
+    bucket = system(directory)
+    for file in sorted(files(directory), key=lambda file: file.name != COMMITTED):
+        bucket.rm_file(os.fspath(file))
 
 
 def system(directory: str | AnyPath) -> Any:

@@ -100,6 +100,40 @@ def test_a_better_state_of_an_earlier_step_takes_the_place(tmp_path):
     assert kept_weights(tmp_path) == [5, 5, 5]
 
 
+def test_a_step_that_is_made_again_is_kept_with_what_was_measured_of_it(tmp_path):
+    """As on other devices: another state, another value, the same step."""
+    kept = opened(tmp_path)
+    kept.offer(7, {METRIC: 0.4}, state_of(7))
+    kept.close()
+    again = opened(tmp_path)
+    again.offer(7, {METRIC: 0.6}, state_of(77))
+    again.close()
+    assert opened(tmp_path).metrics() == {f"best/{METRIC}": 0.6, "best/step": 7.0}
+    assert kept_weights(tmp_path) == [77, 77, 77]
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_a_kill_while_the_best_is_replaced_leaves_the_one_before(
+    tmp_path, monkeypatch, step
+):
+    kept = opened(tmp_path)
+    kept.offer(7, {METRIC: 0.4}, state_of(7))
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpointer.Checkpoints, "save", killed)
+        kept.offer(step, {METRIC: 0.6}, state_of(8))
+    kept.close()
+    again = opened(tmp_path)
+    assert again.metrics() == {f"best/{METRIC}": 0.4, "best/step": 7.0}
+    again.close()
+    assert kept_weights(tmp_path) == [7, 7, 7]
+    left = {path.name for path in (tmp_path / "best" / "checkpoints").iterdir()}
+    assert left == {"7"}
+
+
 def stop_in_evaluation(monkeypatch, number):
     """Sends SIGTERM to this process in its evaluation of that number, from 1 on."""
     evaluations = []

@@ -94,6 +94,9 @@ class Checkpoints:
                 f"{path} was never completed (the run was stopped while writing it); "
                 "removing it."
             )
+        if jax.process_index() == 0:
+            steps.settle(self.directory, (VARIABLES,))
+        ocp.multihost.sync_global_processes("crossmae_jax:steps_settled")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -164,9 +167,19 @@ class Checkpoints:
             return None
         return json.loads((path / NOTES / _NOTES_FILE).read_text())
 
-    def delete(self, step: int) -> None:
-        """Removes a step."""
-        self._manager.delete(step)
+    def replace(self, step: int, state: Any, *, notes: Mapping[str, Any]) -> None:
+        """Saves the state in place of this step and of all newer ones.
+
+        Returns when it is committed; a kill before that leaves the others.
+        """
+        self.wait()
+        if jax.process_index() == 0:
+            steps.step_out(self.directory, step)
+        ocp.multihost.sync_global_processes("crossmae_jax:steps_stepped_out")
+        self._manager.reload()
+        self.save(step, state, wait=True, notes=notes)
+        if jax.process_index() == 0:
+            steps.settle(self.directory, (VARIABLES,))
 
     def wait(self) -> None:
         """Waits until the last save is committed; raises if it failed."""

@@ -4,11 +4,15 @@ On a disk a step is complete once it has its last name. In a bucket it has that 
 start, and is complete once Orbax has put an object beside the arrays that says so.
 """
 
+from collections.abc import Iterable
+
 import orbax.checkpoint as ocp
 
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import digests
 from crossmae_jax.paths import AnyPath
+
+_REPLACED = ".replaced"
 
 
 def committed(directory: AnyPath) -> list[int]:
@@ -46,6 +50,38 @@ def put_aside(path: AnyPath) -> AnyPath:
         target = path.with_name(f"{path.name}.damaged{number}")
     paths.move(path, target)
     return target
+
+
+def step_out(directory: AnyPath, first: int) -> None:
+    """Renames the steps from `first` on: another save is to take their place."""
+    for step in committed(directory):
+        if step >= first:
+            path = directory / str(step)
+            paths.move(path, path.with_name(f"{step}{_REPLACED}"))
+
+
+def settle(directory: AnyPath, items: Iterable[str]) -> None:
+    """Removes the steps that stepped out, or takes them back if nothing replaced them.
+
+    So an end at any moment leaves the old steps or the new one.
+
+    Args:
+      items: what must be intact of a step for it to have replaced them.
+    """
+    replaced = sorted(directory.glob(f"*{_REPLACED}")) if directory.is_dir() else []
+    # In a bucket a rename can end half-way, and leave damage on either side.
+    done = replaced and any(
+        digests.damage(directory / str(step), tuple(items)) is None
+        for step in committed(directory)
+    )
+    for path in replaced:
+        target = path.with_name(path.name.removesuffix(_REPLACED))
+        if done:
+            paths.remove(path)
+            continue
+        if target.exists():
+            paths.remove(target)
+        paths.move(path, target)
 
 
 def contents(directory: AnyPath) -> str:

@@ -92,12 +92,10 @@ class Best:
             return
         if self._value is not None and value <= self._value:
             return
-        if step != self._step:
-            if self._step is not None and step < self._step:
-                # A run that went on from further back; Orbax adds newer steps only.
-                self._checkpoints.delete(self._step)
-            notes = {"step": step, "metric": self._metric, "value": value}
-            self._checkpoints.save(step, state, wait=True, notes=notes)
+        notes = {"step": step, "metric": self._metric, "value": value}
+        # Not always newer than the one kept: a run may have gone on from further back,
+        # and a step that it makes again on other devices is not the same to the bit.
+        self._checkpoints.replace(step, state, notes=notes)
         self._value, self._step = value, step
         self._tell()
         self._home.push()
