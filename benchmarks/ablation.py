@@ -88,20 +88,20 @@ def run(
     return json.loads(done.read_text())
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Returns a row per cell: mean over the seeds, and their standard deviation."""
     columns = {
         key: title for key, title in COLUMNS.items()
-        if any(key in one for runs in found.values() for one in runs)
+        if any(key in metrics for runs in results.values() for metrics in runs)
     }
     lines = [
         step.row(["cell", *(title for title, _ in columns.values()), "seeds"]),
         step.row(["---"] * (len(columns) + 2)),
     ]
-    for cell, runs in found.items():
+    for cell, runs in results.items():
         cells = []
         for key, (_, factor) in columns.items():
-            values = [factor * one[key] for one in runs if key in one]
+            values = [factor * metrics[key] for metrics in runs if key in metrics]
             digits = 1 if factor == 100 else 4
             text = f"{statistics.mean(values):.{digits}f}" if values else "-"
             if len(values) > 1:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         help="setting to change in every cell",
     )
     args = parser.parse_args(argv)
-    found = {
+    results = {
         cell: [
             run(
                 args.config, [*args.override, *overrides], seed=seed,
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         for cell, overrides in GRIDS[args.grid].items()
     }
     print(step.conditions(args.override, f"{args.grid} of {args.config}"))
-    print(table(found))
+    print(table(results))
 
 
 if __name__ == "__main__":

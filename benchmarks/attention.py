@@ -61,11 +61,11 @@ def _cells(case, **options) -> list[str]:
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
-    found = [name for name, call in KERNELS.items() if call in text] or ["xla"]
+    kernels = [name for name, call in KERNELS.items() if call in text] or ["xla"]
     exchanged = collectives.read(text, options["mesh"].size)
     return [
-        " ".join(found),
-        ", ".join(f"{each.count} {each.kind}" for each in exchanged) or "none",
+        " ".join(kernels),
+        ", ".join(f"{total.count} {total.kind}" for total in exchanged) or "none",
         f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
         f"{seconds:.1f}",
     ]

@@ -91,18 +91,18 @@ def main(argv: list[str] | None = None) -> None:
         print(step.conditions([], f"import of a file of {size / 1e9:.3f} GB"))
         print(step.row(["process", "seconds", "peak, GB", "peak / file"]))
         print(step.row(["---"] * 4))
-        said = ""
+        output = ""
         for name, code in (
             ("imports packages only", _NOTHING),
             ("import, no check", importing("unchecked", "--no_check")),
             ("imports packages of the check only", _PACKAGES),
             ("import with its check", importing("checked")),
         ):
-            seconds, peak, said = run(code)
+            seconds, peak, output = run(code)
             print(step.row([
                 name, f"{seconds:.1f}", f"{peak / 1e9:.3f}", f"{peak / size:.2f}"
             ]), flush=True)
-        print(f"\nThe last one said:\n\n{said}")
+        print(f"\nThe last one said:\n\n{output}")
 
 
 if __name__ == "__main__":

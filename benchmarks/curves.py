@@ -117,7 +117,7 @@ def panels(
       runs: labels by name; the trivial predictor is that of the last one.
     """
     *_, last = runs
-    found = {"loss": [
+    by_title = {"loss": [
         _shown(last, directory, "train/loss_trivial", _BESIDE, dashed=True)
     ]}
     for title, metric in (
@@ -127,16 +127,16 @@ def panels(
             directory / "untrained" / metrics.FILE
         )[metric].values()
         steps = _shown(last, directory, "train/loss", "").steps[[0, -1]]
-        found[title] = [bands.Shown(
+        by_title[title] = [bands.Shown(
             _BESIDE, steps, np.full(2, untrained), dashed=True
         )]
-    for curves, metric in zip(found.values(), METRICS, strict=True):
+    for curves, metric in zip(by_title.values(), METRICS, strict=True):
         for name, label in runs.items():
             curve = _shown(name, directory, metric, label)
             if metric == "train/loss" and last in _OTHER_LOSS and name != last:
                 curve = curve._replace(steps=curve.steps[:0], values=curve.values[:0])
             curves.append(curve)
-    return found
+    return by_title
 
 
 LIMITS = {"loss": (0.0, 1.0), "k-NN top-1": (0.0, 1.0), "effective rank": (0.0, 30.0)}

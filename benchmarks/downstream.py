@@ -75,8 +75,8 @@ def finetune(
         f"optim.warmup_epochs={epochs / 10}", "evals.accuracy.every_epochs=0.0",
         "checkpoint.every_epochs=0.0", "checkpoint.best=''",
     ]
-    found = ablation.run(FINETUNE, overrides, seed=seed, directory=directory)
-    return found["eval/accuracy/top1"]
+    metrics = ablation.run(FINETUNE, overrides, seed=seed, directory=directory)
+    return metrics["eval/accuracy/top1"]
 
 
 def frozen(
@@ -109,7 +109,7 @@ def frozen(
     return json.loads(done.read_text())["metrics"]
 
 
-def one(
+def measure(
     method: str, seed: int, root: Path, changes: list[str]
 ) -> dict[str, float]:
     """Pre-trains one method with one seed, and returns all that is measured of it."""
@@ -121,9 +121,9 @@ def one(
             path, [*changes, *overrides, "checkpoint.every_epochs=0.0"], seed=seed,
             directory=Path(weights),
         )
-    found = {}
+    accuracies = {}
     for percent in SHARES:
-        found[f"fine-tuning {percent}"] = finetune(
+        accuracies[f"fine-tuning {percent}"] = finetune(
             weights, percent=percent, blocks=DEPTH, seed=seed,
             directory=place / f"finetuned_{percent}", changes=changes,
         )
@@ -131,29 +131,31 @@ def one(
             weights, percent=percent, seed=seed,
             directory=place / f"frozen_{percent}", changes=changes,
         )
-        found[f"linear {percent}"] = of_frozen["linear/top1"]
-        found[f"k-NN, mean {percent}"] = of_frozen[f"knn/mean/k{NEIGHBOURS}/top1"]
-        found[f"k-NN, class token {percent}"] = of_frozen[f"knn/cls/k{NEIGHBOURS}/top1"]
+        accuracies[f"linear {percent}"] = of_frozen["linear/top1"]
+        accuracies[f"k-NN, mean {percent}"] = of_frozen[f"knn/mean/k{NEIGHBOURS}/top1"]
+        accuracies[f"k-NN, class token {percent}"] = of_frozen[
+            f"knn/cls/k{NEIGHBOURS}/top1"
+        ]
     for percent in SHARES:
         for blocks in BLOCKS:
-            found[_of_blocks(blocks, percent)] = finetune(
+            accuracies[_of_blocks(blocks, percent)] = finetune(
                 weights, percent=percent, blocks=blocks, seed=seed,
                 directory=place / f"blocks_{blocks:g}_{percent}", changes=changes,
             )
-        found[_of_blocks(DEPTH, percent)] = found[f"fine-tuning {percent}"]
-    return found
+        accuracies[_of_blocks(DEPTH, percent)] = accuracies[f"fine-tuning {percent}"]
+    return accuracies
 
 
 def _of_blocks(blocks: float, percent: int) -> str:
     return f"{blocks:g} tuned block{'s' * (blocks != 1)} {percent}"
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
+def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Returns means and standard deviations over the seeds, in percent, in Markdown."""
-    lines = [step.row(["", *found]), step.row(["---"] * (len(found) + 1))]
-    for key in next(iter(found.values()))[0]:
+    lines = [step.row(["", *results]), step.row(["---"] * (len(results) + 1))]
+    for key in next(iter(results.values()))[0]:
         cells = []
-        for runs in found.values():
+        for runs in results.values():
             values = [100 * run[key] for run in runs]
             spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.1f}{spread}")
@@ -176,14 +178,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--write", action="store_true", help="the pictures into docs/")
     args = parser.parse_args(argv)
-    found = {
+    results = {
         method: [
-            one(method, seed, args.workdir, args.override) for seed in args.seeds
+            measure(method, seed, args.workdir, args.override) for seed in args.seeds
         ]
         for method in args.methods
     }
     print(step.conditions(args.override, f"downstream of digits, seeds {args.seeds}"))
-    print(f"{table(found)}\n")
+    print(f"{table(results)}\n")
     folder = PICTURES if args.write else args.workdir
     for percent in SHARES:
         curves = {
@@ -193,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
                 for blocks in (*BLOCKS, DEPTH)
             }
-            for method, runs in found.items()
+            for method, runs in results.items()
         }
         print(visualize.accuracy_by_blocks(
             curves, folder / f"accuracy_by_blocks_{percent}.png",

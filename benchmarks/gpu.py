@@ -130,7 +130,7 @@ def steps(groups: tuple[tuple[Row, ...], ...], args) -> Iterator[str]:
     for group in chosen:
         with contextlib.ExitStack() as stack:
             players = [
-                stack.enter_context(turns.ours(
+                stack.enter_context(turns.our_player(
                     _path(row.config), _path(row.config), overrides_of(row, args)
                 ))
                 for row in group
@@ -185,8 +185,8 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     """Yields everything that was asked for, line by line."""
     what = f"batch {args.batch}, {args.steps} steps in turns"
     yield step.conditions([], what + (", tiny sizes" if args.quick else "")).rstrip()
-    found = {name: environment.package_version(name) for name in PACKAGES}
-    yield ", ".join(f"{name} {version or 'none'}" for name, version in found.items())
+    versions = {name: environment.package_version(name) for name in PACKAGES}
+    yield ", ".join(f"{name} {version or 'none'}" for name, version in versions.items())
     if jax.default_backend() == "cpu":
         yield "\nThere is no GPU: what needs one says so, and no number means anything."
     for part in args.only or PARTS:

@@ -66,17 +66,19 @@ def deviation(
             )
     gradients = {name: _encoder_gradient(variant) for name, variant in variants.items()}
     gradient = _encoder_gradient(reference)
-    found = {name: [] for name in (*variants, ANOTHER_MASK)}
+    deviations = {name: [] for name in (*variants, ANOTHER_MASK)}
     for batch in batches:
         expected = gradient(variables, batch, mask_key)
         for name, other in gradients.items():
-            found[name].append(_deviation(other(variables, batch, mask_key), expected))
-        found[ANOTHER_MASK].append(
+            deviations[name].append(
+                _deviation(other(variables, batch, mask_key), expected)
+            )
+        deviations[ANOTHER_MASK].append(
             _deviation(gradient(variables, batch, other_key), expected)
         )
     return {
         name: GradientDeviation(*np.asarray(values, np.float64).T)
-        for name, values in found.items()
+        for name, values in deviations.items()
     }
 
 

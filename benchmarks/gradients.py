@@ -72,21 +72,21 @@ def compare(
         batch_size=config.data.batch_size, num_images=num_images, process_index=0,
         process_count=1, workdir=str(directory),
     ) as batches:
-        found = gradient_deviation.deviation(
+        deviations = gradient_deviation.deviation(
             _variant(config, ratio=0.0, kind="none", retain="random"), variants,
             checkpointer.restore_variables(directory / "checkpoints"),
             _whole(batches),
             jax.random.key(config.seed, impl="threefry2x32"),
         )
-    floor = found.pop(gradient_deviation.ANOTHER_MASK)
+    floor = deviations.pop(gradient_deviation.ANOTHER_MASK)
     rows = {(trained, 0.0): {gradient_deviation.ANOTHER_MASK: floor}}
-    for (part, name), deviation in found.items():
+    for (part, name), deviation in deviations.items():
         rows.setdefault((trained, part), {})[name] = deviation
     return rows
 
 
 def table(
-    found: dict[
+    rows: dict[
         tuple[str, float], list[dict[str, gradient_deviation.GradientDeviation]]
     ],
 ) -> str:
@@ -95,7 +95,7 @@ def table(
         step.row(["trained with", "thrown", "", "distance", "1 - cosine", "batches"]),
         step.row(["---"] * 6),
     ]
-    for (trained, ratio), runs in found.items():
+    for (trained, ratio), runs in rows.items():
         for name in runs[0]:
             distance, angle = (
                 np.concatenate([getattr(run[name], field) for run in runs])
@@ -117,12 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="WORKDIR")
     parser.add_argument("--images", type=int, default=1280, help="images (1280)")
     args = parser.parse_args(argv)
-    found = {}
+    rows = {}
     for directory in args.runs:
         for row, deviations in compare(directory, num_images=args.images).items():
-            found.setdefault(row, []).append(deviations)
+            rows.setdefault(row, []).append(deviations)
     print(step.conditions([], f"gradients of {len(args.runs)} runs"))
-    print(table(found))
+    print(table(rows))
 
 
 if __name__ == "__main__":

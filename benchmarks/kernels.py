@@ -145,24 +145,24 @@ def _tokamax(impl: str):
 
 def implementations() -> dict[str, Callable]:
     """Returns the implementations to compare; those of tokamax if it is installed."""
-    found = {
+    kernels = {
         "cudnn": _ours("cudnn"), "xla": _ours("xla"),
         "triton": attention_triton.attention,
     }
     if importlib.util.find_spec("tokamax") is not None:
-        found |= {
+        kernels |= {
             f"tokamax {impl}": _tokamax(impl) for impl in ("mosaic", "triton")
         }
-    return found
+    return kernels
 
 
 def errors(
-    found: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]
+    results: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]
 ) -> list[float]:
     """Returns the largest difference over the largest value, of each pair of arrays."""
     return [
-        float(jnp.abs(ours.astype(jnp.float32) - theirs).max() / jnp.abs(theirs).max())
-        for ours, theirs in zip(found, expected, strict=True)
+        float(jnp.abs(value.astype(jnp.float32) - target).max() / jnp.abs(target).max())
+        for value, target in zip(results, expected, strict=True)
     ]
 
 

@@ -47,11 +47,11 @@ def bank_of(seed: int, rows: int, width: int) -> Float[np.ndarray, "rows width"]
 
 
 def agreement(
-    found: Int[np.ndarray, "n k"], other: Int[np.ndarray, "n k"]
+    index: Int[np.ndarray, "n k"], other: Int[np.ndarray, "n k"]
 ) -> float:
     """Returns the share of neighbours that both found, in whatever order."""
-    same = [np.intersect1d(row, others).size for row, others in zip(found, other)]
-    return float(np.sum(same) / found.size)
+    same = [np.intersect1d(row, others).size for row, others in zip(index, other)]
+    return float(np.sum(same) / index.size)
 
 
 def _search_ours(args: argparse.Namespace):
@@ -87,7 +87,7 @@ def _play(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> str:
     """Lets both search in turns; returns the table and whether they agree."""
-    players, found = [], []
+    players, neighbours = [], []
     with tempfile.TemporaryDirectory() as directory:
         for name in _NAMES:
             path = Path(directory) / f"{name}.npz"
@@ -101,7 +101,7 @@ def compare(args: argparse.Namespace) -> str:
             player.close()
             if player.fallen:
                 sys.exit(f"{player.name}: {player.fallen}")
-            found.append(np.load(Path(directory) / f"{player.name}.npz"))
+            neighbours.append(np.load(Path(directory) / f"{player.name}.npz"))
     bank_bytes = 4 * args.rows * args.width
     lines = [
         step.row([
@@ -120,7 +120,7 @@ def compare(args: argparse.Namespace) -> str:
             f"{player.peak_bytes / bank_bytes:.2f}",
             f"{turns.ratio(player.seconds, players[1].seconds):.3f}",
         ]))
-    ours, theirs = found
+    ours, theirs = neighbours
     share = agreement(ours["index"], theirs["index"])
     difference = np.abs(ours["similarity"] - theirs["similarity"]).max()
     lines += ["", (

@@ -83,7 +83,7 @@ def check_config(name: str, config: ConfigDict) -> None:
         "optim.decay_tokens": not config.optim.decay_tokens,
         "optim.layer_decay": config.optim.layer_decay != 1,
     }
-    wrong = [reason for reason, found in reasons.items() if found]
+    wrong = [reason for reason, applies in reasons.items() if applies]
     if wrong:
         flags.stop(
             f"The reference cannot do what {name} asks for with {', '.join(wrong)}; it "
@@ -153,12 +153,13 @@ def build(config: ConfigDict, directory: Path):
             use_fm=list(fusion.maps or [-1]), self_attn=decoder.self_attention,
         )
     built = module.MaskedAutoencoderViT(**options)
-    found = sum(parameter.numel() for parameter in built.parameters())
+    num_params = sum(parameter.numel() for parameter in built.parameters())
     expected = counting.count(config).params
-    if found != expected:
+    if num_params != expected:
         raise ValueError(
-            f"The reference's model has {found} parameters, ours {expected}; another "
-            "version of the reference, or a difference that this script must learn."
+            f"The reference's model has {num_params} parameters, ours {expected}; "
+            "another version of the reference, or a difference that this script must "
+            "learn."
         )
     return built
 
@@ -228,7 +229,7 @@ def _peak_bytes() -> int:
     return turns.peak_host_bytes()
 
 
-def theirs(
+def their_player(
     name: str, path: str, overrides: list[str], *, directory: Path, compiled: bool
 ) -> turns.Player:
     """Starts a process with the reference's training step of a configuration."""
@@ -280,10 +281,10 @@ def compare(
     config = our_step.load_config(path, overrides=overrides)
     check_config(path, config)
     with contextlib.ExitStack() as stack:
-        players = [stack.enter_context(turns.ours("ours", path, overrides))]
+        players = [stack.enter_context(turns.our_player("ours", path, overrides))]
         for name, is_compiled in [("reference", False), ("reference, compiled", True)]:
             if compiled or not is_compiled:
-                players.append(stack.enter_context(theirs(
+                players.append(stack.enter_context(their_player(
                     name, path, overrides, directory=directory, compiled=is_compiled
                 )))
         platforms = {p.name: p.facts["platform"] for p in players if not p.fallen}

@@ -111,19 +111,19 @@ def kernels(path: Path, program: str, *, num_steps: int) -> list[Kernel]:
     ]
 
 
-def table(found: list[Kernel], *, most: int = 10) -> list[str]:
+def table(timings: list[Kernel], *, most: int = 10) -> list[str]:
     """Returns the most expensive as lines of a Markdown table."""
-    total = sum(kernel.seconds for kernel in found)
+    total = sum(kernel.seconds for kernel in timings)
     lines = [
         "| kernel | from | ms a step | share | runs a step |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for kernel in found[:most]:
+    for kernel in timings[:most]:
         lines.append(
             f"| {kernel.name} | {kernel.origin} | {kernel.seconds * 1e3:.2f} | "
             f"{kernel.seconds / total:.1%} | {kernel.count:g} |"
         )
-    rest = found[most:]
+    rest = timings[most:]
     if rest:
         left, runs = sum(k.seconds for k in rest), sum(k.count for k in rest)
         lines.append(

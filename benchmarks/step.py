@@ -204,7 +204,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
         ]
         if baseline is not None:
             pairs = zip(run.seconds, baseline.seconds, strict=True)
-            ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+            ratio = statistics.median(seconds / base for seconds, base in pairs)
             cells += [f"{ratio:.3f}", f"{run.flops / baseline.flops:.3f}"]
         lines.append(row(cells))
     return "\n".join(lines)
@@ -213,11 +213,11 @@ def table(runs: list[Run], baseline: Run | None) -> str:
 def profile(run: Run, directory: Path) -> str:
     """Traces a few steps and returns where their time goes, as a Markdown table."""
     path = profiling.trace(run.step, directory, num_steps=PROFILED_STEPS)
-    found = profiling.kernels(
+    timings = profiling.kernels(
         path, run.compiled.as_text(), num_steps=PROFILED_STEPS
     )
     lines = [f"{run.name}: {PROFILED_STEPS} steps, trace in {path.parent}", ""]
-    return "\n".join(lines + profiling.table(found))
+    return "\n".join(lines + profiling.table(timings))
 
 
 def _processor() -> str:

@@ -66,11 +66,11 @@ class Player:
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended; what it said last is still to be read
-        said = self._hear()
-        if said:
-            self.seconds.append(said["seconds"])
-            self.cpu_seconds.append(said["cpu_seconds"])
-            self.peak_bytes = said["peak_bytes"]
+        reply = self._hear()
+        if reply:
+            self.seconds.append(reply["seconds"])
+            self.cpu_seconds.append(reply["cpu_seconds"])
+            self.peak_bytes = reply["peak_bytes"]
 
     def close(self) -> None:
         """Ends the process, which gives its memory back."""
@@ -86,12 +86,12 @@ class Player:
     def _hear(self) -> dict[str, Any]:
         """Returns what the process says next, nothing if it has ended."""
         line = self._process.stdout.readline()
-        said = json.loads(line) if line else {}
+        reply = json.loads(line) if line else {}
         if not line:
             self.fallen = f"ended with status {self._process.wait()}"
-        elif "error" in said:
-            self.fallen = said["error"]
-        return {} if self.fallen else said
+        elif "error" in reply:
+            self.fallen = reply["error"]
+        return {} if self.fallen else reply
 
 
 def ratio(times: list[float], others: list[float]) -> float:
@@ -150,7 +150,7 @@ def peak_host_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
 
 
-def ours(name: str, path: str, overrides: list[str]) -> Player:
+def our_player(name: str, path: str, overrides: list[str]) -> Player:
     """Starts a process with our training step of a configuration."""
     command = [sys.executable, "-m", "benchmarks.turns", f"--config={path}"]
     return Player(name, command + [f"--override={override}" for override in overrides])

@@ -76,8 +76,8 @@ def files(directory: AnyPath, *, nested: bool = False) -> list[AnyPath]:
         pattern = "*/**/*" if nested else "**/*"
         return sorted(file for file in directory.glob(pattern) if file.is_file())
     names = system(directory).find(os.fspath(directory))
-    found = [path(f"gs://{name}") for name in sorted(names)]
-    return [file for file in found if not nested or file.parent != directory]
+    entries = [path(f"gs://{name}") for name in sorted(names)]
+    return [file for file in entries if not nested or file.parent != directory]
 
 
 def move(directory: AnyPath, target: AnyPath) -> None:

@@ -48,18 +48,18 @@ def run(config: ConfigDict, directory: Path, *, blocks: Sequence[float]) -> Curv
     """
     with errors.setting_up():
         _check(config, blocks)
-        found = _begun(directory, config)
+        curve = _begun(directory, config)
     for count in sorted(blocks):
-        one = config.copy_and_resolve_references()
-        one.tune_blocks = float(count)
+        changed = config.copy_and_resolve_references()
+        changed.tune_blocks = float(count)
         if jax.process_index() == 0:
             print(f"tune_blocks={count:g}", flush=True)
-        metrics = train.run(one, directory / f"blocks_{count:g}")
-        found[count] = metrics[f"best/{_METRIC}"]
-        found = dict(sorted(found.items()))
+        metrics = train.run(changed, directory / f"blocks_{count:g}")
+        curve[count] = metrics[f"best/{_METRIC}"]
+        curve = dict(sorted(curve.items()))
         if jax.process_index() == 0:
-            _write(directory / RESULT, config, found)
-    return found
+            _write(directory / RESULT, config, curve)
+    return curve
 
 
 def _check(config: ConfigDict, blocks: Sequence[float]) -> None:
@@ -129,20 +129,20 @@ def names(directories: Sequence[Path]) -> list[str]:
     if len(whole) == 1:
         return [os.path.basename(whole[0])]
     above = os.path.commonpath(whole)
-    return [os.path.relpath(one, above) for one in whole]
+    return [os.path.relpath(path, above) for path in whole]
 
 
-def table(found: Curve) -> str:
+def table(curve: Curve) -> str:
     """Returns the accuracies in Markdown."""
     lines = ["| tuned blocks | best top-1, % |", "| --- | --- |"]
-    lines += [f"| {count:g} | {100 * value:.2f} |" for count, value in found.items()]
+    lines += [f"| {count:g} | {100 * value:.2f} |" for count, value in curve.items()]
     return "\n".join(lines)
 
 
-def _write(path: Path, config: ConfigDict, found: Curve) -> None:
+def _write(path: Path, config: ConfigDict, curve: Curve) -> None:
     content = {
         "init_from": config.init_from,
         "metric": _METRIC,
-        "accuracy": {f"{count:g}": value for count, value in found.items()},
+        "accuracy": {f"{count:g}": value for count, value in curve.items()},
     }
     paths.write_whole(path, json.dumps(content, indent=2) + "\n")

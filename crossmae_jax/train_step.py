@@ -111,13 +111,13 @@ def compile_steps(
     The state lies on the mesh as `sharding` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
-    lies = sharding.shardings(mesh, abstract_state(objective, tx, key))
-    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=lies)
+    shardings = sharding.shardings(mesh, abstract_state(objective, tx, key))
+    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=shardings)
     step = make_train_step(
         objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
     )
     step = jax.jit(
         parallel.within(mesh, step), donate_argnums=0,
-        out_shardings=(lies, parallel.replicated(mesh)),
+        out_shardings=(shardings, parallel.replicated(mesh)),
     )
     return init, step

@@ -243,8 +243,8 @@ def newest_step(directory: str | AnyPath) -> int:
     directory = paths.absolute(directory)
     step, _ = _newest_intact(directory, (VARIABLES,))
     if step is None:
-        found = steps.contents(directory)
-        raise RestoreError(f"No checkpoint in {directory}; {found}.")
+        contents = steps.contents(directory)
+        raise RestoreError(f"No checkpoint in {directory}; {contents}.")
     return step
 
 

@@ -77,11 +77,11 @@ def damage(path: AnyPath, parts: Collection[str]) -> str | None:
     if missing:
         return f"{shorten(missing, 2)} missing"
     try:
-        found = _digests([path / name for name in expected])
+        digests = _digests([path / name for name in expected])
     except OSError as error:
         return f"cannot be read ({error})"
     wrong = [
-        name for (name, digest), other in zip(expected.items(), found, strict=True)
+        name for (name, digest), other in zip(expected.items(), digests, strict=True)
         if digest != other
     ]
     return f"digest mismatch in {shorten(wrong, 2)}" if wrong else None

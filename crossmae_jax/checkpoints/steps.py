@@ -89,5 +89,5 @@ def contents(directory: AnyPath) -> str:
     if not directory.is_dir():
         return "there is no such directory"
     names = sorted(path.name for path in directory.iterdir())
-    found = f"found {digests.shorten(names, 5)} instead" if names else "it is empty"
-    return f"{found}. Give the directory `checkpoints` of a run"
+    listing = f"found {digests.shorten(names, 5)} instead" if names else "it is empty"
+    return f"{listing}. Give the directory `checkpoints` of a run"

@@ -79,8 +79,8 @@ def report(counted: "Cost", against: "Cost | None" = None) -> str:
         both["against"] = against
         head += ["GMACs / against", "parameters / against"]
         others = _rows(against)
-        for row, (part, ours) in zip(rows, parts.items(), strict=True):
-            row += map(_share, ours, others.get(part, (0, 0)))
+        for row, (part, counts) in zip(rows, parts.items(), strict=True):
+            row += map(_share, counts, others.get(part, (0, 0)))
     tokens = [
         [name, c.num_patches, c.num_keep, c.num_pred, c.num_thrown, c.decoder_tokens]
         for name, c in both.items()

@@ -36,26 +36,26 @@ def _size(num_bytes: int | float) -> str:
     return f"{num_bytes / unit:.2f} {name}"
 
 
-def _verdict(found: "Estimate") -> str:
-    if found.refusal:
-        return f"no: the compiler refuses: {found.refusal.splitlines()[0]}"
-    if found.fits == "unknown":
-        return f"unknown: no figures for {found.device_kind!r}; {_need(found)}"
-    sure, most, why, between = found.capacity
-    text = f"{found.fits}: {_need(found)} of {_size(sure)}, {why}"
-    if found.fits == "barely":
+def _verdict(estimate: "Estimate") -> str:
+    if estimate.refusal:
+        return f"no: the compiler refuses: {estimate.refusal.splitlines()[0]}"
+    if estimate.fits == "unknown":
+        return f"unknown: no figures for {estimate.device_kind!r}; {_need(estimate)}"
+    sure, most, why, between = estimate.capacity
+    text = f"{estimate.fits}: {_need(estimate)} of {_size(sure)}, {why}"
+    if estimate.fits == "barely":
         text += f"; {between}"
-    elif found.fits == "no" and most > sure:
+    elif estimate.fits == "no" and most > sure:
         text += f"; at most {_size(most)} can be used"
     return text
 
 
-def _need(found: "Estimate") -> str:
-    return _size(found.memory.total)
+def _need(estimate: "Estimate") -> str:
+    return _size(estimate.memory.total)
 
 
-def _memory(found: "Estimate") -> str:
-    memory = found.memory
+def _memory(estimate: "Estimate") -> str:
+    memory = estimate.memory
     rows = {
         "weights": memory.weights,
         "moments of the optimiser": memory.moments,
@@ -69,14 +69,14 @@ def _memory(found: "Estimate") -> str:
     return "\n".join([f"| memory of a device | {word} |", "| --- | --- |", *lines])
 
 
-def _exchanged(found: "Estimate") -> str:
-    if not found.exchanged:
+def _exchanged(estimate: "Estimate") -> str:
+    if not estimate.exchanged:
         return "none"
     parts = []
-    for kind in found.exchanged:
+    for kind in estimate.exchanged:
         least = "" if kind.exact else "at least "
         parts.append(f"{least}{kind.count} {kind.kind} of {_size(kind.num_bytes)}")
-    return f"{', '.join(parts)}; a device sends {_size(found.sent)} or more"
+    return f"{', '.join(parts)}; a device sends {_size(estimate.sent)} or more"
 
 
 _TERMS = {
@@ -86,13 +86,13 @@ _TERMS = {
 }
 
 
-def _bound(found: "Estimate", *, bfloat16: bool) -> str:
-    terms = found.roofline()
+def _bound(estimate: "Estimate", *, bfloat16: bool) -> str:
+    terms = estimate.roofline()
     if not terms:
-        return f"unknown: no figures for {found.device_kind!r}"
+        return f"unknown: no figures for {estimate.device_kind!r}"
     least = max(seconds for name, seconds in terms.items() if name != "memory")
     lines = [
-        f"{least * 1e3:.3g} ms or more, {found.batch_size / least:.0f} images/s or "
+        f"{least * 1e3:.3g} ms or more, {estimate.batch_size / least:.0f} images/s or "
         "fewer: a bound, not measured"
     ]
     lines += [
@@ -106,7 +106,7 @@ def _bound(found: "Estimate", *, bfloat16: bool) -> str:
     return ("\n" + 16 * " ").join(lines)
 
 
-def _largest(found: "Estimate", largest: "LargestBatch | None", tried: list[int]):
+def _largest(estimate: "Estimate", largest: "LargestBatch | None", tried: list[int]):
     if not tried:
         return "not sought; --batches=N,... compiles further batches to find it"
     if largest is None:
@@ -115,7 +115,7 @@ def _largest(found: "Estimate", largest: "LargestBatch | None", tried: list[int]
         return "none: not even one image a device"
     between = largest.compiled[0] <= largest.batch_size <= largest.compiled[1]
     how = "interpolated" if between else "extrapolated"
-    unit = found.num_devices * found.accum_steps
+    unit = estimate.num_devices * estimate.accum_steps
     digits = max(0, int(math.log10(largest.batch_size)) - 1)
     about = largest.batch_size // 10**digits * 10**digits // unit * unit
     return (
@@ -124,7 +124,7 @@ def _largest(found: "Estimate", largest: "LargestBatch | None", tried: list[int]
     )
 
 
-def _suggested(found: "Estimate", suggestions: "list[Suggestion]") -> str:
+def _suggested(estimate: "Estimate", suggestions: "list[Suggestion]") -> str:
     if not suggestions:
         return (
             "No number of micro-batches and no smaller batch makes it fit: weights, "
@@ -144,7 +144,7 @@ def _suggested(found: "Estimate", suggestions: "list[Suggestion]") -> str:
 
 
 def report(
-    found: "Estimate",
+    estimate: "Estimate",
     *,
     bfloat16: bool,
     largest: "LargestBatch | None" = None,
@@ -158,27 +158,28 @@ def report(
       tried: the further batches that `largest` was sought with.
       suggestions: what `estimate.suggest` returned, for one that does not fit.
     """
-    a_device = found.batch_size // found.num_devices
+    a_device = estimate.batch_size // estimate.num_devices
     lines = [
-        f"fits            {_verdict(found)}",
-        f"compiled        in {found.seconds:.0f} s for {found.num_devices} x "
-        f"{found.device_kind}; not run",
+        f"fits            {_verdict(estimate)}",
+        f"compiled        in {estimate.seconds:.0f} s for {estimate.num_devices} x "
+        f"{estimate.device_kind}; not run",
         f"a device's step {a_device} images"
-        + (f" in {found.accum_steps} parts" if found.accum_steps > 1 else "")
-        + f", {found.flops / 1e12:.4g} TFLOP",
-        f"layout          {found.layout}",
-        f"step time       {_bound(found, bfloat16=bfloat16)}",
-        f"largest batch   {_largest(found, largest, tried or [])}",
+        + (f" in {estimate.accum_steps} parts" if estimate.accum_steps > 1 else "")
+        + f", {estimate.flops / 1e12:.4g} TFLOP",
+        f"layout          {estimate.layout}",
+        f"step time       {_bound(estimate, bfloat16=bfloat16)}",
+        f"largest batch   {_largest(estimate, largest, tried or [])}",
     ]
     parts = []
-    if found.memory is not None:
+    if estimate.memory is not None:
         lines += [
-            f"attention       {found.attention}", f"exchanged       {_exchanged(found)}"
+            f"attention       {estimate.attention}",
+            f"exchanged       {_exchanged(estimate)}",
         ]
-        parts.append(_memory(found))
+        parts.append(_memory(estimate))
     parts.insert(0, "\n".join(lines))
     if suggestions is not None:
-        parts.append(_suggested(found, suggestions))
+        parts.append(_suggested(estimate, suggestions))
     return "\n\n".join(parts)
 
 
@@ -220,17 +221,17 @@ def main(argv: Sequence[str]) -> None:
 
     print(f"{given.title}\nfor {target}\n", flush=True)
     with errors.naming(given.file):
-        found = estimate.estimate(config, target)
+        result = estimate.estimate(config, target)
         others = [
             estimate.estimate(
                 estimate.with_settings(config, {"data.batch_size": size}), target
             )
-            for size in batches if size != found.batch_size
+            for size in batches if size != result.batch_size
         ]
         suggestions = None
-        if found.fits == "no":
-            suggestions = estimate.suggest(config, found, num_tests=given.tests)
+        if result.fits == "no":
+            suggestions = estimate.suggest(config, result, num_tests=given.tests)
     print(report(
-        found, bfloat16=config.model.dtype == "bfloat16", tried=list(batches),
-        largest=estimate.largest_batch([found, *others]), suggestions=suggestions,
+        result, bfloat16=config.model.dtype == "bfloat16", tried=list(batches),
+        largest=estimate.largest_batch([result, *others]), suggestions=suggestions,
     ))

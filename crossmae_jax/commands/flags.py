@@ -247,7 +247,7 @@ class _Parser:
             return values([self._program, *argv], known_only=known_only)[1:]
         except absl_flags.UnrecognizedFlagError as error:
             name = f"--{error.flagname}"
-            known = [f"--{each}" for each in self._table]
+            known = [f"--{flag}" for flag in self._table]
             self.stop(f"Unknown flag {name}.{did_you_mean(name, known)}")
         except absl_flags.Error as error:
             self.stop(str(error))

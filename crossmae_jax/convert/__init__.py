@@ -65,8 +65,8 @@ def import_weights(
             return ["not checked, as was asked"]
         written = open_weights(temporary, format="safetensors")
         other = "safetensors" if weights.format == "run" else weights.format
-        theirs = temporary if weights.format == "run" else Path(path)
-        return checks.compare(written, theirs, other)
+        source = temporary if weights.format == "run" else Path(path)
+        return checks.compare(written, source, other)
 
     return _commit(weights, Path(to), lines, write)
 
@@ -133,12 +133,12 @@ def _commit(weights: Weights, to: Path, lines: list[str], write: Any) -> Convers
     temporary = to.with_name(f".{to.stem}.unfinished{to.suffix}")
     _remove(temporary)
     try:
-        said = write(temporary)
+        remarks = write(temporary)
         temporary.rename(to)
     finally:
         _remove(temporary)
     count = sum(value.size for value in weights.tensors.values())
-    lines += [f"{len(weights.tensors)} tensors, {count:,} numbers, in {to}", *said]
+    lines += [f"{len(weights.tensors)} tensors, {count:,} numbers, in {to}", *remarks]
     return Conversion(to, weights.card, lines)
 
 

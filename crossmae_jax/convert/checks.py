@@ -67,9 +67,9 @@ def compare(weights: Weights, path: Path, format: str) -> list[str]:
         than rounding.
     """
     if format == "safetensors":
-        found = opening.open_weights(path, format=format).tensors
-        _check_same(found, weights.tensors)
-        return [f"check: {len(found)} tensors read back, all exactly as they were"]
+        tensors = opening.open_weights(path, format=format).tensors
+        _check_same(tensors, weights.tensors)
+        return [f"check: {len(tensors)} tensors read back, all exactly as they were"]
     package = "transformers" if format == "huggingface" else "timm"
     if obstacle := packages.obstacle(package, _MODULES[package]):
         return [f"not checked: {obstacle}"]
@@ -91,10 +91,10 @@ def compare(weights: Weights, path: Path, format: str) -> list[str]:
         ) from error
     if theirs:
         ours = _ours(weights, images, noise, predicts="predictions" in theirs)
-        said = _differences(ours, theirs, reader)
+        summary = _differences(ours, theirs, reader)
         if path.is_file():
-            said += "; both sides take heads, pooling and activation as said above"
-        lines = [said, *lines]
+            summary += "; both sides take heads, pooling and activation as said above"
+        lines = [summary, *lines]
     return lines
 
 
@@ -109,7 +109,7 @@ def _inputs(card: Card) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _differences(ours: Outputs, theirs: Outputs, reader: str) -> str:
-    said = []
+    phrases = []
     for name, expected in theirs.items():
         assert ours[name].shape == expected.shape, (name, ours[name].shape)
         largest = np.abs(expected).max()
@@ -120,17 +120,17 @@ def _differences(ours: Outputs, theirs: Outputs, reader: str) -> str:
                 f"the largest value of {reader} is {largest:.3g}; rounding explains "
                 f"{TOLERANCE:g} of that at most."
             )
-        verb = "by" if said else "differ by at most"
-        said.append(f"{name} {verb} {difference:.1e} (largest value {largest:.3g})")
-    return f"check: {NUM_IMAGES} random images through {reader}: {', '.join(said)}"
+        verb = "by" if phrases else "differ by at most"
+        phrases.append(f"{name} {verb} {difference:.1e} (largest value {largest:.3g})")
+    return f"check: {NUM_IMAGES} random images through {reader}: {', '.join(phrases)}"
 
 
-def _check_same(found: Tensors, expected: Tensors, *, but: str = " ", left_over=()):
+def _check_same(tensors: Tensors, expected: Tensors, *, but: str = " ", left_over=()):
     """Checks names and shapes, and the values of what does not start with `but`."""
     shapes = {name: value.shape for name, value in expected.items()}
-    names.check_match(found, shapes, left_over=left_over)
+    names.check_match(tensors, shapes, left_over=left_over)
     if differing := [
-        name for name, value in found.items() if not name.startswith(but)
+        name for name, value in tensors.items() if not name.startswith(but)
         and not np.array_equal(value.read(), expected[name].read())
     ]:
         raise ConversionError(
@@ -159,8 +159,8 @@ def _ours(
             loss, _ = objective.prediction_loss(predicted, target, ids)
             return {"predictions": predicted["pixels"].values, "loss": loss}
         if weights.card.kind == "classifier":
-            found = model.apply(variables, images)._asdict()
-            return found | {"tokens": found["tokens"].sequence}
+            results = model.apply(variables, images)._asdict()
+            return results | {"tokens": results["tokens"].sequence}
         variables = {name: tree["encoder"] for name, tree in variables.items()}
         return {"tokens": model.apply(variables, images).last.sequence}
 
@@ -171,8 +171,8 @@ def _ours(
         for path, leaf in like.items()
     })
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(outputs)(variables, jnp.asarray(images), jnp.asarray(noise))
-    return {name: np.asarray(x) for name, x in found.items() if x is not None}
+        results = jax.jit(outputs)(variables, jnp.asarray(images), jnp.asarray(noise))
+    return {name: np.asarray(x) for name, x in results.items() if x is not None}
 
 
 def _timm(weights, path, images, noise) -> tuple[Outputs, list[str]]:
@@ -253,9 +253,9 @@ def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
     )
     misfits = ""
     for title in ("missing", "unexpected", "mismatched"):
-        found = sorted(map(str, info[f"{title}_keys"]))
-        found = (name for name in found if not name.startswith("pooler."))
-        misfits += names.listing(title, found)
+        keys = sorted(map(str, info[f"{title}_keys"]))
+        keys = (name for name in keys if not name.startswith("pooler."))
+        misfits += names.listing(title, keys)
     if misfits:
         raise ConversionError(f"transformers does not load {path} as it is.{misfits}")
     inputs = {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2)}

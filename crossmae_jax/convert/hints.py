@@ -70,10 +70,10 @@ class Facts:
           ConversionError: if the two contradict each other.
         """
         for name, value in dataclasses.asdict(given).items():
-            found = getattr(self, name)
-            if None not in (found, value) and found != value:
+            in_file = getattr(self, name)
+            if None not in (in_file, value) and in_file != value:
                 raise ConversionError(
-                    f"{name}={value!r} was given, but the file says {found!r}; leave "
+                    f"{name}={value!r} was given, but the file says {in_file!r}; leave "
                     "it out."
                 )
         return dataclasses.replace(self, **{
@@ -106,7 +106,7 @@ def of_huggingface(
             f"{path} is a bare file of transformers; give the folder with its "
             "config.json."
         )
-    found: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
+    facts: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
     if (epsilon := config.get("layer_norm_eps", 1e-12)) != 1e-6:
         evidence.append(
             f"config.json has layer_norm_eps {epsilon}; MAE was trained with 1e-6, "
@@ -119,22 +119,22 @@ def of_huggingface(
                 f"{path}: {name} is {config[name]!r}, but here it is always {usual!r}."
             )
     if "decoder_num_attention_heads" in config:
-        found |= {
+        facts |= {
             "decoder_heads": config["decoder_num_attention_heads"],
             "normalize": config.get("norm_pix_loss"),
             "mask_ratio": config.get("mask_ratio"),
         }
     size = config.get("image_size")
     if size is not None:
-        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+        facts["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     evidence.append("heads, image size and target: from config.json")
     if (path / "preprocessor_config.json").is_file():
         processor = read_json(path / "preprocessor_config.json")
         if {"image_mean", "image_std"} <= processor.keys():
-            found["mean"] = tuple(processor["image_mean"])
-            found["std"] = tuple(processor["image_std"])
+            facts["mean"] = tuple(processor["image_mean"])
+            facts["std"] = tuple(processor["image_std"])
             evidence.append("mean and std: from preprocessor_config.json")
-    return Facts(**found)
+    return Facts(**facts)
 
 
 def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
@@ -162,22 +162,22 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
             f"{arguments.get('fc_norm')!r}; known are the normed class token, and the "
             "mean of patch tokens with a norm after it."
         )
-    found: dict[str, Any] = {"num_heads": arguments.get("num_heads")}
+    facts: dict[str, Any] = {"num_heads": arguments.get("num_heads")}
     size = arguments.get("img_size", cfg.get("input_size", (None,))[1:])
     if size:
-        found["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+        facts["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     if {"mean", "std"} <= cfg.keys():
-        found |= {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
+        facts |= {"mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
         evidence.append("image size, mean and std: from config.json")
     else:
         evidence.append("mean and std: not in the file")
-    return Facts(**found)
+    return Facts(**facts)
 
 
 def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:
     """Returns what a checkpoint of MAE or CrossMAE tells by its arguments."""
     args = _arguments(rest)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         ours: args[theirs] for ours, theirs, kind in (
             ("normalize", "norm_pix_loss", bool), ("mask_ratio", "mask_ratio", float),
             ("pred_ratio", "kept_mask_ratio", float),
@@ -187,10 +187,10 @@ def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:
     blocks = args.get("use_fm")
     if isinstance(blocks, list) and all(isinstance(block, int) for block in blocks):
         # The reference's [-1] stands for all blocks, not for the last one.
-        found["fusion_maps"] = () if blocks == [-1] else tuple(blocks)
-    if found:
+        facts["fusion_maps"] = () if blocks == [-1] else tuple(blocks)
+    if facts:
         evidence.append("masking, target and fusion: from the arguments in the file")
-    return Facts(**found)
+    return Facts(**facts)
 
 
 def _arguments(rest: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def recipe(rest: dict[str, Any]) -> dict[str, Any]:
         "epochs", "batch_size", "accum_iter", "blr", "weight_decay", "warmup_epochs"
     )
     # Numbers only: a file may hold anything, of any size.
-    found = {name: args[name] for name in kept if type(args.get(name)) in (int, float)}
+    values = {name: args[name] for name in kept if type(args.get(name)) in (int, float)}
     if isinstance(rest.get("epoch"), int):
-        found["epoch"] = rest["epoch"]
-    return found
+        values["epoch"] = rest["epoch"]
+    return values

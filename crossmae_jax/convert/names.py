@@ -187,15 +187,15 @@ def to_ours(table: Table, theirs: Tensors) -> tuple[dict[str, Tensor], list[str]
         else:
             left_over.append(name)
     ours = {}
-    for (row, number), found in parts.items():
+    for (row, number), tensors in parts.items():
         expected = [template.replace("{i}", number) for template in row.theirs]
         rank = _RANKS.get(row.layout)
-        if len(found) < len(expected) or rank and any(
-            len(part.shape) != rank for part in found.values()
+        if len(tensors) < len(expected) or rank and any(
+            len(part.shape) != rank for part in tensors.values()
         ):
-            left_over += found
+            left_over += tensors
             continue
-        joined = _joined([found[name] for name in expected])
+        joined = _joined([tensors[name] for name in expected])
         ours[row.ours.replace("{i}", number)] = joined.then(_LAYOUTS[row.layout][0])
     return ours, left_over
 

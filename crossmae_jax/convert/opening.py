@@ -161,13 +161,13 @@ def _recognise_folder(path: Path) -> tuple[str, str]:
     elif (path / WEIGHTS).is_file():
         format, reason = recognise(path / WEIGHTS)
         return format, f"{reason}, in {WEIGHTS}"
-    found = sorted(entry.name for entry in path.iterdir())[:5]
+    entries = sorted(entry.name for entry in path.iterdir())[:5]
     hint = ""
     if path.name == "checkpoints" or (path.parent.name == "checkpoints"):
         hint = " Give the --workdir of the run instead."
     raise ConversionError(
         f"{path} is no run, no import and no folder of timm or transformers; it holds "
-        f"{', '.join(found) or 'nothing'}.{hint}"
+        f"{', '.join(entries) or 'nothing'}.{hint}"
     )
 
 
@@ -264,8 +264,8 @@ def _open_foreign(
             f"{path} is not of the format {format}: it has no {patch_name} of 4 axes."
         )
     if isinstance(rest.get(EMBEDDED), str):  # we wrote it
-        if told := [k for k, v in dataclasses.asdict(given).items() if v is not None]:
-            raise ConversionError(f"{path} has a card; leave out {', '.join(told)}.")
+        if extras := [k for k, v in dataclasses.asdict(given).items() if v is not None]:
+            raise ConversionError(f"{path} has a card; leave out {', '.join(extras)}.")
         card = cards.from_json(rest[EMBEDDED])
         evidence.append("model: from the card in the file")
         normed = card.kind == "classifier" or card.fusion.final_norm

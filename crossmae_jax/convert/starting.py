@@ -136,8 +136,8 @@ def _part(name: str) -> str:
     return "the encoder's norm" if (first, second) == ("encoder", "norm") else first
 
 
-def _line(title: str, found: Any, remark: str = "") -> str:
-    counts = collections.Counter(map(_part, found))
+def _line(title: str, tensors: Any, remark: str = "") -> str:
+    counts = collections.Counter(map(_part, tensors))
     parts = ", ".join(
         f"{part} ({counts[part]} tensors)" for part in PARTS if part in counts
     )
@@ -252,9 +252,9 @@ def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
 
 def _reason(card: Card, config: ConfigDict) -> str:
     """Says in which settings file and model differ."""
-    told, titles = [], (card.encoder.title, encoders.build_encoder(config).title)
+    differences, titles = [], (card.encoder.title, encoders.build_encoder(config).title)
     if titles[0] != titles[1]:
-        told.append(f"file is {titles[0]}, model is {titles[1]}")
+        differences.append(f"file is {titles[0]}, model is {titles[1]}")
     theirs, ours = (
         workdir.flatten(side) for side in (card.model, config.model.to_dict())
     )
@@ -262,9 +262,9 @@ def _reason(card: Card, config: ConfigDict) -> str:
         "encoder.mlp_ratio", "decoder.dim", "decoder.depth", "decoder.mlp_ratio"
     ):
         if name in theirs and name in ours and theirs[name] != ours[name]:
-            told.append(f"file has {name}={theirs[name]}, model {ours[name]}")
+            differences.append(f"file has {name}={theirs[name]}, model {ours[name]}")
     if card.channels != config.data.channels:
-        told.append(
+        differences.append(
             f"file is for {card.channels} channels, model for {config.data.channels}"
         )
     advice = (
@@ -272,4 +272,4 @@ def _reason(card: Card, config: ConfigDict) -> str:
         "crossmae_jax convert export FILE --format=safetensors --parts=encoder "
         "--to=NEW.safetensors"
     )
-    return f"{'; '.join(told) or 'unknown'}; {advice}"
+    return f"{'; '.join(differences) or 'unknown'}; {advice}"

@@ -201,7 +201,7 @@ def _head_settings(tensors: Tensors, evidence: list[str]) -> dict[str, Any]:
 
 def _depth(tensors: Tensors, prefix: str) -> int:
     pattern = re.compile(rf"{prefix}(\d+)/")
-    blocks = {int(found[1]) for name in tensors if (found := pattern.match(name))}
+    blocks = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     for number in range(len(blocks)):
         if number not in blocks:
             raise ConversionError(

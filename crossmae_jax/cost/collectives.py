@@ -87,8 +87,8 @@ def read(text: str, num_devices: int) -> list[Collective]:
       num_devices: that the program runs on.
     """
     computations, entry = _computations(text)
-    found = _count(entry, computations, num_devices, {})
-    return [Collective(kind, *found[kind]) for kind in _SENT if kind in found]
+    totals = _count(entry, computations, num_devices, {})
+    return [Collective(kind, *totals[kind]) for kind in _SENT if kind in totals]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -100,12 +100,12 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     computations, entry, lines, channels, groups = {}, "", [], set(), {}
     fused = False
     for line in text.splitlines():
-        if found := _COMPUTATION.match(line):
-            lines = computations.setdefault(found[2], [])
-            entry = found[2] if found[1] else entry
-            fused = "fusion" in found[2] or "fused" in found[2]
-        elif found := _INSTRUCTION.match(line):
-            name, right = found.groups()
+        if match := _COMPUTATION.match(line):
+            lines = computations.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+            fused = "fusion" in match[2] or "fused" in match[2]
+        elif match := _INSTRUCTION.match(line):
+            name, right = match.groups()
             operation = _OPCODE.search(right)
             if fused and operation and operation[1] in _SENT:
                 channel = _CHANNEL.search(right)
@@ -159,12 +159,12 @@ def _count(
         operation = _OPCODE.search(line)
         if not operation or operation[1] in ("async-update", "async-done"):
             continue  # what these belong to was counted with async-start
-        kind, said = operation[1].removesuffix("-done"), line
+        kind, exchange = operation[1].removesuffix("-done"), line
         if scatter := _SCATTER.search(line):
             kind = "reduce-scatter"
             body = computations.get(scatter[0].partition("=")[2].lstrip("%"), [])
-            said = next((inner for inner in body if " all-reduce(" in inner), line)
-        size = _group_size(said, num_devices)
+            exchange = next((inner for inner in body if " all-reduce(" in inner), line)
+        size = _group_size(exchange, num_devices)
         if kind in _SENT and size > 1:
             num_bytes = _num_bytes(line[:operation.start()])
             sent = float(_SENT[kind](size) * num_bytes)
@@ -180,10 +180,10 @@ def _count(
             called += [branch.strip().lstrip("%") for branch in branches.split(",")]
         for other in called:
             inner = _count(other, computations, num_devices, known)
-            for inner_kind, each in inner.items():
+            for inner_kind, part in inner.items():
                 add(inner_kind, _Total(
-                    times * each.count, times * each.num_bytes, times * each.sent,
-                    exact and each.exact,
+                    times * part.count, times * part.num_bytes, times * part.sent,
+                    exact and part.exact,
                 ))
     known[name] = total
     return total

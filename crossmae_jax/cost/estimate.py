@@ -243,11 +243,11 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
 
 
 def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
-    found = compiled.memory_analysis()
-    temporaries = found.temp_size_in_bytes
+    sizes = compiled.memory_analysis()
+    temporaries = sizes.temp_size_in_bytes
     total = (
-        found.argument_size_in_bytes + found.output_size_in_bytes
-        - found.alias_size_in_bytes + found.generated_code_size_in_bytes + temporaries
+        sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes + sizes.generated_code_size_in_bytes + temporaries
     )
     weights = _num_bytes(state.variables)
     moments = _num_bytes((state.opt_state, state.step))
@@ -285,7 +285,7 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         refusal = str(error)
-    found = Estimate(
+    result = Estimate(
         target=target, device_kind=here.device_kind, num_devices=num_devices,
         layout=lowered.layout,
         device=device, capacity=capacity(target, device, here),
@@ -294,11 +294,11 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
         flops=counting.count(config).train_flops * config.data.batch_size / num_devices,
     )
     if compiled is None:
-        return found
+        return result
     text = compiled.as_text()
     accessed = (compiled.cost_analysis() or {}).get("bytes accessed")
     return dataclasses.replace(
-        found,
+        result,
         memory=_memory(compiled, lowered.state, lowered.batch),
         # The compiler counts a loop's body once, and micro-batches are a loop.
         accessed=accessed if config.optim.accum_steps == 1 else None,
@@ -307,16 +307,16 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
     )
 
 
-def largest_batch(found: list[Estimate]) -> LargestBatch | None:
+def largest_batch(estimates: list[Estimate]) -> LargestBatch | None:
     """Returns the largest batch that surely fits; None if it cannot be told.
 
     Memory is taken to grow in proportion to the batch. It takes two batch sizes, that
     the compiler did not refuse; of more, the two nearest to the device's memory count.
     """
-    known = {each.batch_size: each for each in found if each.memory}
-    if len(known) < 2 or found[0].capacity is None:
+    known = {each.batch_size: each for each in estimates if each.memory}
+    if len(known) < 2 or estimates[0].capacity is None:
         return None
-    room = found[0].capacity.sure
+    room = estimates[0].capacity.sure
     nearest = sorted(known.values(), key=lambda x: abs(x.memory.total - room))[:2]
     small, large = sorted(nearest, key=lambda x: x.batch_size)
     slope = (large.memory.total - small.memory.total) / (
@@ -331,7 +331,7 @@ def largest_batch(found: list[Estimate]) -> LargestBatch | None:
     )
 
 
-def _divisor(found: Estimate, copies: int) -> float | None:
+def _divisor(current: Estimate, copies: int) -> float | None:
     """Returns by what the images at work must be divided; None if nothing helps.
 
     A tenth more than the arrays that grow with them ask for. At least 2 where the
@@ -340,30 +340,30 @@ def _divisor(found: Estimate, copies: int) -> float | None:
     Args:
       copies: of the weights, which the gradients take however few images there are.
     """
-    if found.memory is None or found.capacity is None:
+    if current.memory is None or current.capacity is None:
         return 2.0
-    fixed = found.memory.state + copies * found.memory.weights
-    room = found.capacity.sure - fixed
+    fixed = current.memory.state + copies * current.memory.weights
+    room = current.capacity.sure - fixed
     if room <= 0:
         return None
-    return 1.1 * max(0, found.memory.total - fixed) / room
+    return 1.1 * max(0, current.memory.total - fixed) / room
 
 
-def candidates(config: ConfigDict, found: Estimate) -> list[Iterator[dict[str, Any]]]:
+def candidates(config: ConfigDict, current: Estimate) -> list[Iterator[dict[str, Any]]]:
     """Returns ways to make a configuration fit, each from its mildest form on.
 
     More micro-batches and recomputation leave the result of a step as it is; a smaller
     batch is another training.
     """
     ways = []
-    batch, now, devices = found.batch_size, found.accum_steps, found.num_devices
-    if least := _divisor(found, copies=2):  # of one part, and the sum of all
+    batch, now, devices = current.batch_size, current.accum_steps, current.num_devices
+    if least := _divisor(current, copies=2):  # of one part, and the sum of all
         ways.append(
             {"optim.accum_steps": parts}
             for parts in range(max(now + 1, math.ceil(now * least)), batch + 1)
             if batch % (devices * parts) == 0
         )
-    if smaller := _divisor(found, copies=1):
+    if smaller := _divisor(current, copies=1):
         if config.model.remat != "full":
             ways.append(iter([{"model.remat": "full"}]))
         halved = (batch // 2**power for power in range(1, batch.bit_length()))
@@ -376,7 +376,7 @@ def candidates(config: ConfigDict, found: Estimate) -> list[Iterator[dict[str, A
 
 
 def suggest(
-    config: ConfigDict, found: Estimate, *, num_tests: int
+    config: ConfigDict, current: Estimate, *, num_tests: int
 ) -> list[Suggestion]:
     """Returns settings that may make a configuration fit that does not.
 
@@ -385,12 +385,12 @@ def suggest(
         that does not is followed by the next stronger.
     """
     suggestions = []
-    for way in candidates(config, found):
+    for way in candidates(config, current):
         for settings in way:
             tried = None
             if num_tests > 0:
                 num_tests -= 1
-                tried = estimate(with_settings(config, settings), found.target)
+                tried = estimate(with_settings(config, settings), current.target)
             suggestions.append(Suggestion(settings, tried))
             if tried is None or tried.fits == "yes":
                 break

@@ -72,7 +72,7 @@ def _products(
       trained: which of its arguments depend on what is trained.
       scope: where it is called.
     """
-    found = []
+    products = []
     depending = {x for x, depends in zip(jaxpr.invars, trained, strict=True) if depends}
     for equation in jaxpr.eqns:
         place = f"{scope}/{equation.source_info.name_stack}"
@@ -81,15 +81,15 @@ def _products(
             *_, module = ["", *_MODULE.findall(place)]
             path = tuple(filter(None, module.split("/")))
             macs = _MACS[equation.primitive.name](equation)
-            found.append(Product(path, macs, any(flags)))
+            products.append(Product(path, macs, any(flags)))
             results = [any(flags)]
         elif equation.primitive.name == "stop_gradient":
             results = [False]
         else:
             inner, results = _inner(equation, flags, place)
-            found += inner
+            products += inner
         depending.update(x for x, yes in zip(equation.outvars, results) if yes)
-    return found, [isinstance(x, core.Var) and x in depending for x in jaxpr.outvars]
+    return products, [isinstance(x, core.Var) and x in depending for x in jaxpr.outvars]
 
 
 def _inner(
@@ -97,26 +97,26 @@ def _inner(
 ) -> tuple[list[Product], list[bool]]:
     """Returns what `_products` does, for the programs inside of an equation."""
     name, params = equation.primitive.name, equation.params
-    calls = [_call(each, flags, place, params) for each in _jaxprs(params)]
-    found = [products for products, _ in calls]
+    calls = [_call(program, flags, place, params) for program in _jaxprs(params)]
+    of_calls = [products for products, _ in calls]
     # Whether a result depends is known where it is one of the inner program's.
     results = [any(flags)] * len(equation.outvars)
-    if calls and all(len(each) == len(results) for _, each in calls):
-        results = [any(each) for each in zip(*(each for _, each in calls))]
+    if calls and all(len(depends) == len(results) for _, depends in calls):
+        results = [any(column) for column in zip(*(depends for _, depends in calls))]
     repeats = 1
     if name == "cond":
         general = params.get("branches_platforms")
-        found = [found[-1] if general else max(found, key=_total)]
+        of_calls = [of_calls[-1] if general else max(of_calls, key=_total)]
     elif name == "scan":
         repeats = params["length"]
     elif name == "pallas_call":
         repeats = math.prod(params["grid_mapping"].grid)
-    elif name == "while" and any(found):
+    elif name == "while" and any(of_calls):
         raise NotImplementedError(
             f"A loop of no fixed length multiplies matrices, in {place}; how often "
             "cannot be read from the program. Write it as a scan."
         )
-    products = itertools.chain.from_iterable(found)
+    products = itertools.chain.from_iterable(of_calls)
     return [x._replace(macs=repeats * x.macs) for x in products], results
 
 
@@ -146,10 +146,10 @@ def _total(products: list[Product]) -> int:
 def _jaxprs(params: dict[str, Any]) -> Iterator[core.Jaxpr]:
     """Yields the programs inside of an equation."""
     for value in params.values():
-        for each in value if isinstance(value, tuple) else (value,):
-            each = getattr(each, "jaxpr", each)  # of a closed one
-            if isinstance(each, core.Jaxpr):
-                yield each
+        for program in value if isinstance(value, tuple) else (value,):
+            program = getattr(program, "jaxpr", program)  # of a closed one
+            if isinstance(program, core.Jaxpr):
+                yield program
 
 
 def _of_matrices(equation: core.JaxprEqn) -> int:

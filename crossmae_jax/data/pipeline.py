@@ -130,15 +130,15 @@ def blank_batch(data: ConfigDict, *, batch_size: int, valid: bool = False) -> Ba
 
 def _all_fields(transform: Transform, *, evaluation: bool) -> dict[str, Field]:
     """Returns what a batch consists of: what the transform makes, and our numbers."""
-    ours = {"valid": Field((), "bool", False), "sample": Field((), "uint32", 0)}
-    if taken := sorted(ours.keys() & transform.fields.keys()):
+    own_fields = {"valid": Field((), "bool", False), "sample": Field((), "uint32", 0)}
+    if taken := sorted(own_fields.keys() & transform.fields.keys()):
         raise ValueError(
             f"{type(transform).__name__} has a field {taken[0]!r}, which is an array "
             "of every batch already; give it another name."
         )
     if not evaluation:
-        del ours["valid"]
-    return {**transform.fields, **ours}
+        del own_fields["valid"]
+    return {**transform.fields, **own_fields}
 
 
 class Batches(Iterator[Batch]):

@@ -197,8 +197,8 @@ def _tasks_on_this_node(variables: Mapping[str, str]) -> int:
     """Reads SLURM's list of tasks by node, such as "8(x3),4"."""
     counts: list[int] = []
     for part in variables["SLURM_STEP_TASKS_PER_NODE"].split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        counts += [int(found[1])] * int(found[2] or 1)
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts[int(variables["SLURM_NODEID"])]
 
 
@@ -283,8 +283,8 @@ def check_same(text: str) -> None:
             f"This is one of {jax.process_count()} processes that JAX's runtime does "
             "not connect; call distributed.cluster.join() before JAX is used."
         )
-    found = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
-    others = np.flatnonzero(found != found[0]).tolist()
+    digests = multihost_utils.process_allgather(np.uint32(zlib.crc32(text.encode())))
+    others = np.flatnonzero(digests != digests[0]).tolist()
     if others:
         raise ClusterError(
             f"The configuration of host(s) {', '.join(map(str, others))} is not that "
@@ -297,8 +297,8 @@ def check_shared(path: Path) -> None:
     if jax.process_count() == 1:
         return
     multihost_utils.sync_global_devices(f"crossmae_jax: {path.name} is written")
-    found = multihost_utils.process_allgather(np.uint32(path.exists()))
-    blind = np.flatnonzero(found == 0).tolist()
+    sights = multihost_utils.process_allgather(np.uint32(path.exists()))
+    blind = np.flatnonzero(sights == 0).tolist()
     if blind:
         raise ClusterError(
             f"Host(s) {', '.join(map(str, blind))} do not see {path}, which host 0 has "

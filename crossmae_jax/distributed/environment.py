@@ -89,8 +89,8 @@ def describe() -> dict[str, Any]:
 def command() -> list[str] | None:
     """Returns the command that this process runs, None if it is none of ours."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    ours = module is not None and module.name.startswith("crossmae_jax.")
-    return sys.orig_argv if ours or Path(sys.argv[0]).name == "crossmae-jax" else None
+    is_own = module is not None and module.name.startswith("crossmae_jax.")
+    return sys.orig_argv if is_own or Path(sys.argv[0]).name == "crossmae-jax" else None
 
 
 def write_environment(workdir: str | Path) -> None:
@@ -164,15 +164,15 @@ def check_accelerator(
     """
     backend = jax.default_backend() if backend is None else backend
     platforms = jax.config.jax_platforms if platforms is None else platforms
-    found = find_accelerator(root)
+    device = find_accelerator(root)
     if backend != "cpu":
         return f"JAX uses the {backend}."
     if platforms:
         asked = f"JAX uses the CPU because JAX_PLATFORMS={platforms} asks for it"
-        return f"{asked}; found: {' ('.join(found)})." if found else f"{asked}."
-    if found is None:
+        return f"{asked}; found: {' ('.join(device)})." if device else f"{asked}."
+    if device is None:
         return "JAX uses the CPU: no NVIDIA GPU or TPU found."
-    kind, shown = found
+    kind, shown = device
     name, plugins = _PLUGINS[kind]
     if installed is None:
         installed = tuple(plugin for plugin in plugins if package_version(plugin))

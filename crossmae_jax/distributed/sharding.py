@@ -133,9 +133,9 @@ def make_mesh(
     elif fsdp not in compact:
         reason += "; copies lie across hosts, whose links gathering takes time of"
     mesh = parallel.make_mesh(devices, fsdp=fsdp)
-    lies = "whole on every device" if fsdp == 1 else f"cut over {fsdp} devices"
+    placement = "whole on every device" if fsdp == 1 else f"cut over {fsdp} devices"
     return mesh, (
-        f"{num_devices // fsdp} data x {fsdp} fsdp; weights and moments {lies}, "
+        f"{num_devices // fsdp} data x {fsdp} fsdp; weights and moments {placement}, "
         f"{reason}"
     )
 
@@ -152,8 +152,8 @@ def _least_memory() -> int | None:
     here = hardware.memory(jax.local_devices()[0])
     if jax.process_count() == 1:
         return here
-    found = multihost_utils.process_allgather(np.float32(here or 0))
-    return int(found.min()) or None
+    memories = multihost_utils.process_allgather(np.float32(here or 0))
+    return int(memories.min()) or None
 
 
 def _compact(devices: Sequence[jax.Device]) -> list[int]:

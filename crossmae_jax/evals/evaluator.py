@@ -105,10 +105,12 @@ class Evaluation:
         asked = self._exactly(Wanted(split, num_images, output))
         if asked not in self._extracted:
             together = dict.fromkeys([asked, *(
-                self._exactly(each) for each in self.wanted
-                if each.split in self.num_images and each.output in features.ROWS
+                self._exactly(request) for request in self.wanted
+                if request.split in self.num_images and request.output in features.ROWS
             )])
-            outputs = [each.output for each in together if each[:2] == asked[:2]]
+            outputs = [
+                request.output for request in together if request[:2] == asked[:2]
+            ]
             every = asked.num_images == self.num_images[split]
             extracted = features.extract(
                 self.predict,
@@ -155,7 +157,7 @@ class Evaluator(Protocol):
 
 def wanted(evaluators: Iterable[Evaluator]) -> tuple[Wanted, ...]:
     """Returns what these evaluators will ask an `Evaluation` for."""
-    return tuple(each for evaluator in evaluators for each in evaluator.wanted())
+    return tuple(request for evaluator in evaluators for request in evaluator.wanted())
 
 
 def check(evaluators: Mapping[str, Evaluator], about: About) -> None:
@@ -169,7 +171,7 @@ def check(evaluators: Mapping[str, Evaluator], about: About) -> None:
         evaluator refuses: a lack of labels or of a split, too many neighbours, ...
     """
     for name, evaluator in evaluators.items():
-        lacking = {each.output for each in evaluator.wanted()} - about.outputs
+        lacking = {request.output for request in evaluator.wanted()} - about.outputs
         if lacking:
             raise ValueError(
                 f"config.evals.{name} needs the output {', '.join(sorted(lacking))}, "

@@ -131,22 +131,22 @@ def evaluate(
     """
     num_classes = features.check_labelled(train, test)
     ks = numbers(k)
-    for each in ks:
-        if not 1 <= each <= len(train.values):
+    for count in ks:
+        if not 1 <= count <= len(train.values):
             raise ValueError(
-                f"k={each} neighbours of {len(train.values)} train images; "
+                f"k={count} neighbours of {len(train.values)} train images; "
                 f"choose 1 <= k <= {len(train.values)}."
             )
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}; choose a positive number.")
     similarity, index = neighbours(train.values, test.values, k=max(ks))
     labels, metrics = train.labels[index], {}
-    for each in ks:
+    for count in ks:
         rank = _rank_of_truth(
-            similarity[:, :each], labels[:, :each], test.labels,
+            similarity[:, :count], labels[:, :count], test.labels,
             num_classes=num_classes, temperature=temperature,
         )
-        prefix = "" if k == each else f"k{each}/"
+        prefix = "" if k == count else f"k{count}/"
         metrics[f"{prefix}top1"] = float(np.mean(rank < 1))
         if num_classes >= _TOP5_CLASSES:
             metrics[f"{prefix}top5"] = float(np.mean(rank < 5))
@@ -160,7 +160,7 @@ def numbers(k: Any) -> tuple[int, ...]:
       ValueError: unless k is a whole number or several different ones.
     """
     ks = tuple(k) if isinstance(k, Sequence) else (k,)
-    if not ks or len(set(ks)) < len(ks) or not all(type(each) is int for each in ks):
+    if not ks or len(set(ks)) < len(ks) or not all(type(n) is int for n in ks):
         raise ValueError(
             f"k={k!r}; give a whole number of neighbours, or several different ones."
         )

@@ -199,7 +199,7 @@ def _open(
     """Returns the splits that the suites look at, as far as there are any."""
     options = {name: DEFAULTS[name] for name in suites if name in DEFAULTS}
     evaluators = evals.make(options)
-    needed = {each.split for each in evaluator.wanted(evaluators.values())}
+    needed = {request.split for request in evaluator.wanted(evaluators.values())}
     if "robustness" in suites and own_images:
         needed.add("eval")
     opened = {}

@@ -75,7 +75,7 @@ class Evaluations:
             return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
 
         wanted = evaluator.wanted(self._evaluators.values())
-        if any(each.output in features.ROWS for each in wanted):
+        if any(request.output in features.ROWS for request in wanted):
             jax.eval_shape(self._predict, variables, batch())
         for _, size, output in wanted:
             if output == "reconstruction":
@@ -171,7 +171,7 @@ def about(
     return evaluator.About(
         num_images={split: len(source) for split, source in opened.items()},
         # A split without labels is enough to fail.
-        num_classes=min((each.num_classes for each in opened.values()), default=0),
+        num_classes=min((source.num_classes for source in opened.values()), default=0),
         outputs=frozenset(objective.outputs),
         pool=config.model.get("pool", "mean"),
     )

@@ -74,12 +74,12 @@ class Classify:
             variables["params"], tune_blocks=self.config.tune_blocks,
             depth=self.model.encoder.depth,
         )
-        found, updated = self.model.apply(
+        outputs, updated = self.model.apply(
             {**variables, "params": params}, images, train=True,
             mutable=["batch_stats"], rngs={"drop_path": drop_key},
         )
-        loss = losses.cross_entropy(found.logits, targets).mean()
-        hit = found.logits.argmax(-1) == targets.argmax(-1)
+        loss = losses.cross_entropy(outputs.logits, targets).mean()
+        hit = outputs.logits.argmax(-1) == targets.argmax(-1)
         return loss, Aux({"top1": hit.astype(jnp.float32).mean()}, dict(updated))
 
     def augmented(
@@ -124,11 +124,11 @@ class Classify:
         "class_token" is that of the encoder's output: with pool "cls" the features
         themselves, with "mean" not normed, since only their mean is.
         """
-        found = self.model.apply(variables, self.normalize(batch))
+        outputs = self.model.apply(variables, self.normalize(batch))
         return {
-            "features": found.features.astype(jnp.float32),
-            "class_token": found.tokens.cls[:, 0].astype(jnp.float32),
-            "logits": found.logits.astype(jnp.float32),
+            "features": outputs.features.astype(jnp.float32),
+            "class_token": outputs.tokens.cls[:, 0].astype(jnp.float32),
+            "logits": outputs.logits.astype(jnp.float32),
         }
 
 

@@ -159,11 +159,11 @@ class Pretrain:
         logged: dict[str, Array] = {}
         for name, pred in predicted.items():
             weight = self.config.loss.weights.get(name, 1.0)
-            found = self.term(name, pred, target[name], ids)
-            for part, value in found.items():
+            terms = self.term(name, pred, target[name], ids)
+            for part, value in terms.items():
                 logged[part] = logged.get(part, 0.0) + weight * value
             if len(predicted) > 1:
-                logged[f"loss_{name}"] = found["loss"]
+                logged[f"loss_{name}"] = terms["loss"]
         return logged.pop("loss"), Aux(logged)
 
     def term(
@@ -182,13 +182,13 @@ class Pretrain:
         weights, parts = None, {}
         if target.ids is None:
             weights, parts = self._counted(pred, ids)
-        found = {
+        terms = {
             "loss": losses.mean(error, weights).mean(),
             "loss_trivial": losses.mean(measure(trivial, wanted), weights).mean(),
         }
         for part, (places, its_weights) in parts.items():
-            found[part] = losses.mean(error[:, places], its_weights).mean()
-        return found
+            terms[part] = losses.mean(error[:, places], its_weights).mean()
+        return terms
 
     def _counted(self, pred, ids):
         """Returns the weights of predicted places, and by part which ones and weights.

@@ -90,21 +90,21 @@ def _errors(choice, mesh):
     def chosen(q, k, v, bias):
         return attention.attention(q, k, v, bias=bias)
 
-    def errors(found, *arrays):
+    def errors(results, *arrays):
         arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
         with jax.default_matmul_precision("highest"):
             expected = _with_gradients(attention.IMPLEMENTATIONS["xla"], *arrays)
-        return [_error(*pair) for pair in zip(found, expected, strict=True)]
+        return [_error(*pair) for pair in zip(results, expected, strict=True)]
 
     with attention.recording() as again:
-        found = jax.jit(
+        results = jax.jit(
             parallel.within(mesh, functools.partial(_with_gradients, chosen))
         )(*arrays)
     assert {x.impl for x in again} == {choice.impl}, (again, choice)
-    found = jax.jit(
+    deviations = jax.jit(
         parallel.within(mesh, errors), out_shardings=parallel.replicated(mesh)
-    )(found, *arrays)
-    return [float(error) for error in found]
+    )(results, *arrays)
+    return [float(error) for error in deviations]
 
 
 def _draw(choice, mesh):
@@ -142,9 +142,9 @@ def _with_gradients(function, q, k, v, g, bias):
     return [x for x in (out, *gradients) if x is not None]
 
 
-def _error(found, expected):
+def _error(result, expected):
     largest = jnp.abs(expected).max()
-    off = jnp.abs(found.astype(jnp.float32) - expected)
+    off = jnp.abs(result.astype(jnp.float32) - expected)
     # The maximum over devices may lose what is not a number.
     off = jnp.nan_to_num(off, nan=jnp.inf).max()
     # Of a single key, the gradients of query and key are zero.

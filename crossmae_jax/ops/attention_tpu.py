@@ -205,8 +205,8 @@ def _bytes_per_image(sizes):
 
 def _grid(sizes, batch):
     """Returns the grid (heads, images, queries), images of a program, its options."""
-    one = _bytes_per_image(sizes)
-    most = min(_IMAGES, max(1, _MEMORY // one))
+    per_image_bytes = _bytes_per_image(sizes)
+    most = min(_IMAGES, max(1, _MEMORY // per_image_bytes))
     images = max(n for n in range(1, most + 1) if batch % n == 0)
     grid = (
         sizes.num_heads // sizes.heads, batch // images,
@@ -215,7 +215,7 @@ def _grid(sizes, batch):
     # Sums over images (of a shared bias) and over queries stay on the chip.
     options = pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=max(16 * 2**20, 2 * images * one),
+        vmem_limit_bytes=max(16 * 2**20, 2 * images * per_image_bytes),
     )
     return grid, images, options
 

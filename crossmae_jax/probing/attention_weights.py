@@ -108,14 +108,14 @@ def recording(
     Args:
       keep: what is collected of weights [b h q k]; all of them if not given.
     """
-    found: dict[str, Array] = {}
+    recorded: dict[str, Array] = {}
 
     def watch(module, queries, keys, values):
-        found["/".join(module.path)] = keep(_weights(module, queries, keys, None))
+        recorded["/".join(module.path)] = keep(_weights(module, queries, keys, None))
         return None
 
     with _intercepted(watch):
-        yield found
+        yield recorded
 
 
 @contextlib.contextmanager
@@ -234,9 +234,9 @@ def _weights(module, queries, keys, bias):
     return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
 
 
-def of_whole_images(found: dict[str, Float[Array, "b h k k"]]) -> AttentionMaps:
+def of_whole_images(recorded: dict[str, Float[Array, "b h k k"]]) -> AttentionMaps:
     """Returns what was recorded while a ViT encoded whole images."""
-    weights = jnp.stack(list(found.values()))
+    weights = jnp.stack(list(recorded.values()))
     num = weights.shape[-1]
     tokens = jnp.arange(CLASS_TOKEN, num - 1)
     tokens = jnp.broadcast_to(tokens[None], (weights.shape[1], num))
@@ -255,11 +255,11 @@ def of_decoder(
     patches, in both. CrossMAE: masked patches; class token and visible patches; what
     its queries see of each other, if they do, is left out.
     """
-    with recording() as found, decoding() as calls:
+    with recording() as recorded, decoding() as calls:
         model.apply(variables, images, ids)
     ((contexts, (tokens,)),) = calls
     keys = tokens if model.decoder.gives_visible else contexts[-1]
-    weights = jnp.stack(_of_decoder(found))
+    weights = jnp.stack(_of_decoder(recorded))
     return AttentionMaps(weights, queries=tokens.places, keys=keys.places)
 
 
@@ -278,9 +278,9 @@ def magnitudes(
     def per_key(weights):  # b h q k -> b k: over heads and masked queries
         return weights[:, :, -num_pred:].sum(1).mean(1)
 
-    with recording(per_key) as found:
+    with recording(per_key) as recorded:
         model.apply(variables, images, ids)
-    keys = jnp.stack(_of_decoder(found), axis=1)  # b i k
+    keys = jnp.stack(_of_decoder(recorded), axis=1)  # b i k
     num_masked = keys.shape[-1] - num_visible
     return Magnitudes(
         visible=keys[..., :num_visible].mean(-1),
@@ -289,8 +289,8 @@ def magnitudes(
     )
 
 
-def _of_decoder(found: dict[str, Array]) -> list[Array]:
+def _of_decoder(recorded: dict[str, Array]) -> list[Array]:
     """Returns what was recorded in the decoder's blocks, in their order."""
-    names = [name for name in found if name.startswith("decoder/")]
+    names = [name for name in recorded if name.startswith("decoder/")]
     crosses = [name for name in names if name.endswith("cross_attn")]
-    return [found[name] for name in crosses or names]
+    return [recorded[name] for name in crosses or names]

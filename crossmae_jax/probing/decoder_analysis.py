@@ -54,18 +54,19 @@ def attention(
       SetupError: if the source holds no images.
     """
     total, seen = None, 0
-    found = None
+    magnitudes = None
     for images, numbers in _stream(
         model, source, num_images, batch_size, workers, progress, "attention"
     ):
-        found = model.attention_magnitudes(
+        magnitudes = model.attention_magnitudes(
             images, mask_ratio=mask_ratio, seed=seed, numbers=numbers
         )
         # Sums in float64: a million images would lose digits in float32.
-        sums = np.stack([found.visible, found.masked]).astype(np.float64).sum(1)
+        sums = np.stack([magnitudes.visible, magnitudes.masked])
+        sums = sums.astype(np.float64).sum(1)
         total = sums if total is None else total + sums
         seen += len(images)
-    return found._replace(visible=total[0] / seen, masked=total[1] / seen)
+    return magnitudes._replace(visible=total[0] / seen, masked=total[1] / seen)
 
 
 def ablations(

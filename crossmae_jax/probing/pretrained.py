@@ -286,11 +286,11 @@ class Pretrained:
                 objective.model, variables, images, ids
             )
 
-        found = self._masked(
+        measured = self._masked(
             "magnitudes", magnitudes, images, mask_ratio, seed, numbers
         )
-        num_visible, num_masked = int(found.num_visible), int(found.num_masked)
-        return found._replace(num_visible=num_visible, num_masked=num_masked)
+        num_visible, num_masked = int(measured.num_visible), int(measured.num_masked)
+        return measured._replace(num_visible=num_visible, num_masked=num_masked)
 
     def targets(self, images: Any) -> Float[np.ndarray, "b n t"]:
         """Returns what should be predicted for every patch: the space of `predict`."""
@@ -318,8 +318,8 @@ class Pretrained:
         if name not in self._compiled:
             with_precision = jax.default_matmul_precision("highest")(function)
             self._compiled[name] = jax.jit(parallel.within(self._mesh, with_precision))
-        found = self._compiled[name](self.variables, self.prepare(images), *rest)
-        return jax.tree.map(np.asarray, found)
+        result = self._compiled[name](self.variables, self.prepare(images), *rest)
+        return jax.tree.map(np.asarray, result)
 
     def _normalize(self, images: Array) -> Array:
         return augment.normalize(images, mean=self.card.mean, std=self.card.std)
@@ -350,9 +350,9 @@ class Pretrained:
         return jnp.stack([tokens.sequence for tokens in encoded.maps])
 
     def _encoder_attention(self, variables: Any, images: Array) -> Any:
-        with attention_weights.recording() as found:
+        with attention_weights.recording() as recorded:
             self._whole(variables, self._normalize(images))
-        return attention_weights.of_whole_images(found)
+        return attention_weights.of_whole_images(recorded)
 
     def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
         """Returns the objective with this share of patches masked, made once."""

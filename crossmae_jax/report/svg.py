@@ -115,7 +115,7 @@ def _embedded(svg: str, *, alt: str, name: str) -> str:
                  svg, flags=re.DOTALL)
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font-family: [^;]*; ", "", svg)
-    svg = re.sub(r' d="[^"]*"', lambda found: _rounded(found[0]), svg)
+    svg = re.sub(r' d="[^"]*"', lambda match: _rounded(match[0]), svg)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -124,5 +124,5 @@ def _embedded(svg: str, *, alt: str, name: str) -> str:
 
 def _rounded(path: str) -> str:
     """Returns a path with hundredths of a point, and on one line."""
-    path = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", path)
+    path = re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", path)
     return re.sub(r"\s+", " ", path)

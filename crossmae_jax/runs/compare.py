@@ -142,10 +142,10 @@ def compare(
     curves = [_curve(path, metric) for path in (run, *references)]
     steps = sorted(set.intersection(*map(set, curves)))
     if not steps:
-        theirs = sorted(set.intersection(*map(set, curves[1:])))
+        logged = sorted(set.intersection(*map(set, curves[1:])))
         raise ValueError(
             f"{run} and the references have logged {metric} at no step in common: "
-            f"{_some(sorted(curves[0]))} against {_some(theirs)}; run with their "
+            f"{_some(sorted(curves[0]))} against {_some(logged)}; run with their "
             "log_every_steps or every_epochs, or give other references."
         )
     values = np.array([[curve[step] for step in steps] for curve in curves], float)
@@ -157,7 +157,7 @@ def compare(
     smoothed = values
     if window > 1:
         mean = values[1:].mean(axis=0)
-        smoothed = np.stack([mean + _medians(one - mean, window) for one in values])
+        smoothed = np.stack([mean + _medians(row - mean, window) for row in values])
     band = band_of(smoothed[1:], pooled=2 * window + 1)
     return Comparison(
         metric, len(references), window, np.array(steps), values[0], smoothed[0], band,
@@ -203,7 +203,7 @@ def _stretches(
         "above" if value > high else "below" if value < low else ""
         for value, low, high in zip(values, band.low, band.high, strict=True)
     ]
-    found = []
+    stretches = []
     everywhere = range(len(steps))
     for outside, places in itertools.groupby(everywhere, lambda i: sides[i] > ""):
         places = list(places)
@@ -212,8 +212,8 @@ def _stretches(
         for side, part in itertools.groupby(places, lambda i: sides[i]):
             first, *rest = part
             last = rest[-1] if rest else first
-            found.append(Stretch(int(steps[first]), int(steps[last]), side))
-    return tuple(found)
+            stretches.append(Stretch(int(steps[first]), int(steps[last]), side))
+    return tuple(stretches)
 
 
 def _check_files(run: AnyPath, references: Sequence[AnyPath]) -> None:
@@ -288,11 +288,11 @@ def hints(run: AnyPath, reference: AnyPath, *, metric: str) -> list[str] | None:
     if kind == "eval":
         name = name.partition("/")[0]
         options = [
-            {f"evals.{name}": dict(one.get("evals", {}).get(name, {}))}
-            for one in (theirs, ours)
+            {f"evals.{name}": dict(config.get("evals", {}).get(name, {}))}
+            for config in (theirs, ours)
         ]
-        for one in options:
-            one[f"evals.{name}"].pop("every_epochs", None)
+        for option in options:
+            option[f"evals.{name}"].pop("every_epochs", None)
         different |= {
             key: (options[0][key], options[1][key])
             for key in options[0] if options[0][key] != options[1][key]
@@ -303,67 +303,69 @@ def hints(run: AnyPath, reference: AnyPath, *, metric: str) -> list[str] | None:
     ]
 
 
-def describe(found: Comparison) -> str:
+def describe(comparison: Comparison) -> str:
     """Returns in words what the band is and where the run left it."""
-    if found.num_references > 1:
+    if comparison.num_references > 1:
         what = (
-            f"least to greatest of {found.num_references} references, widened by "
+            f"least to greatest of {comparison.num_references} references, widened by "
             f"{DEVIATIONS:g} standard deviations\n"
-            f"          between them, pooled over {2 * found.window + 1} points, and "
-            f"by {LEAST:.0%} of their mean at least"
+            f"          between them, pooled over {2 * comparison.window + 1} points, "
+            f"and by {LEAST:.0%} of their mean at least"
         )
     else:
         what = (
             f"the reference +- {LEAST:.0%}; how far seeds differ is not known of one:\n"
             "          give several to learn more than where the two part"
         )
-    run, theirs = found.last_logged
+    run_end, references_end = comparison.last_logged
     lines = [
         f"band      {what}",
-        f"compared  {found.metric} at {len(found.steps)} steps, {found.steps[0]} to "
-        f"{found.steps[-1]}" + (
-            f"; medians of {found.window} distances from their mean"
-            if found.window > 1 else ""
+        f"compared  {comparison.metric} at {len(comparison.steps)} steps, "
+        f"{comparison.steps[0]} to {comparison.steps[-1]}" + (
+            f"; medians of {comparison.window} distances from their mean"
+            if comparison.window > 1 else ""
         ),
     ]
-    if run < theirs:
+    if run_end < references_end:
         lines.append(
-            f"          the run ends at step {run}, the references at {theirs}"
+            f"          the run ends at step {run_end}, the references at "
+            f"{references_end}"
         )
-    if not found.stretches:
-        share = _distance(found)
+    if not comparison.stretches:
+        share = _distance(comparison)
         furthest = int(np.nanargmax(share))
         lines.append(
             "result    never leaves the band; furthest from its middle at step "
-            f"{found.steps[furthest]}, {share[furthest]:.0%} of the way to its edge"
+            f"{comparison.steps[furthest]}, {share[furthest]:.0%} of the way to its "
+            "edge"
         )
         return "\n".join(lines)
-    for number, stretch in enumerate(found.stretches):
-        lines.append(f"{'' if number else 'result':10}{_told(found, stretch)}")
+    for number, stretch in enumerate(comparison.stretches):
+        lines.append(f"{'' if number else 'result':10}{_in_words(comparison, stretch)}")
     return "\n".join(lines)
 
 
-def _distance(found: Comparison) -> Float[np.ndarray, "s"]:
+def _distance(comparison: Comparison) -> Float[np.ndarray, "s"]:
     """Returns distances from the middle of the band; its edges have 1."""
     middle, half = (
-        (found.band.high + sign * found.band.low) / 2 for sign in (1, -1)
+        (comparison.band.high + sign * comparison.band.low) / 2 for sign in (1, -1)
     )
     # A band of zeros has no width.
-    return np.abs(found.smoothed - middle) / np.maximum(half, np.finfo(float).tiny)
+    return np.abs(comparison.smoothed - middle) / np.maximum(half, np.finfo(float).tiny)
 
 
-def _told(found: Comparison, stretch: Stretch) -> str:
+def _in_words(comparison: Comparison, stretch: Stretch) -> str:
     """Returns a stretch outside in words, with how far it went."""
-    inside = (found.steps >= stretch.first) & (found.steps <= stretch.last)
-    distance = _distance(found)
-    for_good = stretch.last == found.steps[-1]
+    inside = (comparison.steps >= stretch.first) & (comparison.steps <= stretch.last)
+    distance = _distance(comparison)
+    for_good = stretch.last == comparison.steps[-1]
     until = "for good" if for_good else f"to step {stretch.last}"
     if stretch.side == "not finite":
         return f"not finite from step {stretch.first} {until}"
     at = int(np.argmax(np.where(inside, distance, -1)))
     return (
         f"{stretch.side} the band from step {stretch.first} {until}; furthest at step "
-        f"{found.steps[at]}:\n          {found.smoothed[at]:.4g}, where the band is "
-        f"{found.band.low[at]:.4g} to {found.band.high[at]:.4g}: {distance[at]:.1f} "
-        "half-widths from its middle"
+        f"{comparison.steps[at]}:\n          {comparison.smoothed[at]:.4g}, where the "
+        f"band is {comparison.band.low[at]:.4g} to {comparison.band.high[at]:.4g}: "
+        f"{distance[at]:.1f} half-widths from its middle"
     )

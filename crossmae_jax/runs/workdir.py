@@ -107,9 +107,9 @@ def claim(
         other data; lists every difference.
     """
     shown = name or workdir
-    ours = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
+    records = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
     if resuming:
-        for file, new in ours.items():
+        for file, new in records.items():
             if not (workdir / file).exists():
                 raise ValueError(
                     f"{shown} holds checkpoints but no {file}, so nobody can tell "
@@ -128,5 +128,5 @@ def claim(
     if jax.process_index() != 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    for file, new in ours.items():
+    for file, new in records.items():
         paths.write_whole(workdir / file, json.dumps(new, indent=2) + "\n")

@@ -36,24 +36,24 @@ class AttentionMaps(Protocol):
 
 
 def attention_magnitudes(
-    found: Magnitudes, path: str | pathlib.Path, *, title: str = ""
+    magnitudes: Magnitudes, path: str | pathlib.Path, *, title: str = ""
 ) -> pathlib.Path:
     """Draws where masked patches look: per key, as CrossMAE's figure 1, and by mass.
 
     Returns:
       The path of the PNG; its folder is made if need be.
     """
-    blocks = np.arange(1, len(found.visible) + 1)
+    blocks = np.arange(1, len(magnitudes.visible) + 1)
     drawing = figure.Figure(figsize=(12, 4.8), dpi=canvas.DPI, layout="constrained")
     left, right = drawing.subplots(1, 2)
-    left.bar(blocks - 0.2, found.visible, 0.4, color=_VISIBLE, label=(
-        f"to a visible patch (sum {found.visible.sum():.2f})"
+    left.bar(blocks - 0.2, magnitudes.visible, 0.4, color=_VISIBLE, label=(
+        f"to a visible patch (sum {magnitudes.visible.sum():.2f})"
     ))
-    left.bar(blocks + 0.2, found.masked, 0.4, color=_MASKED, label=(
-        f"to a masked patch (sum {found.masked.sum():.2f})"
+    left.bar(blocks + 0.2, magnitudes.masked, 0.4, color=_MASKED, label=(
+        f"to a masked patch (sum {magnitudes.masked.sum():.2f})"
     ))
     left.set_ylabel("attention per key, sum over heads", fontsize=13)
-    visible = 100 * found.share
+    visible = 100 * magnitudes.share
     right.bar(blocks, visible, 0.6, color=_VISIBLE, label="on visible patches")
     right.bar(
         blocks, 100 - visible, 0.6, bottom=visible, color=_MASKED,

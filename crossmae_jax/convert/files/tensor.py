@@ -71,8 +71,8 @@ def of_file(
 
     def values(count: int) -> np.ndarray:
         # As bytes: NumPy reads no bfloat16 from files.
-        found = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
-        return found.view(dtype)
+        raw_bytes = np.fromfile(path, np.uint8, count * dtype.itemsize, offset=offset)
+        return raw_bytes.view(dtype)
 
     def read() -> np.ndarray:
         if 0 in shape:
