@@ -172,8 +172,8 @@ def _check_statistics(facts: Facts, channels: int) -> None:
 
 def _masking_settings(tensors: Tensors, facts: Facts) -> dict[str, Any] | None:
     """Returns `config.masking`; None if nobody told the ratios."""
-    # MAE predicts all that is masked.
     asks = names.attends_across(tensors)
+    # MAE predicts all that is masked.
     pred = facts.pred_ratio if asks else facts.mask_ratio
     if (facts.mask_ratio is None) != (pred is None):
         raise ConversionError(

@@ -99,8 +99,8 @@ def _inner(
     name, params = equation.primitive.name, equation.params
     calls = [_call(program, flags, place, params) for program in _jaxprs(params)]
     of_calls = [products for products, _ in calls]
-    # Whether a result depends is known where it is one of the inner program's.
     results = [any(flags)] * len(equation.outvars)
+    # Whether a result depends is known where it is one of the inner program's.
     if calls and all(len(depends) == len(results) for _, depends in calls):
         results = [any(column) for column in zip(*(depends for _, depends in calls))]
     repeats = 1

@@ -213,13 +213,15 @@ def _search(bank, queries, k, query_block, bank_block):
         jnp.zeros((*placed.shape[:2], k), jnp.int32),
     )
     # Two blocks exist at a time, one on its way and one at work, always in the same
-    # memory. Unasked, the host would put all of them in the queue.
+    # memory.
     stages = [_aligned(bank_block, bank.shape[1]) for _ in range(2)]
     for i, start in enumerate(range(0, len(bank), bank_block)):
         stage, rows = stages[i % 2], bank[start : start + bank_block]
         stage[: len(rows)] = rows  # the rows behind are masked by number
         block = jnp.asarray(stage)
-        jax.block_until_ready(best)  # before the next but one overwrites this stage
+        # Before the next but one overwrites this stage. Unasked, the host would put all
+        # blocks in the queue.
+        jax.block_until_ready(best)
         best = _merge_block(best, placed, block, start, len(bank))
     return jax.block_until_ready(best)
 
@@ -273,10 +275,11 @@ def _padded(values: np.ndarray, start: int, size: int) -> jax.Array:
 def _rank_of_truth(similarity, labels, truth, *, num_classes, temperature):
     """Counts the classes with more votes than the true one; all if it has no vote."""
     ranks = []
-    # float64 sums on the host: the same order of additions, hence the same answer, on
-    # every device; blocks, because a row is as long as there are classes.
+    # In blocks, because a row is as long as there are classes.
     for start in range(0, len(truth), _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)
+        # float64 sums on the host: the same order of additions, hence the same answer,
+        # on every device.
         best = similarity[rows].astype(np.float64)
         # Measured from the nearest, whose weight is 1: no temperature overflows.
         weights = np.exp((best - best[:, :1]) / temperature)

@@ -83,8 +83,6 @@ def _compare(choice, mesh):
 
 def _errors(choice, mesh):
     """Returns the errors of output and gradients, in the order of `_PARTS`."""
-    # Drawn, computed and compared one after the other: compiled together, roundings to
-    # the type of computation that are turned back at once would be left out.
     arrays = _draw(choice, mesh)
 
     def chosen(q, k, v, bias):
@@ -96,6 +94,8 @@ def _errors(choice, mesh):
             expected = _with_gradients(attention.IMPLEMENTATIONS["xla"], *arrays)
         return [_error(*pair) for pair in zip(results, expected, strict=True)]
 
+    # Drawn, computed and compared one after the other: compiled together, roundings to
+    # the type of computation that are turned back at once would be left out.
     with attention.recording() as again:
         results = jax.jit(
             parallel.within(mesh, functools.partial(_with_gradients, chosen))
