@@ -16,7 +16,7 @@ class Sampler:
     Attributes:
       grid: rows and columns of patches.
       mask_ratio: share of all patches that is masked; likewise `pred_ratio`,
-        `throw_ratio`: see the module.
+        `throw_ratio`: see `masking`.
       retain: which masked patches are decoded rather than thrown, one of `RETAIN`.
       noise: one of `masking.NOISES`.
       together: samples in a row that share a mask, with noise "shared".

@@ -272,8 +272,9 @@ def train(
 ) -> TrainState:
     """Makes the steps that are left; returns the last state.
 
-    A state is saved before it is evaluated, and before the run stops: neither can lose
-    a step. It is logged before it is saved: a state whose loss is not finite is none.
+    Where a state is both saved and evaluated it is saved first, and the run stops when
+    it is saved: neither can lose a step. The loss is looked at before: a state whose
+    loss is not finite is none, and is never saved.
 
     Raises:
       Interrupted: if `stop` is set; the state is saved then.

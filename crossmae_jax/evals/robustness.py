@@ -8,8 +8,8 @@ ImageNet-A and -R hold 200 of the 1000 classes: only the logits of these 200 com
     CE(c) = sum over severities s of error(c, s) / sum over s of AlexNet's error(c, s)
     mCE   = mean of CE over the 15 corruptions c
 
-The 15 are those of `data.corruptions`; the four extra ones of the archive are not part
-of the score. The paper's own script prints another number, the mean error without
+The 15 are those of `data.sets.corruptions`; the four extra ones of the archive are not
+part of the score. The paper's own script prints another number, the mean error without
 AlexNet, over 19 sets.
 """
 

@@ -3,7 +3,7 @@ on either of them, PR-MIM (arXiv 2411.15746).
 
     normalise -> sample tokens -> model -> target -> loss
 
-The loss is the mean squared error over the predicted patches, in float32: those that
+The loss, `config.loss`, is the mean over the predicted patches, in float32: those that
 were decoded and, where an aggregator predicts them, those that were thrown. Beside it
 stands the loss of a trivial predictor, the mean of each patch: about 1.0 for
 standardised targets. A model at that level has learnt nothing.
