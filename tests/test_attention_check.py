@@ -11,7 +11,13 @@ from configs import digits_cross
 from crossmae_jax import train
 from crossmae_jax.distributed import parallel
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.ops import attention, attention_check, attention_cudnn, attention_tpu
+from crossmae_jax.ops import (
+    attention,
+    attention_check,
+    attention_cudnn,
+    attention_tpu,
+    attention_xla,
+)
 from tests import attention_cases
 
 CASES = attention_cases.SMALL
@@ -22,15 +28,15 @@ PER_IMAGE = attention_cases.Case("per image", 9, 9, 2, 8, "per image")
 def take(monkeypatch):
     """Returns a function that makes another one the CPU's kernel."""
     def take(kernel, check=lambda *arrays: None):
-        monkeypatch.setitem(attention.IMPLEMENTATIONS, "new", kernel)
-        monkeypatch.setitem(attention.CHECKS, "new", check)
+        new = attention.Implementation(kernel, check, None)
+        monkeypatch.setitem(attention.IMPLEMENTATIONS, "new", new)
         monkeypatch.setitem(attention.ORDER, "cpu", ("new", "xla"))
 
     return take
 
 
 def _xla(q, k, v, bias=None):
-    return attention.IMPLEMENTATIONS["xla"](q, k, v, bias)
+    return attention_xla.attention(q, k, v, bias)
 
 
 def _choices(*cases, dtype=jnp.bfloat16, images=32):

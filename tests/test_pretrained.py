@@ -9,7 +9,7 @@ import crossmae_jax
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
-from crossmae_jax.ops import attention
+from crossmae_jax.ops import attention, attention_xla
 from crossmae_jax.runs import workdir
 from tests.parity_files import load_npz
 from tests.saved_runs import save_run
@@ -51,8 +51,10 @@ def test_the_same_images_give_the_same_features(run, images):
 def test_an_encoder_works_on_one_device_and_kernels_may_know(run, images, monkeypatch):
     encoder, meshes = crossmae_jax.load(run), []
     monkeypatch.setitem(
-        attention.CHECKS, "xla",
-        lambda *_: meshes.append(jax.sharding.get_abstract_mesh()),
+        attention.IMPLEMENTATIONS, "xla", attention.Implementation(
+            attention_xla.attention,
+            lambda *_: meshes.append(jax.sharding.get_abstract_mesh()), None,
+        ),
     )
     encoder(images)
     assert meshes and all(not mesh.empty and mesh.size == 1 for mesh in meshes)

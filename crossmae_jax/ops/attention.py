@@ -15,7 +15,7 @@ and why, can be recorded; `attention_check` compares it with float32.
 import contextlib
 import contextvars
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -53,7 +53,7 @@ def attention(
         here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
         recorded.append(chosen.get(here, Choice(arrays, "xla", ())))
     others = {
-        platform: IMPLEMENTATIONS[choice.impl]
+        platform: IMPLEMENTATIONS[choice.impl].function
         for platform, choice in chosen.items() if choice.impl != "xla"
     }
     if not others:
@@ -122,7 +122,7 @@ def _choose(platform, arrays):
     reasons = []
     for name in ORDER[platform]:
         try:
-            CHECKS[name](*arrays)
+            IMPLEMENTATIONS[name].check(*arrays)
             break
         except NotImplementedError as reason:
             reasons.append(f"{name}: {reason}")
@@ -130,26 +130,18 @@ def _choose(platform, arrays):
 
 
 def _forced(impl, q, k, v, bias):
-    if impl == "xla":
-        return attention_xla.attention(q, k, v, bias)
-    if impl == "tpu":
-        attention_tpu.check(q, k, v, bias)
-        _find_tpu_compiler()
-    else:
-        attention_cudnn.check(q, k, v, bias)
+    function, check, platform = IMPLEMENTATIONS[impl]
+    check(q, k, v, bias)
+    if platform is None:
+        return function(q, k, v, bias)
     # Without a default JAX refuses other platforms, with a NotImplementedError.
-    only = {{"tpu": "tpu", "cudnn": "cuda"}[impl]: IMPLEMENTATIONS[impl]}
-    return jax.lax.platform_dependent(q, k, v, bias, **only)
-
-
-def _find_tpu_compiler():
-    if importlib.util.find_spec("libtpu") is None:
-        raise NotImplementedError("The TPU compiler was not found; install jax[tpu].")
+    return jax.lax.platform_dependent(q, k, v, bias, **{platform: function})
 
 
 def _check_tpu(q, k, v, bias):
-    _find_tpu_compiler()
     attention_tpu.check(q, k, v, bias)
+    if importlib.util.find_spec("libtpu") is None:
+        raise NotImplementedError("The TPU compiler was not found; install jax[tpu].")
     if jax.sharding.get_abstract_mesh().empty and jax.device_count() > 1:
         raise NotImplementedError(
             f"There are {jax.device_count()} devices, but no mesh is in use to share a"
@@ -157,17 +149,27 @@ def _check_tpu(q, k, v, bias):
         )
 
 
+class Implementation(NamedTuple):
+    """A way to compute attention.
+
+    Attributes:
+      function: of q, k, v and bias.
+      check: of the same, or of their shapes and types; raises NotImplementedError, with
+        the reason, for what the function does not take.
+      platform: the only one that it is for, as JAX calls it; None: all.
+    """
+
+    function: Callable[..., Float[Array, "b q h d"]]
+    check: Callable[..., None]
+    platform: str | None
+
+
 IMPLEMENTATIONS = {
-    "xla": attention_xla.attention,
-    "tpu": attention_tpu.attention,
-    "cudnn": attention_cudnn.attention,
+    "xla": Implementation(attention_xla.attention, lambda q, k, v, bias: None, None),
+    "tpu": Implementation(attention_tpu.attention, _check_tpu, "tpu"),
+    "cudnn": Implementation(attention_cudnn.attention, attention_cudnn.check, "cuda"),
 }
-CHECKS = {
-    "xla": lambda q, k, v, bias: None,
-    "tpu": _check_tpu,
-    "cudnn": attention_cudnn.check,
-}
-# By platform; one that is not named has "xla".
+# By platform, in the order in which they are tried; one not named here has "xla".
 ORDER = {
     "tpu": ("tpu", "xla"),
     "cuda": ("cudnn", "xla"),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from crossmae_jax import errors
 from crossmae_jax.distributed import parallel
-from crossmae_jax.ops import attention
+from crossmae_jax.ops import attention, attention_xla
 
 TOLERANCES = {"bfloat16": 2e-2, "float32": 1e-5}
 _IMAGES = 16  # most per device: a program of the TPU's kernels takes no more
@@ -91,7 +91,7 @@ def _errors(choice, mesh):
     def errors(results, *arrays):
         arrays = (x if x is None else x.astype(jnp.float32) for x in arrays)
         with jax.default_matmul_precision("highest"):
-            expected = _with_gradients(attention.IMPLEMENTATIONS["xla"], *arrays)
+            expected = _with_gradients(attention_xla.attention, *arrays)
         return [_error(*pair) for pair in zip(results, expected, strict=True)]
 
     # Drawn, computed and compared one after the other: compiled together, roundings to
