@@ -35,7 +35,7 @@ from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
-from crossmae_jax.runs import mirror, workdir
+from crossmae_jax.runs import lock, mirror, workdir
 from crossmae_jax.runs.best import Best
 from crossmae_jax.runs.journal import Journal
 from crossmae_jax.train_step import TrainState
@@ -108,7 +108,10 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
         directory = paths.path(directory)
     environment.check_accelerator()
     parallel.announce()
-    with mirror.opened(directory) as home, contextlib.ExitStack() as stack:
+    with (
+        lock.held(directory), mirror.opened(directory) as home,
+        contextlib.ExitStack() as stack,
+    ):
         with errors.setting_up():
             job = plan(config, home, stack)
         state, resumed = begin(job)

@@ -4,6 +4,7 @@
     dataset.json        how many images, and a fingerprint of which ones
     environment.json    versions and devices
     metrics.jsonl       one line per log point; tensorboard/ holds the same
+    run.lock            who trains here now, see `lock`
     time.json           where the wall time went, over all launches
     checkpoints/        what resuming needs
     best/               a run of its own: the best state, where one is kept
