@@ -123,6 +123,7 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
                 start_step=first, num_steps=job.total - first,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(), workdir=str(home.local),
+                num_classes=job.config.data.get("num_classes"),
             ))
             journal = stack.enter_context(Journal(
                 home.local, batches, total=job.total, first_step=first,
@@ -153,9 +154,10 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     """
     cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
     images = {"train": sources.make_source(config.data, "train")}
-    config = objectives.with_classes(config, images["train"].num_classes)
+    classes = images["train"].classes
+    config = objectives.with_classes(config, len(classes))
     objective = objectives.make(config)
-    if held_out := sources.make_source(config.data, "eval"):
+    if held_out := sources.make_source(config.data, "eval", classes=classes):
         images["eval"] = held_out
     parallel.check_batch_size(
         config.data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
@@ -175,6 +177,10 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         objective, tx, mesh, schedule=schedule, key=mask_key,
         accum_steps=config.optim.accum_steps,
     )
+    if home.local == home.path:
+        workdir.check_space(
+            home.local, checkpoint_bytes=sharding.num_bytes(abstract)
+        )
     checkpoints = checkpointer.Checkpoints(
         home.path / "checkpoints", keep=config.checkpoint.keep, before_save=home.push
     )
@@ -182,7 +188,9 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     resuming = bool(checkpoints.steps())
     weights = []
     if not resuming:
-        weights = starting.plan_all(objective.starts, abstract.variables, config)
+        weights = starting.plan_all(
+            objective.starts, abstract.variables, config, classes=classes
+        )
     best = _claim(config, home, images["train"], resuming=resuming)
     stack.callback(best.close)
     return Job(
@@ -214,7 +222,10 @@ def _claim(
     config: ConfigDict, home: mirror.Home, images: sources.Source, *, resuming: bool
 ) -> Best:
     """Makes the directory, or checks that it is this run's; opens its best state."""
-    dataset = {"num_images": len(images), "fingerprint": images.fingerprint}
+    dataset = {
+        "num_images": len(images), "fingerprint": images.fingerprint,
+        "classes": list(images.classes),
+    }
     workdir.claim(
         home.local, config, resuming=resuming, dataset=dataset, name=home.path
     )

@@ -265,7 +265,8 @@ def test_class_folders_that_training_lacks_are_refused(tmp_path):
     data = folders(tmp_path / "train", ["ant", "bee"])
     test = folders(tmp_path / "test", ["ant", "dog"])
     message = refused(folder_config(data, test), tmp_path / "run")
-    assert "class folders that the training folder lacks, first 'dog'" in message
+    assert "has 2 classes, of which 'dog' is none of the 2 that" in message
+    assert "of those it lacks 'bee'" in message
 
 
 def test_images_without_labels_are_refused(tmp_path):

@@ -113,7 +113,7 @@ def test_a_pickled_source_is_the_same_source(photographs):
     again = pickle.loads(pickle.dumps(source))
     np.testing.assert_array_equal(again[2]["image"], source[2]["image"])
     assert again.fingerprint == source.fingerprint
-    assert (len(again), again.num_classes) == (4, 2)
+    assert (len(again), len(again.classes)) == (4, 2)
     assert again.name(3) == photographs.name(3)
 
 

@@ -342,7 +342,7 @@ class Part:
 
     def __init__(self, source):
         self._source = source
-        self.kinds, self.num_classes = source.kinds, source.num_classes
+        self.kinds, self.classes = source.kinds, source.classes
         self.fingerprint = f"part of {source.fingerprint}"
 
     def __len__(self):

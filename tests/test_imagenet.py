@@ -126,7 +126,7 @@ def test_set_written_by_tfds_with_tensorflow_is_read(stock):
         eval_split="validation", batch_size=7, workers=1,
     )
     source = sources.make_source(data, "train")
-    assert source.num_classes == 1000 and len(source) == 7
+    assert len(source.classes) == 1000 and len(source) == 7
     synsets = {source[i]["name"].split()[-1][:9]: source[i]["label"] for i in range(7)}
     assert synsets == {"n01440764": 0, "n02105855": 230, "n15075141": 999}
     with pipeline.train_batches(

@@ -37,6 +37,7 @@ class Card:
       recipe: how they were trained, as far as known.
       step: after how many steps.
       origin: which run or file they come from.
+      classes: of a classifier, what its logits stand for.
       library: version that wrote the card.
     """
 
@@ -51,6 +52,7 @@ class Card:
     recipe: dict[str, Any]
     step: int | None
     origin: str
+    classes: tuple[str, ...] | None = None
     library: str = f"crossmae_jax {crossmae_jax.__version__}"
 
     @functools.cached_property
@@ -101,7 +103,7 @@ class Card:
         if self.kind == "classifier":  # one without a norm is as CrossMAE's
             lineage = {"kind": "last" if self.model["pool"] == "cls" else "inter_block"}
         return dataclasses.replace(
-            self, kind="encoder",
+            self, kind="encoder", classes=None,
             model={"encoder": self.model["encoder"], "fusion": lineage},
         )
 
@@ -130,6 +132,7 @@ class Card:
                 for part in _PARTS if part in self.model
             ),
             *[f"head       {_listed(rest)}"] * bool(rest),
+            *[f"classes    {_some(self.classes)}"] * bool(self.classes),
             f"images     {height} x {width} px, {self.channels} channels, patches of "
             f"{self.patch_size}",
             f"mean, std  {known(_flat(self.mean))}, {known(_flat(self.std))}",
@@ -146,6 +149,11 @@ def _listed(options: dict[str, Any]) -> str:
     return ", ".join(f"{name} {_flat(value)}" for name, value in options.items())
 
 
+def _some(names: tuple[str, ...]) -> str:
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
+
+
 def _flat(value: Any) -> Any:
     if isinstance(value, dict):
         return "/".join(str(_flat(v)) for v in value.values())
@@ -160,12 +168,12 @@ def from_json(text: str) -> Card:
     Raises:
       ConversionError: if the text is not that of a card.
     """
-    names = {field.name for field in dataclasses.fields(Card)}
+    fields = dataclasses.fields(Card)
     try:
-        values = json.loads(text)
-        values = {name: values[name] for name in names}
+        values = {"classes": None} | json.loads(text)  # which old cards do not have
+        values = {field.name: values[field.name] for field in fields}
         values["model"] = _model(values["model"])
-        for name in ("image_size", "mean", "std"):
+        for name in ("image_size", "mean", "std", "classes"):
             if values[name] is not None:
                 values[name] = tuple(values[name])
         card = Card(**values)
@@ -185,8 +193,15 @@ def _model(stored: dict[str, Any]) -> dict[str, Any]:
     return settings.as_written(settings.grouped({"model": stored})[0]["model"])
 
 
-def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
-    """Returns the card of a run's weights."""
+def of_run(
+    config: ConfigDict, *, step: int, origin: str,
+    classes: tuple[str, ...] | None = None,
+) -> Card:
+    """Returns the card of a run's weights.
+
+    Args:
+      classes: of its labels, if they are known.
+    """
     stored = json.loads(config.to_json())
     data, optim = stored["data"], stored.get("optim", {})
     stored["model"].pop("remat", None)  # says how gradients are computed, no more
@@ -202,6 +217,7 @@ def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
         model["num_classes"] = data["num_classes"]
         kind, normalize, masking = "classifier", None, None
     else:
+        classes = None
         kind, model = "pretrain", stored["model"]
         normalize, masking = stored["target"]["normalize"], stored["masking"]
     return Card(
@@ -209,5 +225,5 @@ def of_run(config: ConfigDict, *, step: int, origin: str) -> Card:
         channels=data["channels"], mean=tuple(data["mean"]), std=tuple(data["std"]),
         normalize=normalize, masking=masking,
         recipe={name: value for name, value in recipe.items() if value is not None},
-        step=step, origin=origin,
+        step=step, origin=origin, classes=classes,
     )

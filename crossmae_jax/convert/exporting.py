@@ -222,9 +222,10 @@ def timm_config(card: Card) -> dict[str, Any]:
     )
     if card.mean is not None and card.std is not None:
         pretrained |= dict(mean=list(card.mean), std=list(card.std))
+    names = {"label_names": list(card.classes)} if card.classes else {}
     return dict(
         architecture=architecture, num_classes=num_classes, num_features=encoder.dim,
-        global_pool=pool, model_args=arguments, pretrained_cfg=pretrained,
+        global_pool=pool, model_args=arguments, pretrained_cfg=pretrained, **names,
     )
 
 

@@ -32,6 +32,7 @@ class Facts:
       mask_ratio: share of patches that was masked; `pred_ratio` that was predicted.
       fusion_maps: encoder blocks that the decoder's contexts are mixed of, () for all.
       fusion_input: whether the encoder's input is among them.
+      classes: what the logits stand for, in their order.
     """
 
     num_heads: int | None = None
@@ -44,6 +45,7 @@ class Facts:
     pred_ratio: float | None = None
     fusion_maps: tuple[int, ...] | None = None
     fusion_input: bool | None = None
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self):
         size = self.image_size
@@ -60,6 +62,13 @@ class Facts:
                 raise ConversionError(
                     f"{name}={ratio}; expected a share above 0 and below 1."
                 )
+        names = self.classes
+        if names is not None and (
+            not isinstance(names, tuple) or len(set(names)) < len(names)
+        ):
+            raise ConversionError(
+                f"classes={str(names)[:200]}; expected a tuple of names, each once."
+            )
         if self.std is not None and min(self.std) <= 0:
             raise ConversionError(f"std={self.std}; expected values above 0.")
 
@@ -171,7 +180,21 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
         evidence.append("image size, mean and std: from config.json")
     else:
         evidence.append("mean and std: not in the file")
+    facts["classes"] = _names(config.get("label_names", cfg.get("label_names")))
     return Facts(**facts)
+
+
+def _names(by_number: Any) -> tuple[str, ...] | None:
+    """Returns names in the order of their numbers, as timm and transformers list them.
+
+    None if there are none, or some numbers have none.
+    """
+    if isinstance(by_number, dict):
+        numbered = {int(number): name for number, name in by_number.items()}
+        by_number = [numbered.get(i) for i in range(len(numbered))]
+    if not by_number or not all(isinstance(name, str) for name in by_number):
+        return None
+    return tuple(by_number) if len(set(by_number)) == len(by_number) else None
 
 
 def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:

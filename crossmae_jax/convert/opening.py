@@ -212,7 +212,10 @@ def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
         raise ConversionError(f"The run {path} has saved no checkpoint yet.")
     if step is None:
         step = checkpointer.newest_step(directory)
-    card = cards.of_run(workdir.read_config(path), step=step, origin=str(path))
+    card = cards.of_run(
+        workdir.read_config(path), step=step, origin=str(path),
+        classes=workdir.read_classes(path),
+    )
     evidence.append(f"step {step} of the run")
 
     @functools.cache

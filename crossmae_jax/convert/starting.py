@@ -46,12 +46,14 @@ class Start:
       tensors: what is loaded, under our names and in the model's shapes.
       new: the parts that stay as they were drawn.
       report: what becomes of every part, a line each.
+      classes: what the logits of a head that is loaded stand for, if that is known.
     """
 
     collections: frozenset[str]
     tensors: dict[str, Tensor]
     new: frozenset[str]
     report: list[str]
+    classes: tuple[str, ...] | None = None
 
     def apply(self, variables: Any) -> Any:
         """Returns the variables with what is loaded in its places, and there on the
@@ -71,7 +73,8 @@ class Start:
 
 
 def plan_all(
-    starts: Mapping[str, str], abstract_variables: Any, config: ConfigDict
+    starts: Mapping[str, str], abstract_variables: Any, config: ConfigDict, *,
+    classes: tuple[str, ...] | None = None,
 ) -> list[Start]:
     """Decides what becomes of an objective's `starts`; see `plan`.
 
@@ -83,11 +86,14 @@ def plan_all(
         own = {collection} | (unnamed if collection == "params" else set())
         if path:
             own = {name: abstract_variables[name] for name in sorted(own)}
-            plans.append(plan(path, own, config))
+            plans.append(plan(path, own, config, classes=classes))
     return plans
 
 
-def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
+def plan(
+    path: str, abstract_variables: Any, config: ConfigDict, *,
+    classes: tuple[str, ...] | None = None,
+) -> Start:
     """Decides what becomes of weights in a model; reads descriptions only.
 
     Args:
@@ -95,6 +101,7 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
       abstract_variables: shapes of the model's variables.
       config: of the model; `config.init_channels` says how to adapt the patch
         projection to another number of channels, "" forbids it.
+      classes: of the data, where they are known; a head for others is not loaded.
 
     Raises:
       ConversionError: if a part that both sides have does not fit.
@@ -105,6 +112,9 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
     theirs = dict(weights.tensors)
     parts = {_part(name) for name in ours} & {_part(name) for name in theirs}
     parts -= _of_another_kind(card, config)
+    other_classes = bool(classes and card.classes) and card.classes != classes
+    if other_classes:
+        parts.discard("head")
     _check_hidden(card, config, parts)
     changed = _adapt(theirs, card, config, path) + _resize(theirs, card, config)
     names.check_match(
@@ -126,8 +136,14 @@ def plan(path: str, abstract_variables: Any, config: ConfigDict) -> Start:
         report.append(
             f"  note     the decoder was trained with target.normalize={card.normalize}"
         )
+    if other_classes:
+        report.append(
+            f"  note     the head is for other classes, {', '.join(card.classes[:3])}, "
+            f"...; the data has {', '.join(classes[:3])}, ..."
+        )
     return Start(
-        frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report
+        frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
+        classes=card.classes if "head" in parts else None,
     )
 
 

@@ -99,7 +99,7 @@ def infer(
     """
     encoder, image_size = _encoder_settings(tensors, patch, facts, fallback, evidence)
     model: dict[str, Any] = {"encoder": encoder}
-    channels, kind, masking = patch[1], "encoder", None
+    channels, kind, masking, classes = patch[1], "encoder", None, None
     _check_statistics(facts, channels)
     if any(name.startswith("decoder/") for name in tensors):
         kind, depth = "pretrain", _depth(tensors, "encoder/blocks_")
@@ -110,6 +110,7 @@ def infer(
     elif "head/bias" in tensors or "fc_norm/scale" in tensors:
         kind = "classifier"
         model |= _head_settings(tensors, evidence)
+        classes = _named(facts.classes, model["num_classes"], evidence)
     else:
         has_norm = "encoder/norm/scale" in tensors
         model["fusion"] = {"kind": "last" if has_norm else "inter_block"}
@@ -120,7 +121,7 @@ def infer(
     return Card(
         kind=kind, model=model, image_size=image_size, channels=channels,
         mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
-        recipe=recipe, step=None, origin=origin,
+        recipe=recipe, step=None, origin=origin, classes=classes,
     )
 
 
@@ -197,6 +198,23 @@ def _head_settings(tensors: Tensors, evidence: list[str]) -> dict[str, Any]:
            else "class token (there is no fc_norm)")
     )
     return {"pool": "mean" if pools else "cls", "num_classes": num_classes}
+
+
+def _named(
+    classes: tuple[str, ...] | None, number: int, evidence: list[str]
+) -> tuple[str, ...] | None:
+    """Returns the names of the classes of a head with so many."""
+    if classes is None:
+        if number:
+            evidence.append("names of the classes: not in the file")
+        return None
+    if len(classes) != number:
+        raise ConversionError(
+            f"There are {len(classes)} names of classes, but the head has {number}; "
+            "give one for each, or none."
+        )
+    evidence.append(f"names of the classes: {classes[0]}, ...")
+    return classes
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:

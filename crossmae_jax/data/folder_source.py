@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from crossmae_jax import paths
+from crossmae_jax.data.classes import numbers
 from crossmae_jax.data.transforms import Record
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
@@ -28,8 +29,8 @@ class FolderSource:
     loops end. Names that begin with a dot are skipped. A bucket has no links.
 
     Args:
-      classes: the class names of another split, which decide the numbers here too;
-        an empty tuple means that labels are not wanted.
+      classes: names of which labels shall be numbers; the folders' own if not given,
+        and if empty labels are not wanted.
     """
 
     def __init__(self, directory: str, *, classes: tuple[str, ...] | None = None):
@@ -45,25 +46,21 @@ class FolderSource:
         self._blob = b"".join(images)
         self._ends = np.cumsum([len(path) for path in images], dtype=np.int64)
         folders = [p.split(b"/", 1)[0] if b"/" in p else None for p in images]
-        own = tuple(sorted({f for f in folders if f is not None}))
-        if None in folders or len(own) < 2:
-            own = ()
+        own = sorted({f for f in folders if f is not None})
         own = tuple(os.fsdecode(folder) for folder in own)
-        self.classes = own if classes is None else classes
+        # One folder alone is a class only where its name is known to be one.
+        if None in folders or len(own) < 2 and not set(own) <= set(classes or ()):
+            own = ()
+        names = own if classes is None else classes
         self._labels = None
-        if own and self.classes:
-            unknown = sorted(set(own) - set(self.classes))
-            if unknown:
-                raise ValueError(
-                    f"{self.directory} has {len(unknown)} class folders that the "
-                    f"training folder lacks, first {unknown[0]!r}; it has "
-                    f"{len(self.classes)} classes, first {self.classes[0]!r}. Give "
-                    "both folders the same class folders."
-                )
-            number = {os.fsencode(name): k for k, name in enumerate(self.classes)}
+        if own and names:
+            number = dict(zip(
+                map(os.fsencode, own),
+                numbers(own, names, what=self.directory), strict=True,
+            ))
             self._labels = np.array([number[f] for f in folders], np.int32)
         self.kinds = frozenset() if self._labels is None else frozenset({"label"})
-        self.num_classes = len(self.classes) if self.kinds else 0
+        self.classes = names if self.kinds else ()
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -102,7 +99,7 @@ class FolderSource:
     def __repr__(self) -> str:
         return (
             f"FolderSource({self.directory!r}, {len(self)} images, "
-            f"{self.num_classes} classes)"
+            f"{len(self.classes)} classes)"
         )
 
 

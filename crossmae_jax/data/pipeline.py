@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from crossmae_jax import errors
 from crossmae_jax.data import order, sources, transforms, workers
 from crossmae_jax.data.bad_images import Bad, BadImages, TooManyBadImages
 from crossmae_jax.data.decoding import BadImage
@@ -56,15 +57,18 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workdir: str | None = None,
+    num_classes: int | None = None,
 ) -> "Batches":
     """Yields the training batches of steps start_step .. start_step + num_steps - 1.
 
     Args:
       process_index: which contiguous slice of every global batch is yielded.
       workdir: where `bad_images.jsonl` goes; nowhere when None.
+      num_classes: every label must be below it; None where nothing learns from labels.
 
     Returns:
       An iterator of {a field of the transform: its array [b ...], "sample": u32[b]}.
+      Its next() raises SetupError for a label that is no class.
     """
     _check_not_empty(source)
     if seed < 0:
@@ -77,7 +81,7 @@ def train_batches(
         seed=seed,
     )
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
-    return Batches(loader, num_steps, data.workers, bad_images)
+    return Batches(loader, num_steps, data.workers, bad_images, num_classes)
 
 
 def eval_batches(
@@ -155,8 +159,10 @@ class Batches(Iterator[Batch]):
         num_batches: int,
         num_workers: int,
         bad_images: BadImages,
+        num_classes: int | None = None,
     ):
         self.wait_seconds = 0.0
+        self._loader, self._num_classes = loader, num_classes
         self._bad_images = bad_images
         num_chunks = num_batches * loader.chunks_per_batch
         self.num_workers, chunks = workers.start(
@@ -189,6 +195,8 @@ class Batches(Iterator[Batch]):
             batch, bad = self._ahead.popleft().result()
             self.wait_seconds += time.perf_counter() - start
             self._bad_images.add(len(batch["sample"]), bad)
+            if self._num_classes is not None:
+                self._loader.check_labels(batch, self._num_classes)
         except BaseException:
             self.close()
             raise
@@ -307,6 +315,18 @@ class _Loader:
         """Where a chunk begins and ends in the local batch."""
         size, parts = self.local.size, self.chunks_per_batch
         return part * size // parts, (part + 1) * size // parts
+
+    def check_labels(self, batch: Batch, num_classes: int) -> None:
+        """Raises SetupError if a label is none of so many classes; names its image."""
+        outside = (batch["label"] < 0) | (batch["label"] >= num_classes)
+        if outside.any():
+            row = int(np.argmax(outside))
+            name = self.source.name(self.image_of(int(batch["sample"][row])))
+            raise errors.SetupError(
+                f"{name} has label {batch['label'][row]}, which is none of the classes "
+                f"0 to {num_classes - 1}, so nothing can be learnt from it. Train on a "
+                "split whose images all have labels."
+            )
 
     def empty(self, samples: int) -> Batch:
         """Arrays for so many samples, whatever the memory held before."""

@@ -19,6 +19,8 @@ from crossmae_jax.data.folder_source import FolderSource
 from crossmae_jax.data.tfds_source import TfdsSource
 from crossmae_jax.data.transforms import Record, Transform
 
+Classes = tuple[str, ...] | None
+
 
 @runtime_checkable
 class Source(Protocol):
@@ -27,12 +29,13 @@ class Source(Protocol):
     Attributes:
       kinds: what its records hold beside "name" and "image": {"label"}, say, or
         {"boxes", "masks"}; empty where there are images alone.
-      num_classes: of its labels, whatever they are of; 0 without.
+      classes: what the numbers of its labels stand for, whatever they are of; empty
+        without labels.
       fingerprint: changes when the images or their order change.
     """
 
     kinds: frozenset[str]
-    num_classes: int
+    classes: tuple[str, ...]
     fingerprint: str
 
     def __len__(self) -> int:
@@ -43,7 +46,7 @@ class Source(Protocol):
 
             "name"     what errors and lists call the image
             "image"    an encoded file, or uint8 [height width c]
-            "label"    a number from 0 to num_classes - 1
+            "label"    a place in `classes`
 
         Other kinds are as the transforms want them that need them. What has a place in
         the image counts it in the image's own pixels, as stored.
@@ -56,25 +59,30 @@ class Source(Protocol):
         """What errors and lists call the image, which need not be read for that."""
 
 
-def make_source(data: ConfigDict, split: str) -> Source | None:
+def make_source(
+    data: ConfigDict, split: str, *, classes: Classes = None
+) -> Source | None:
     """Opens the images that the configuration names.
 
     Args:
       split: "train" or "eval".
+      classes: names that labels shall be numbers of, such as those of another split or
+        of a model; labels are then mapped by name. The data's own if not given; if
+        empty, labels are not wanted.
 
     Returns:
       The source, or None for "eval" where no evaluation split is configured.
 
     Raises:
-      ValueError: if there are no such images, or `config.data.transform` needs more of
-        them than they have.
+      ValueError: if there are no such images, `config.data.transform` needs more of
+        them than they have, or their classes are others.
     """
     if split not in ("train", "eval"):
         raise ValueError(f"Unknown split {split!r}. Known: eval, train.")
     if data.source not in SOURCES:
         known = ", ".join(sorted(SOURCES))
         raise ValueError(f"Unknown data.source {data.source!r}. Known: {known}.")
-    source = SOURCES[data.source](data, split)
+    source = SOURCES[data.source](data, split, classes)
     if source is not None:
         transform_for(source, data)  # what does not fit is said when it is opened
     return source
@@ -98,35 +106,35 @@ def transform_for(source: Source, data: ConfigDict) -> Transform:
     return transform
 
 
-def _folder(data: ConfigDict, split: str) -> FolderSource | None:
-    if not data.dir:
-        raise ValueError(
-            "data.source='folder' needs data.dir; pass --config.data.dir=DIR."
-        )
+def _folder(data: ConfigDict, split: str, classes: Classes) -> FolderSource | None:
     if split == "train":
-        return FolderSource(data.dir)
+        if not data.dir:
+            raise ValueError(
+                "data.source='folder' needs data.dir; pass --config.data.dir=DIR."
+            )
+        return FolderSource(data.dir, classes=classes)
     if not data.eval_dir:
         return None
-    return FolderSource(data.eval_dir, classes=FolderSource(data.dir).classes)
+    return FolderSource(data.eval_dir, classes=classes)
 
 
-def _tfds(data: ConfigDict, split: str) -> TfdsSource | None:
+def _tfds(data: ConfigDict, split: str, classes: Classes) -> TfdsSource | None:
     name = data.split if split == "train" else data.eval_split
     if not name and split == "eval":
         return None
-    return TfdsSource(data.name, data_dir=data.data_dir, split=name)
+    return TfdsSource(data.name, data_dir=data.data_dir, split=name, classes=classes)
 
 
-def _digits(data: ConfigDict, split: str) -> TfdsSource | None:
+def _digits(data: ConfigDict, split: str, classes: Classes) -> TfdsSource | None:
     from crossmae_jax.data.sets import digits  # the only source that may have to build
 
     name = data.split if split == "train" else data.eval_split
     if not name and split == "eval":
         return None
     data_dir = digits.prepare(data.data_dir)
-    return TfdsSource(digits.NAME, data_dir=data_dir, split=name)
+    return TfdsSource(digits.NAME, data_dir=data_dir, split=name, classes=classes)
 
 
-SOURCES: dict[str, Callable[[ConfigDict, str], Source | None]] = {
+SOURCES: dict[str, Callable[[ConfigDict, str, Classes], Source | None]] = {
     "digits": _digits, "folder": _folder, "tfds": _tfds,
 }

@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from crossmae_jax import paths
+from crossmae_jax.data.classes import numbers
 from crossmae_jax.data.transforms import Record
 
 _OPEN_FILES = 10_240  # the most that macOS grants
@@ -24,9 +25,14 @@ class TfdsSource:
     Args:
       name: as for `tfds.builder`, such as "imagenet2012" or "name/config:1.0.0".
       split: as TFDS writes it, "train[:10%]" included.
+      classes: names of which labels shall be numbers; the set's own if not given, and
+        if empty labels are not wanted.
     """
 
-    def __init__(self, name: str, *, data_dir: str | None, split: str):
+    def __init__(
+        self, name: str, *, data_dir: str | None, split: str,
+        classes: tuple[str, ...] | None = None,
+    ):
         builder = _prepared(name, data_dir)
         features = builder.info.features
         if "image" not in features:
@@ -39,8 +45,12 @@ class TfdsSource:
         self.split = split
         label = features["label"] if "label" in features else None
         labelled = isinstance(label, tfds.features.ClassLabel)
-        self.num_classes = (label.num_classes or 0) if labelled else 0
-        self.kinds = frozenset({"label"}) if self.num_classes else frozenset()
+        own = tuple(label.names) if labelled and label.num_classes else ()
+        self.classes = () if not own else own if classes is None else classes
+        self.kinds = frozenset({"label"}) if self.classes else frozenset()
+        self._numbers = None  # of each of the set's own classes, where they differ
+        if self.classes not in ((), own):
+            self._numbers = numbers(own, self.classes, what=self.full_name)
         splits = builder.info.splits
         try:
             chosen = splits[split]
@@ -68,7 +78,10 @@ class TfdsSource:
             name = f"{name} {file_name.decode(errors='replace')}"
         record = {"name": name, "image": features["image"]}
         if "label" in self.kinds:
-            record["label"] = int(features["label"])
+            label = int(features["label"])
+            if self._numbers is not None and 0 <= label < len(self._numbers):
+                label = int(self._numbers[label])
+            record["label"] = label
         return record
 
     def name(self, index: int) -> str:

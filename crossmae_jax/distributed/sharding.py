@@ -127,8 +127,8 @@ def make_mesh(
         )
     compact, reason = _compact(devices), "as config.mesh.fsdp says"
     if not fsdp:
-        needed = _num_bytes(abstract_state)
-        needed += _num_bytes(abstract_state.variables["params"])  # gradients
+        needed = num_bytes(abstract_state)
+        needed += num_bytes(abstract_state.variables["params"])  # gradients
         fsdp, reason = _automatic(needed, memory, compact)
     elif fsdp not in compact:
         reason += "; copies lie across hosts, whose links gathering takes time of"
@@ -140,7 +140,8 @@ def make_mesh(
     )
 
 
-def _num_bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
+    """Returns how much memory the arrays of a tree take, all of each."""
     return sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 

@@ -45,6 +45,7 @@ class About(NamedTuple):
     Attributes:
       num_images: how many images each split holds, "train" and, if it exists, "eval".
       num_classes: of the data; 0 if a split has no labels.
+      unlabelled: an image among the labelled ones that has no class, if one was seen.
       outputs: what the objective can give, see `Wanted.output`.
       pool: what "features" are: "mean" of the patch tokens, or "cls", the class token.
     """
@@ -53,6 +54,7 @@ class About(NamedTuple):
     num_classes: int
     outputs: frozenset[str]
     pool: str = "mean"
+    unlabelled: str | None = None
 
 
 @dataclasses.dataclass
@@ -192,6 +194,12 @@ def check_labels(name: str, about: About) -> None:
             f"config.evals.{name} needs labels, but the data set, or a split of it, "
             "has none. Sort the images into one folder per class, use a labelled data "
             f"set, or take {name} out of config.evals."
+        )
+    if about.unlabelled:
+        raise ValueError(
+            f"config.evals.{name} needs a class for every image, but "
+            f"{about.unlabelled}: test splits are often published without labels. "
+            f"Choose another evaluation split, or take {name} out of config.evals."
         )
     if "eval" not in about.num_images:
         raise ValueError(

@@ -57,6 +57,7 @@ class Checkpoint:
       step: of a run.
       digest: SHA-256 of what was read.
       notes: what became of the parts of other formats.
+      classes: of a classifier, what its logits stand for; None if that is not known.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Checkpoint:
     objective: Any
     variables: Any
     notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None = None
 
 
 def open_checkpoint(
@@ -87,7 +89,7 @@ def open_checkpoint(
     with errors.setting_up():
         if not config.data.get("num_classes", 1):
             opened = sources.make_source(config.data, "train")
-            config = objectives.with_classes(config, opened.num_classes)
+            config = objectives.with_classes(config, len(opened.classes))
         objective = objectives.make(config)
     key = jax.random.key(0, impl="threefry2x32")
     abstract = parallel.with_sharding(
@@ -98,7 +100,10 @@ def open_checkpoint(
         step = checkpointer.newest_step(place) if step is None else step
         variables = checkpointer.restore_variables(place, abstract, step)
         digest = digests.of(place / str(step) / digests.LIST)
-        return Checkpoint(str(path), step, digest, config, objective, variables)
+        return Checkpoint(
+            str(path), step, digest, config, objective, variables,
+            classes=workdir.read_classes(path) if _classifies(objective) else None,
+        )
     with errors.setting_up():
         if step is not None:
             raise ValueError(f"{path} is no run and has no steps; leave out {step=}.")
@@ -112,8 +117,12 @@ def open_checkpoint(
     init = jax.jit(objective.init, out_shardings=parallel.replicated(mesh))
     return Checkpoint(
         str(path), None, digests.of(path), config, objective, start.apply(init(key)),
-        notes=tuple(line.strip() for line in start.report),
+        notes=tuple(line.strip() for line in start.report), classes=start.classes,
     )
+
+
+def _classifies(objective: Any) -> bool:
+    return "logits" in objective.outputs
 
 
 def run(
@@ -143,7 +152,7 @@ def run(
     config, mesh, imagenet = made.config, parallel.make_mesh(), imagenet or {}
     with errors.setting_up():
         _check_suites(made, suites)
-        opened = _open(config, suites, own_images=not imagenet)
+        opened = _open(made, suites, own_images=not imagenet)
         written = report.begun(directory, _empty(made))
         chosen = _options(config, suites, opened, options or {}, written)
         evaluators = evals.make(chosen)
@@ -153,7 +162,8 @@ def run(
         sets = {}
         if "robustness" in suites:
             sets = robustness_sets.prepare(
-                config.data, opened.get("eval"), imagenet=imagenet
+                config.data, opened.get("eval"), imagenet=imagenet,
+                classes=made.classes,
             )
     predict = _predict(made, mesh)
 
@@ -190,13 +200,19 @@ def _empty(made: Checkpoint) -> report.Report:
     return report.Report(
         dict(path=made.path, step=made.step, sha256=made.digest),
         json.loads(made.config.to_json()), notes=list(made.notes),
+        classes=None if made.classes is None else list(made.classes),
     )
 
 
 def _open(
-    config: ConfigDict, suites: Sequence[str], *, own_images: bool
+    made: Checkpoint, suites: Sequence[str], *, own_images: bool
 ) -> dict[str, sources.Source]:
-    """Returns the splits that the suites look at, as far as there are any."""
+    """Returns the splits that the suites look at, as far as there are any.
+
+    Labels are numbers of a classifier's classes, where these are known, and else of
+    those of the training images.
+    """
+    config, classes = made.config, made.classes
     options = {name: DEFAULTS[name] for name in suites if name in DEFAULTS}
     evaluators = evals.make(options)
     needed = {request.split for request in evaluator.wanted(evaluators.values())}
@@ -204,7 +220,10 @@ def _open(
         needed.add("eval")
     opened = {}
     for split in sorted(needed, reverse=True):  # "train" first
-        source = sources.make_source(config.data, split)
+        if split == "eval" and classes is None:
+            trained = opened.get("train") or sources.make_source(config.data, "train")
+            classes = trained.classes
+        source = sources.make_source(config.data, split, classes=classes)
         if source is None:
             raise ValueError(
                 f"{', '.join(suites)} need images to test on, but the data has no "
@@ -212,9 +231,9 @@ def _open(
                 "(folder)."
             )
         head = config.data.get("num_classes")
-        if head and source.num_classes not in (0, head):
+        if head and len(source.classes) not in (0, head):
             raise ValueError(
-                f"{source} has {source.num_classes} classes, the head {head}: their "
+                f"{source} has {len(source.classes)} classes, the head {head}: their "
                 "numbers do not mean the same. Give the data that it was trained for."
             )
         opened[split] = source
@@ -227,7 +246,7 @@ def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
             f"Unknown suite {unknown[0]!r}. Known: {', '.join(SUITES)}."
         )
     of_logits = [name for name in ("accuracy", "robustness") if name in suites]
-    if of_logits and "logits" not in made.objective.outputs:
+    if of_logits and not _classifies(made.objective):
         raise ValueError(
             f"{' and '.join(of_logits)} need a classifier, but {made.path} was trained "
             f"with objective={made.config.objective!r}: fine-tune it "

@@ -33,6 +33,7 @@ class Report:
       metrics: by name, "knn/top1"; shares from 0 to 1 unless a note says otherwise.
       images: by evaluator and split, how many images were evaluated, of how many.
       notes: what else a reader must know to compare.
+      classes: of a classifier, what its logits stand for, if that is known.
     """
 
     checkpoint: dict[str, Any]
@@ -41,6 +42,7 @@ class Report:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     images: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    classes: list[str] | None = None
 
     def add(
         self, name: str, metrics: dict[str, float], images: dict[str, tuple[int, int]]

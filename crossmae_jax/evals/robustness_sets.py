@@ -31,7 +31,8 @@ _OPEN = {
 
 
 def prepare(
-    data: ConfigDict, source: sources.Source | None, *, imagenet: Mapping[str, str]
+    data: ConfigDict, source: sources.Source | None, *, imagenet: Mapping[str, str],
+    classes: tuple[str, ...] | None = None,
 ) -> dict[str, Measure]:
     """Opens what robustness is measured on, before anything is computed.
 
@@ -39,6 +40,7 @@ def prepare(
       data: `config.data`.
       source: the images to corrupt; not used where sets are given.
       imagenet: directories of "a", "r", "sketch" and "c", as many as there are.
+      classes: of the head, if they are known.
 
     Returns:
       By name, "imagenet_a" or "corrupted", what measures it: (source, data) -> the
@@ -53,6 +55,13 @@ def prepare(
             f"The head has {data.num_classes} classes; ImageNet-A, -R, -Sketch and -C "
             "need one of ImageNet-1k's 1000. Leave out their directories to measure "
             "robustness on the evaluation split."
+        )
+    if imagenet and classes not in (None, imagenet_variants.wordnet_ids()):
+        raise ValueError(
+            "The head's classes are no WordNet ids in their order, but "
+            f"{', '.join(classes[:3])}, ...: the labels of ImageNet-A, -R, -Sketch and "
+            "-C would stand for others. Leave out their directories, or give weights "
+            "that were trained on folders or a TFDS set named by WordNet id."
         )
     sets: dict[str, Measure] = {}
     for name, directory in imagenet.items():

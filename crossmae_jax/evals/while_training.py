@@ -13,7 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax import evals, visualize
-from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data import pipeline, sources, spot_check
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.runs import results
@@ -163,17 +163,22 @@ def rows_of(objective: Any, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
 def about(
     config: ConfigDict, objective: Any, opened: Mapping[str, sources.Source]
 ) -> evaluator.About:
-    """Returns what evaluators are checked against.
+    """Returns what evaluators are checked against; looks at a few images.
 
     Args:
       opened: the splits that there are, "train", "eval" or both.
+
+    Raises:
+      SetupError: if there is a split whose images cannot be decoded.
     """
+    seen = [spot_check.unlabelled(source, config.data) for source in opened.values()]
     return evaluator.About(
         num_images={split: len(source) for split, source in opened.items()},
         # A split without labels is enough to fail.
-        num_classes=min((source.num_classes for source in opened.values()), default=0),
+        num_classes=min((len(source.classes) for source in opened.values()), default=0),
         outputs=frozenset(objective.outputs),
         pool=config.model.get("pool", "mean"),
+        unlabelled=next(filter(None, seen), None),
     )
 
 

@@ -93,6 +93,11 @@ class Pretrained:
         """
         return self._run("feature_maps", self._feature_maps, images)
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """What the logits stand for, in their order; None if that is not known."""
+        return self.card.classes
+
     def logits(self, images: Any) -> Float[np.ndarray, "b classes"]:
         """Returns a value per class; for fine-tuned classifiers only.
 

@@ -1,7 +1,8 @@
 """A run's directory, and the guard against mixing two runs in one.
 
     config.json         the whole configuration
-    dataset.json        how many images, and a fingerprint of which ones
+    dataset.json        how many images, a fingerprint of which ones, and the names of
+                        their classes, in the order of their numbers
     environment.json    versions and devices
     metrics.jsonl       one line per log point; tensorboard/ holds the same
     run.lock            who trains here now, see `lock`
@@ -20,7 +21,9 @@ learning rate, model or data set would be a different run under the same name, s
 refused; settings that cannot change a weight may change.
 """
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.runs import settings
+
+_PICTURES_BYTES = 50_000_000  # panels, curves, the page
 
 # Keys that may differ when a run is resumed: where things lie, how often to look.
 _FREE = (
@@ -58,6 +63,16 @@ def read_config(workdir: str | AnyPath) -> ConfigDict:
         )
     stored = settings.completed(json.loads(path.read_text()))
     return ConfigDict(settings.as_written(stored))
+
+
+def read_classes(workdir: str | AnyPath) -> tuple[str, ...] | None:
+    """Returns the names of the classes that a run's labels are numbers of.
+
+    None if it had no labels, or was started before names were kept.
+    """
+    path = paths.path(workdir) / "dataset.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return tuple(stored.get("classes") or ()) or None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +107,34 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _other_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, now = old.pop("classes", None), new.get("classes")
+    changed = _differences(old, {k: v for k, v in new.items() if k != "classes"})
+    if before is not None and before != now:  # else started before names were kept
+        pairs = enumerate(itertools.zip_longest(before, now))
+        first = [f"{i} {a!r} -> {b!r}" for i, (a, b) in pairs if a != b][:5]
+        changed.append(f"classes: {len(before)} -> {len(now)}; {', '.join(first)}")
+    return changed
+
+
+def check_space(workdir: Path, *, checkpoint_bytes: int) -> None:
+    """Finds out whether a disk can hold another checkpoint, and pictures beside it.
+
+    Raises:
+      ValueError: if it cannot.
+    """
+    place = workdir.absolute()
+    while not place.exists():
+        place = place.parent
+    free, needed = shutil.disk_usage(place).free, checkpoint_bytes + _PICTURES_BYTES
+    if free < needed:
+        raise ValueError(
+            f"{free / 1e9:.2f} GB are free on the disk of {workdir}, but one "
+            f"checkpoint with the pictures beside it needs {needed / 1e9:.2f} GB; "
+            "make room, or give a --workdir on another disk."
+        )
+
+
 def claim(
     workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool,
     name: AnyPath | None = None,
@@ -100,7 +143,7 @@ def claim(
 
     Args:
       name: of the workdir in errors, where these files are copies.
-      dataset: number of images and fingerprint of the training data.
+      dataset: number of images, fingerprint and classes of the training data.
       resuming: whether the directory holds checkpoints to go on from.
 
     Raises:
@@ -120,6 +163,8 @@ def claim(
             if file == "config.json":
                 old = settings.completed(old)
             changed = _differences(old, new)
+            if file == "dataset.json":
+                changed = _other_data(old, new)
             if changed:
                 raise ValueError(
                     f"{shown} holds checkpoints of another run; {file} differs:\n  "

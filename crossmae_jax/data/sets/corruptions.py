@@ -96,7 +96,7 @@ class Corrupted:
         self.corruption, self.severity, self.seed = corruption, severity, seed
         # What else has a place in the image would not be cropped with it.
         self.kinds = source.kinds & {"label"}
-        self.num_classes = source.num_classes
+        self.classes = source.classes
         self._view = {
             "image_size": (height, width),
             "channels": data.channels,

@@ -129,8 +129,8 @@ def _open(directory: str, whole: _Whole) -> FolderSource:
             "is another set."
         )
     source = FolderSource(directory, classes=wordnet_ids())
-    if len(source) != whole.num_images or not source.num_classes:
-        place = "" if source.num_classes else ", some of them outside of its classes"
+    if len(source) != whole.num_images or not source.classes:
+        place = "" if source.classes else ", some of them outside of its classes"
         raise ValueError(
             f"{directory} is not the whole of {whole.name}: {len(source):,} images"
             f"{place}; expected {whole.num_images:,} in the folders of its classes. "

@@ -1,0 +1,198 @@
+"""A class is its name: in runs, weights and reports, and from data set to data set."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import crossmae_jax
+from crossmae_jax import convert, errors, train
+from crossmae_jax.commands import evaluate
+from crossmae_jax.convert import cards
+from crossmae_jax.data import sources
+from crossmae_jax.data.folder_source import FolderSource
+from crossmae_jax.data.tfds_source import TfdsSource
+from crossmae_jax.runs import workdir
+from tests import image_files
+from tests.test_classify import folder_config, folders, make_config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on the folders ant, bee and cat, and its config."""
+    place = tmp_path_factory.mktemp("trained")
+    data = folders(place / "train", ["ant", "bee", "cat"])
+    config = folder_config(data, data, epochs=1.0, optim__base_lr=1e-2)
+    train.run(config, place / "run")
+    return place / "run", config
+
+
+def evaluated(run, data, directory, *flags):
+    arguments = [
+        f"--checkpoint={run}", "--suite=accuracy", f"--workdir={directory}",
+        f"--config.data.eval_dir={data}", *flags,
+    ]
+    assert evaluate.main(arguments) == 0
+    return json.loads((directory / "evaluation.json").read_text())
+
+
+def test_names_go_with_the_run_its_weights_and_its_reports(trained, tmp_path):
+    run, _ = trained
+    names = ("ant", "bee", "cat")
+    assert workdir.read_classes(run) == names
+    assert crossmae_jax.load(run).classes == names
+    for format, to in (("safetensors", "a.safetensors"), ("timm", "timm")):
+        convert.export_weights(run, tmp_path / to, format=format)
+        assert crossmae_jax.load(tmp_path / to).classes == names
+    listed = json.loads((tmp_path / "timm" / "config.json").read_text())["label_names"]
+    assert listed == list(names)
+
+
+def test_images_are_evaluated_by_name_without_the_training_folder(
+    trained, tmp_path, monkeypatch
+):
+    """Other folders come before and behind; one of the classes is missing."""
+    run, config = trained
+    copied = shutil.copytree(run, tmp_path / "run")
+    expected = evaluated(copied, config.data.dir, tmp_path / "all")
+    test = tmp_path / "test"
+    for name in ("bee", "cat"):
+        shutil.copytree(f"{config.data.dir}/{name}", test / name)
+    alone = evaluated(
+        copied, test, tmp_path / "two", f"--config.data.dir={tmp_path / 'gone'}"
+    )
+    assert alone["classes"] == expected["classes"] == ["ant", "bee", "cat"]
+    model, images, labels = crossmae_jax.load(copied), [], []
+    for number, name in ((1, "bee"), (2, "cat")):
+        for file in sorted((test / name).iterdir()):
+            images.append(str(file))
+            labels.append(number)
+    right = model.logits(images).argmax(1) == np.array(labels)
+    assert alone["metrics"]["accuracy/top1"] == pytest.approx(right.mean())
+
+
+def test_other_classes_are_refused_with_the_names_that_differ(trained, tmp_path):
+    run, config = trained
+    for new, old in zip("zyx", ("ant", "bee", "cat"), strict=True):
+        shutil.copytree(f"{config.data.dir}/{old}", tmp_path / "other" / new)
+    with pytest.raises(SystemExit) as refused:
+        evaluated(run, tmp_path / "other", tmp_path / "out")
+    message = str(refused.value)
+    assert "'x', 'y', 'z' are none of the 3" in message
+    assert "lacks 'ant', 'bee', 'cat'" in message
+
+
+def test_a_run_does_not_go_on_with_classes_of_other_names(trained, tmp_path):
+    run, config = trained
+    copied = shutil.copytree(run, tmp_path / "run")
+    path = copied / "dataset.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(stored | {"classes": ["ant", "cat", "bee"]}))
+    with pytest.raises(errors.SetupError, match="classes: 3 -> 3; 1 'cat' -> 'bee'"):
+        train.run(config, copied)
+    del stored["classes"]  # as runs from before names were kept
+    path.write_text(json.dumps(stored))
+    train.run(config, copied)
+    assert workdir.read_classes(copied) == ("ant", "bee", "cat")
+
+
+def test_a_head_for_other_classes_is_not_started_from(trained, tmp_path, capsys):
+    run, _ = trained
+    data = folders(tmp_path / "train", ["ant", "cat", "dog"])
+    config = folder_config(data, data, epochs=1.0, init_from=str(run))
+    train.run(config, tmp_path / "next")
+    out = capsys.readouterr().out
+    assert "the head is for other classes, ant, bee, cat, ...; the data has" in out
+    assert "new      head" in out
+
+
+def test_folders_with_numbers_are_numbers_of_their_names(tmp_path):
+    names = [str(number) for number in range(12)]
+    source = FolderSource(folders(tmp_path / "a", names, images=1))
+    assert source.classes[:4] == ("0", "1", "10", "11")
+    mapped = FolderSource(str(tmp_path / "a"), classes=tuple(names))
+    for index in range(len(mapped)):
+        record = mapped[index]
+        assert names[record["label"]] == record["name"].split("/")[-2]
+
+
+def test_a_tfds_set_is_mapped_by_name(digits_dir):
+    data = image_files.config(source="digits", data_dir=digits_dir)
+    own = sources.make_source(data, "train")
+    assert own.classes == tuple("0123456789")
+    other = TfdsSource(
+        "sklearn_digits", data_dir=digits_dir, split="train", classes=own.classes[::-1]
+    )
+    for index in range(20):
+        assert other[index]["label"] == 9 - own[index]["label"]
+    with pytest.raises(errors.SetupError, match="'3' is none of the 9"):
+        TfdsSource(
+            "sklearn_digits", data_dir=digits_dir, split="train",
+            classes=tuple("012456789"),
+        )
+
+
+def test_cards_from_before_names_were_kept_can_be_read(trained):
+    card = crossmae_jax.load(trained[0]).card
+    values = json.loads(card.to_json())
+    del values["classes"]
+    assert cards.from_json(json.dumps(values)).classes is None
+
+
+class _Unlabelled:
+    """A source some of whose images have no label, as published test splits."""
+
+    def __init__(self, source, every):
+        self.source, self.every = source, every
+        self.kinds, self.classes = source.kinds, source.classes
+        self.fingerprint = source.fingerprint
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        record = self.source[index]
+        return record | {"label": -1} if index % self.every == 0 else record
+
+    def name(self, index):
+        return self.source.name(index)
+
+
+@pytest.mark.parametrize("split, message", [
+    ("train", "has label -1, which is none of the classes 0 to 9"),
+    ("eval", "config.evals.accuracy needs a class for every image, but .* label -1"),
+])
+def test_images_without_a_class_are_refused_before_the_first_step(
+    digits_dir, tmp_path, monkeypatch, split, message
+):
+    make = sources.make_source
+
+    def some_unlabelled(data, name, **kwargs):
+        made = make(data, name, **kwargs)
+        return _Unlabelled(made, 1 if split == "eval" else 7) if name == split else made
+
+    monkeypatch.setattr(sources, "make_source", some_unlabelled)
+    config = make_config(digits_dir, evals=dict(accuracy=dict(every_epochs=0.0)))
+    if split == "train":
+        config.evals, config.checkpoint.best = {}, ""
+    with pytest.raises(errors.SetupError, match=message):
+        train.run(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not (
+        tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_a_split_of_which_nothing_can_be_decoded_is_refused_first(tmp_path):
+    data = folders(tmp_path / "train", ["ant", "bee"])
+    for name in ("ant", "bee"):
+        image_files.write(tmp_path / "test" / name / "0.jpg", b"no image")
+    with pytest.raises(errors.SetupError, match="None of 2 images of .*test"):
+        train.run(folder_config(data, str(tmp_path / "test")), tmp_path / "run")
+
+
+def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=40_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    data = folders(tmp_path / "train", ["ant", "bee"])
+    with pytest.raises(errors.SetupError, match="0.04 GB are free on the disk of"):
+        train.run(folder_config(data, data), tmp_path / "run")
