@@ -132,7 +132,7 @@ class Card:
                 for part in _PARTS if part in self.model
             ),
             *[f"head       {_listed(rest)}"] * bool(rest),
-            *[f"classes    {_some(self.classes)}"] * bool(self.classes),
+            *[f"classes    {_some(self.classes or ())}"] * bool(self.classes),
             f"images     {height} x {width} px, {self.channels} channels, patches of "
             f"{self.patch_size}",
             f"mean, std  {known(_flat(self.mean))}, {known(_flat(self.std))}",

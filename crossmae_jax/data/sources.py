@@ -66,9 +66,9 @@ def make_source(
 
     Args:
       split: "train" or "eval".
-      classes: names that labels shall be numbers of, such as those of another split or
-        of a model; labels are then mapped by name. The data's own if not given; if
-        empty, labels are not wanted.
+      classes: names that labels shall be numbers of, such as those of a model; labels
+        are mapped by name. Those of the training split if not given; if empty, labels
+        are not wanted.
 
     Returns:
       The source, or None for "eval" where no evaluation split is configured.
@@ -82,6 +82,8 @@ def make_source(
     if data.source not in SOURCES:
         known = ", ".join(sorted(SOURCES))
         raise ValueError(f"Unknown data.source {data.source!r}. Known: {known}.")
+    if split == "eval" and classes is None:
+        classes = SOURCES[data.source](data, "train", None).classes
     source = SOURCES[data.source](data, split, classes)
     if source is not None:
         transform_for(source, data)  # what does not fit is said when it is opened

@@ -220,9 +220,6 @@ def _open(
         needed.add("eval")
     opened = {}
     for split in sorted(needed, reverse=True):  # "train" first
-        if split == "eval" and classes is None:
-            trained = opened.get("train") or sources.make_source(config.data, "train")
-            classes = trained.classes
         source = sources.make_source(config.data, split, classes=classes)
         if source is None:
             raise ValueError(
@@ -237,6 +234,7 @@ def _open(
                 "numbers do not mean the same. Give the data that it was trained for."
             )
         opened[split] = source
+        classes = source.classes if classes is None else classes
     return opened
 
 
