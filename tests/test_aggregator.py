@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from crossmae_jax import losses, masking
-from crossmae_jax.models import aggregator, decoder_cross, layers, mim, parts, posemb
+from crossmae_jax.models import aggregator, layers, parts
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
 from crossmae_jax.tokens import Tokens, take_tokens
@@ -41,14 +41,14 @@ def _inputs(seed=0, num=2, dim=8, encoder_dim=16):
 
 def _masked(module, variables, *inputs):
     """Returns the tokens of retained and thrown patches, behind the 6 visible ones."""
-    out = module.apply(variables, *inputs)
+    out = jax.jit(module.apply)(variables, *inputs)
     tokens, ids, _ = inputs
     np.testing.assert_array_equal(out.ids[:, :12], tokens.ids)
     np.testing.assert_array_equal(out.ids[:, 12:], ids.thrown)
     return out.behind(6).values
 
 
-def _aggregator(kind="conv", visible="decoder", **changes):
+def make_aggregator(kind="conv", visible="decoder", **changes):
     options = dict(kind=kind, visible=visible, kernel_size=3) | changes
     if kind == "transformer":  # which has no window
         del options["kernel_size"]
@@ -82,8 +82,8 @@ def test_depthwise_conv_is_flaxs_and_so_are_its_gradients(side, grid):
 
 def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours():
     tokens, ids, context = _inputs()
-    module = _aggregator()
-    variables = module.init(jax.random.key(0), tokens, ids, context)
+    module = make_aggregator()
+    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
     out = _masked(module, variables, tokens, ids, context)
     np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
 
@@ -100,23 +100,23 @@ def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours(
 
 def test_retained_places_can_be_rewritten():
     tokens, ids, context = _inputs()
-    module = _aggregator(rewrites_retained=True)
-    variables = module.init(jax.random.key(0), tokens, ids, context)
+    module = make_aggregator(rewrites_retained=True)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
     out = _masked(module, variables, tokens, ids, context)
     mixed = module.bind(variables).mixer(tokens.laid_out())
     mixed = mixed.reshape(2, 24, 8)
     np.testing.assert_allclose(
         out[:, :6], take_tokens(mixed, ids.pred), atol=1e-6
     )
-    kept = _masked(_aggregator(), variables, tokens, ids, context)
+    kept = _masked(make_aggregator(), variables, tokens, ids, context)
     np.testing.assert_array_equal(out[:, 6:], kept[:, 6:])
 
 
 @pytest.mark.parametrize("visible", aggregator.VISIBLE)
 def test_visible_places_hold_what_was_asked_for(visible):
     tokens, ids, context = _inputs()
-    module = _aggregator(visible=visible)
-    variables = module.init(jax.random.key(0), tokens, ids, context)
+    module = make_aggregator(visible=visible)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
 
     def thrown(decoded, encoded):
         seen = tokens.replace(sequence=decoded), ids, context.replace(sequence=encoded)
@@ -136,8 +136,8 @@ def test_visible_places_hold_what_was_asked_for(visible):
 def test_every_thrown_place_is_another_one_to_the_transformer():
     """Zeros without a position would all give one token."""
     tokens, ids, context = _inputs()
-    module = _aggregator("transformer")
-    variables = module.init(jax.random.key(0), tokens, ids, context)
+    module = make_aggregator("transformer")
+    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
     thrown = np.asarray(_masked(module, variables, tokens, ids, context)[0, 6:])
     assert np.unique(thrown.round(4), axis=0).shape[0] == 12
 
@@ -175,7 +175,7 @@ def test_every_masked_patch_is_predicted_and_everything_learns(changes):
 
 def test_pooling_is_the_mean_of_the_window_with_its_zeros():
     tokens, ids, context = _inputs()
-    module = _aggregator("pool")
+    module = make_aggregator("pool")
     out = _masked(module, {}, tokens, ids, context)
     grid = tokens.laid_out()
     padded = jnp.pad(grid, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -187,8 +187,8 @@ def test_pooling_is_the_mean_of_the_window_with_its_zeros():
 
 def test_convnext_adds_its_branch_to_what_was_there():
     tokens, ids, context = _inputs()
-    module = _aggregator("convnext", rewrites_retained=True)
-    variables = module.init(jax.random.key(0), tokens, ids, context)
+    module = make_aggregator("convnext", rewrites_retained=True)
+    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
     silent = jax.tree.map(jnp.zeros_like, variables)
     out = _masked(module, silent, tokens, ids, context)
     np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
@@ -247,7 +247,9 @@ def test_reconstruction_also_shows_what_training_skips():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
-    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
+    found = jax.jit(objective.outputs["reconstruction"].function)(
+        variables, batch, jax.random.key(1)
+    )
     assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 18 - 7).all()
 
 
@@ -273,11 +275,11 @@ def test_the_loss_weighs_the_groups():
         objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
         variables = jax.jit(objective.init)(jax.random.key(0))
         ids = objective.sample(jax.random.key(1), BATCH)
-        loss, aux = objective.masked_loss(variables, images, ids)
+        loss, aux = jax.jit(objective.masked_loss)(variables, images, ids)
         retained, thrown = (aux.metrics[f"loss_{x}"] for x in ("retained", "thrown"))
         expected = 6 * retained + 12 * weight * thrown
         np.testing.assert_allclose(loss, expected / (6 + 12 * weight), rtol=1e-5)
-        pred = objective.model.apply(variables, images, ids)["pixels"]
+        pred = jax.jit(objective.model.apply)(variables, images, ids)["pixels"]
         target = objective.target(variables, images)["pixels"].at(pred.ids)
         expected = losses.mse(pred.values[:, 6:], target[:, 6:]).mean()
         np.testing.assert_allclose(thrown, expected, rtol=1e-5)
@@ -294,15 +296,16 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), BATCH)
-    pred = objective.model.apply(variables, images, ids)["pixels"]
+    apply = jax.jit(objective.model.apply)
+    pred = apply(variables, images, ids)["pixels"]
     assert pred.num == 6
     # Those that stay see fewer others than when every masked patch is there.
     everything = ids._replace(pred=jnp.sort(jnp.concatenate([ids.pred, ids.thrown], 1)))
-    full = objective.model.apply(variables, images, everything)["pixels"]
+    full = apply(variables, images, everything)["pixels"]
     assert jnp.abs(full.at(ids.pred) - pred.values).max() > 1e-3
     # And which patches were thrown makes no difference to them.
     other = ids._replace(thrown=ids.thrown[:, ::-1])
-    same = objective.model.apply(variables, images, other)["pixels"]
+    same = apply(variables, images, other)["pixels"]
     np.testing.assert_array_equal(same.values, pred.values)
 
 
@@ -311,7 +314,9 @@ def test_reconstruction_throws_as_many_as_training_does_and_says_which():
     variables = jax.jit(objective.init)(jax.random.key(0))
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
-    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
+    found = jax.jit(objective.outputs["reconstruction"].function)(
+        variables, batch, jax.random.key(1)
+    )
     assert (found.mask.sum(1) == 18).all() and (found.thrown.sum(1) == 12).all()
     assert (found.mask | ~found.thrown).all()
     assert ((found.error > 0) == found.mask).all()
@@ -341,65 +346,3 @@ def test_what_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
         Pretrain(make_config(**changes))
     assert message in str(error.value)
-
-
-class TwoHeads(decoder_cross.CrossDecoder):
-    """Predicts two targets of the same tokens, "near" and "far"."""
-
-    def __post_init__(self):
-        nn.Module.__post_init__(self)
-
-    def setup(self):
-        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
-        self.decoder_pos_embed = self.variable(
-            "constants", "decoder_pos_embed",
-            lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
-        )
-        self.heads = {name: layers.Dense(n) for name, n in self.widths.items()}
-
-    def __call__(self, contexts, ids, asked):
-        places = {name: asked.get(name, ids.pred) for name in self.widths}
-        return {
-            name: Tokens(self.queries(ids) + 0 * contexts[0].cls, ids, self.grid)
-            for name, ids in places.items()
-        }
-
-    def head(self, name, tokens, ids, asked):
-        return tokens.with_values(self.heads[name](tokens.values))
-
-
-def test_every_target_has_an_aggregator_of_its_own_unless_it_is_asked_for():
-    config = make_config(**CROSS, model__fusion__kind="last")
-    plain = mim.build(config)
-    model = mim.MaskedImageModel(
-        encoder=plain.encoder, fusion=plain.fusion,
-        decoder=TwoHeads(
-            widths={"near": 5, "far": 7}, dim=16, depth=1, num_heads=2, grid=GRID
-        ),
-        aggregators={
-            name: _aggregator(visible="zeros").clone(name=f"aggregator_{name}", dim=16)
-            for name in ("near", "far")
-        },
-    )
-    objective = Pretrain(config)
-    ids = objective.sample(jax.random.key(1), BATCH)
-    images = jnp.zeros((2, 16, 24, 3))
-    asked = {"far": jnp.array([[3, 1], [2, 5]])}
-    variables = model.init(jax.random.key(0), images, ids)
-    for name in ("near", "far"):
-        assert f"aggregator_{name}" in variables["params"]
-    both = model.apply(variables, images, ids)
-    assert {name: x.values.shape for name, x in both.items()} == {
-        "near": (2, 18, 5), "far": (2, 18, 7)
-    }
-    some = model.apply(variables, images, ids, asked)
-    np.testing.assert_array_equal(some["far"].ids, asked["far"])
-    np.testing.assert_array_equal(some["near"].values, both["near"].values)
-
-
-def test_a_decoder_of_masked_patches_refuses_what_may_be_visible():
-    objective = Pretrain(make_config(**MAE))
-    ids = objective.sample(jax.random.key(1), BATCH)
-    images, asked = jnp.zeros((2, 16, 24, 3)), {"rows": jnp.array([[3, 1], [2, 5]])}
-    with pytest.raises(ValueError, match="asks for rows at places that may be visible"):
-        objective.model.init(jax.random.key(0), images, ids, asked)

@@ -1,0 +1,77 @@
+"""A model that predicts several targets, some of them at places that are asked for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from crossmae_jax.models import decoder_cross, layers, mim, posemb
+from crossmae_jax.objectives.pretrain import Pretrain
+from crossmae_jax.tokens import Tokens
+from tests.test_aggregator import BATCH, CROSS, GRID, make_aggregator
+from tests.test_models import MAE, make_config
+
+
+class TwoHeads(decoder_cross.CrossDecoder):
+    """Predicts two targets of the same tokens, "near" and "far"."""
+
+    def __post_init__(self):
+        nn.Module.__post_init__(self)
+
+    def setup(self):
+        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.decoder_pos_embed = self.variable(
+            "constants", "decoder_pos_embed",
+            lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
+        )
+        self.heads = {name: layers.Dense(n) for name, n in self.widths.items()}
+
+    def __call__(self, contexts, ids, asked):
+        places = {name: asked.get(name, ids.pred) for name in self.widths}
+        return {
+            name: Tokens(self.queries(ids) + 0 * contexts[0].cls, ids, self.grid)
+            for name, ids in places.items()
+        }
+
+    def head(self, name, tokens, ids, asked):
+        return tokens.with_values(self.heads[name](tokens.values))
+
+
+def test_every_target_has_an_aggregator_of_its_own_unless_it_is_asked_for():
+    config = make_config(**CROSS, model__fusion__kind="last")
+    plain = mim.build(config)
+    model = mim.MaskedImageModel(
+        encoder=plain.encoder, fusion=plain.fusion,
+        decoder=TwoHeads(
+            widths={"near": 5, "far": 7}, dim=16, depth=1, num_heads=2, grid=GRID
+        ),
+        aggregators={
+            name: make_aggregator(visible="zeros").clone(
+                name=f"aggregator_{name}", dim=16
+            )
+            for name in ("near", "far")
+        },
+    )
+    objective = Pretrain(config)
+    ids = objective.sample(jax.random.key(1), BATCH)
+    images = jnp.zeros((2, 16, 24, 3))
+    asked = {"far": jnp.array([[3, 1], [2, 5]])}
+    variables = jax.jit(model.init)(jax.random.key(0), images, ids)
+    for name in ("near", "far"):
+        assert f"aggregator_{name}" in variables["params"]
+    both = jax.jit(model.apply)(variables, images, ids)
+    assert {name: x.values.shape for name, x in both.items()} == {
+        "near": (2, 18, 5), "far": (2, 18, 7)
+    }
+    some = jax.jit(model.apply)(variables, images, ids, asked)
+    np.testing.assert_array_equal(some["far"].ids, asked["far"])
+    np.testing.assert_array_equal(some["near"].values, both["near"].values)
+
+
+def test_a_decoder_of_masked_patches_refuses_what_may_be_visible():
+    objective = Pretrain(make_config(**MAE))
+    ids = objective.sample(jax.random.key(1), BATCH)
+    images, asked = jnp.zeros((2, 16, 24, 3)), {"rows": jnp.array([[3, 1], [2, 5]])}
+    with pytest.raises(ValueError, match="asks for rows at places that may be visible"):
+        objective.model.init(jax.random.key(0), images, ids, asked)
