@@ -9,7 +9,7 @@ import pytest
 
 import crossmae_jax
 from configs import digits_cross, finetune_digits
-from crossmae_jax import errors, train, train_step
+from crossmae_jax import convert, errors, train, train_step
 from crossmae_jax.convert.names import without_collections
 from crossmae_jax.evals import of_checkpoint
 from crossmae_jax.objectives.classify import Classify
@@ -123,6 +123,15 @@ def test_a_linear_probe_trains_its_head_and_nothing_else(
     for name in encoder:
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
     assert np.abs(after["batch_norm/mean"]).max() > 0.01
+
+    # Other libraries have no such norm: the exported head does its work.
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 1), np.uint8)
+    logits = crossmae_jax.load(tmp_path / "run").logits(images)
+    for format, to in (("timm", "timm"), ("mae", "probe.pth")):
+        convert.export_weights(tmp_path / "run", tmp_path / to, format=format)
+        exported = crossmae_jax.load(tmp_path / to, mean=(0.305,), std=(0.376,))
+        assert exported.card.model.get("head_norm", "none") == "none"
+        np.testing.assert_allclose(exported.logits(images), logits, atol=2e-4)
 
 
 @pytest.mark.parametrize("tune_blocks, tuned", [

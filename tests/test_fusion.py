@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import crossmae_jax
+from crossmae_jax import convert
 from crossmae_jax.models import fusion
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Encoded, Tokens
+from tests.saved_runs import save_run
 from tests.test_models import make_config
 
 MFF = dict(
@@ -65,3 +68,20 @@ def test_every_part_that_it_trains_learns(changes):
             assert np.abs(leaf).max() > 0, part
     weights = gradients["fusion"]["weights"]
     assert abs(float(weights.sum())) < 1e-6  # shares sum to one, whatever the weights
+
+
+def test_its_shares_can_be_looked_at_and_only_our_file_holds_it_whole(tmp_path):
+    run = save_run(
+        tmp_path / "run", "vitb_mff", "model.encoder.size=W16-D4-H2/16",
+        "model.fusion.maps=(0, 2, 3)",
+    )
+    model = crossmae_jax.load(run)
+    np.testing.assert_allclose(model.inter_block_weights(), np.full((1, 3), 1 / 3))
+    assert model.mixed_maps() == (1, 3, 4)
+    with pytest.raises(convert.ConversionError, match="no place for fusion/norm/bias"):
+        convert.export_weights(run, tmp_path / "all.pth", format="mae")
+    convert.export_weights(run, tmp_path / "part.pth", format="mae", parts="encoder")
+    convert.export_weights(run, tmp_path / "all.safetensors", format="safetensors")
+    image = np.zeros((1, 224, 224, 3), np.uint8)
+    whole = crossmae_jax.load(tmp_path / "all.safetensors")
+    np.testing.assert_array_equal(whole(image), model(image))

@@ -12,12 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.opening import Weights
+from crossmae_jax.models.classifier import BatchNorm
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -53,27 +56,65 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
             "the decoder is another model; export the encoder with parts='encoder', or "
             "everything with format 'safetensors'."
         )
+    left_over = _left_over(names.MAE, weights)
+    if format == "mae" and left_over and card.model.get("head_norm") != "batch":
+        raise ConversionError(
+            f"The format mae has no place for {', '.join(sorted(left_over)[:4])}, "
+            "without which this is another model; export the encoder with "
+            "parts='encoder', or everything with format 'safetensors'."
+        )
     if format == "huggingface" and card.kind == "classifier":
         raise ConversionError(
             "Classifiers are not exported to transformers; take format 'timm', or the "
             "encoder with parts='encoder'."
         )
     if card.kind == "pretrain" and (
-        format == "timm" or format == "huggingface" and _not_in_vit_mae(weights)
+        format == "timm"
+        or format == "huggingface" and _left_over(names.HUGGINGFACE_MAE, weights)
     ):
         left_out = ", ".join(part for part in card.parts if part != "encoder")
         return encoder_of(weights), [
             f"left out: {left_out} ({format} has no place for them)"
         ]
+    if card.model.get("head_norm") == "batch" and format != "safetensors":
+        return folded(weights), ["folded: the head's batch norm, into the head"]
     return weights, []
 
 
-def _not_in_vit_mae(weights: Weights) -> list[str]:
-    """Returns the tensors that transformers' ViTMAEForPreTraining does not have."""
-    _, left_over = names.to_theirs(
-        names.HUGGINGFACE_MAE, weights.tensors, patch_size=weights.card.patch_size
+def _left_over(table: names.Table, weights: Weights) -> list[str]:
+    """Returns the tensors for which a format has no names."""
+    return names.to_theirs(
+        table, weights.tensors, patch_size=weights.card.patch_size
+    )[1]
+
+
+def folded(weights: Weights) -> Weights:
+    """Returns a linear probe whose head does what its batch norm did before it.
+
+    The norm has no parameters, so that W (x - mean) / deviation + b is another linear
+    layer: W / deviation, and b less that of the mean.
+    """
+    tensors = dict(weights.tensors)
+    mean, var, kernel, bias = (
+        tensors[name]
+        for name in ("batch_norm/mean", "batch_norm/var", "head/kernel", "head/bias")
     )
-    return left_over
+    del tensors["batch_norm/mean"], tensors["batch_norm/var"]
+
+    def scaled():
+        deviation = np.sqrt(var.read().astype(np.float64) + BatchNorm.epsilon)
+        return kernel.read() / deviation[:, None]
+
+    tensors["head/kernel"] = Tensor(
+        kernel.shape, kernel.dtype, lambda: scaled().astype(kernel.dtype)
+    )
+    tensors["head/bias"] = Tensor(
+        bias.shape, bias.dtype,
+        lambda: (bias.read() - mean.read() @ scaled()).astype(bias.dtype),
+    )
+    model = weights.card.model | {"head_norm": "none"}
+    card = dataclasses.replace(weights.card, model=model)
+    return dataclasses.replace(weights, card=card, tensors=tensors)
 
 
 def warnings(card: Card) -> list[str]:

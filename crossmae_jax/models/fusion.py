@@ -18,7 +18,7 @@ of chosen blocks' outputs f_1 ... f_m, the last of them as it is,
 with a linear layer P_j for each other block and one number w_j, 1 at the start.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,13 @@ class Fusion(Protocol):
         """Returns the contexts."""
         ...
 
+    def shares(self, params: Any) -> Float[Array, "i maps"]:
+        """Returns how much of each of `used_maps` its parameters put into each context.
+
+        Of the output alone where there are none.
+        """
+        ...
+
 
 class Last(nn.Module):
     """Hands the decoder the encoder's output as its only context.
@@ -66,6 +73,10 @@ class Last(nn.Module):
 
     def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
         return (encoded.last,)
+
+    def shares(self, params: Any) -> Float[Array, "1 1"]:
+        """Returns that all of it is the output."""
+        return jnp.ones((1, 1))
 
 
 def resolve_maps(
@@ -145,6 +156,10 @@ class InterBlockAttention(nn.Module):
         place = encoded.maps[0]
         return tuple(place.replace(sequence=x) for x in normed_mixtures(self, maps))
 
+    def shares(self, params: Any) -> Float[Array, "i maps"]:
+        """Returns W, a row for each context."""
+        return params["kernel"].T
+
     def _normed_mixtures(self, maps):
         mixtures = self.mix(maps)
         return tuple(norm(x) for norm, x in zip(self.dec_norms, mixtures, strict=True))
@@ -206,6 +221,10 @@ class MultiLevel(nn.Module):
         mixture = sum(s * x for s, x in zip(shares, [*projected, last], strict=True))
         normed = layers.LayerNorm(self.dtype, name="norm")(mixture)
         return (encoded.maps[0].replace(sequence=normed),)
+
+    def shares(self, params: Any) -> Float[Array, "1 maps"]:
+        """Returns the shares of the projected maps, which sum to 1."""
+        return jax.nn.softmax(params["weights"], axis=0).reshape(1, -1)
 
 
 FUSIONS = {

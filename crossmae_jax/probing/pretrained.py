@@ -115,7 +115,8 @@ class Pretrained:
         """Returns how much of each feature map goes into each decoder block's context.
 
         The matrix W of CrossMAE (arXiv 2401.14391, section 3.4), a row per decoder
-        block; which maps its columns are says `mixed_maps`.
+        block; of MFF one row for all of them, shares of projected maps. Which maps its
+        columns are says `mixed_maps`.
 
         Raises:
           ConversionError: if the model mixes no feature maps.
@@ -125,7 +126,7 @@ class Pretrained:
                 f"{self.card.origin} mixes no feature maps: it has "
                 f"{', '.join(self.card.parts)}, and no inter-block attention."
             )
-        return np.asarray(self.variables["params"]["fusion"]["kernel"]).T
+        return np.asarray(self.card.fusion.shares(self.variables["params"]["fusion"]))
 
     def mixed_maps(self) -> tuple[int, ...]:
         """Returns the feature maps that the decoder sees: 0 is the encoder's input."""
