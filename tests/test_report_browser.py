@@ -14,6 +14,7 @@ import pytest
 from crossmae_jax import visualize
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import results, workdir
+from crossmae_jax.targets import pixels
 from tests import conftest, saved_runs, test_visualize
 
 FLAGS = (
@@ -73,7 +74,7 @@ def page(tmp_path_factory):
     ]}))
     visualize.reconstruction_panel(
         test_visualize.pictures(), directory / "panels" / "step_00011901.png",
-        caption=visualize.caption(normalize=True),
+        caption=pixels.caption(normalize=True),
     )
     return run_page.write(directory)
 

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from crossmae_jax import losses, masking, targets
+import crossmae_jax
+from crossmae_jax import errors, losses, masking, targets, train
+from crossmae_jax.convert import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.targets.pixels import Pixels
 from crossmae_jax.tokens import Tokens, patchify
+from tests import quick_digits
 from tests.test_models import MAE, make_config
 
 
@@ -179,3 +182,55 @@ def test_losses_that_do_not_exist_are_refused(changes, message):
         config.loss[name.removeprefix("loss__")] = value
     with pytest.raises(ValueError, match=message):
         Pretrain(config)
+
+@dataclasses.dataclass(frozen=True)
+class Steepness:
+    """How much a patch varies: a target that cannot be turned into pixels."""
+
+    image_size: tuple[int, int]
+    channels: int
+    patch_size: int
+    power: float
+
+    caption = None
+
+    @property
+    def widths(self):
+        return {"steepness": 1}
+
+    def init(self, key):
+        return {}
+
+    def __call__(self, variables, images):
+        values = patchify(images, patch_size=self.patch_size)
+        grid = tuple(side // self.patch_size for side in self.image_size)
+        spread = values.std(-1, keepdims=True) ** self.power
+        return {"steepness": Tokens(spread, None, grid)}
+
+    def pixels(self, predicted, images):
+        raise AssertionError("without a caption nobody asks for pixels")
+
+
+def test_a_new_target_needs_a_row_and_a_config_and_nothing_else(
+    digits_dir, tmp_path, monkeypatch
+):
+    """A whole run: trained, evaluated, saved, gone on with, its page, its features."""
+    monkeypatch.setitem(targets.TARGETS, "steepness", Steepness)
+    config = quick_digits.get_config()
+    config.target = ConfigDict(dict(kind="steepness", power=0.5))
+    del config.evals["reconstruction"]
+    config.update_from_flattened_dict({
+        "data.data_dir": digits_dir, "epochs": 0.5, "optim.warmup_epochs": 0.1,
+    })
+    found = train.run(config, tmp_path / "run")
+    assert found["train/loss"] < 1 and found["eval/knn/top1"] > 0.1
+    assert (tmp_path / "run" / "report.html").exists()
+    model = crossmae_jax.load(tmp_path / "run")
+    assert model.card.target == {"kind": "steepness", "power": 0.5}
+    images = np.zeros((2, 16, 16, 1), np.uint8)
+    assert model(images).shape == (2, 32) and model.targets(images).shape == (2, 16, 1)
+    with pytest.raises(ConversionError, match="no pictures"):
+        model.reconstruct(images)
+    config.evals = {"reconstruction": dict(every_epochs=0.0, num_images=2)}
+    with pytest.raises(errors.SetupError, match="needs the output reconstruction"):
+        train.run(config, tmp_path / "other")

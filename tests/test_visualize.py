@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from crossmae_jax import visualize
+from crossmae_jax.targets import pixels as targets_pixels
 from crossmae_jax.visualize import canvas, panels
 
 
@@ -74,7 +75,7 @@ def test_any_size_and_number_of_channels_gives_a_readable_panel(
 ):
     path = visualize.reconstruction_panel(
         pictures(num, height, width, channels), tmp_path / "p.png",
-        caption=visualize.caption(normalize=True),
+        caption=targets_pixels.caption(normalize=True),
     )
     drawn = matplotlib.image.imread(path)
     assert 4 * 190 < drawn.shape[1] < 4 * 470
@@ -92,8 +93,11 @@ def test_the_third_channel_of_rgb_is_blue_and_more_channels_are_said_in_the_titl
 
 
 def test_the_caption_says_where_colours_come_from():
-    assert "colours and contrast are not evidence" in visualize.caption(normalize=True)
-    assert "colours" not in visualize.caption(normalize=False)
+    standardised, raw = (
+        targets_pixels.caption(normalize=normalize) for normalize in (True, False)
+    )
+    assert "colours and contrast are not evidence" in standardised
+    assert "colours" not in raw
 
 
 def test_a_panel_needs_images_and_a_mask_that_fits(tmp_path):

@@ -64,10 +64,9 @@ def main(argv: Sequence[str]) -> None:
             rows.append(row)
             names.append(f"{Path(path).name}\n{masked}")
             print(f"{path}: {masked}: PSNR {reconstruction.psnr(row)[0]:.2f} dB")
-    caption = visualize.caption(normalize=model.card.normalize)
     with errors.using_files():
         written = visualize.reconstruction_panel(
             type(rows[0])(*(np.concatenate(arrays) for arrays in zip(*rows))),
-            given.to, caption=caption, names=names,
+            given.to, caption=model.caption, names=names,
         )
-    print(f"{written}\n{caption}")
+    print(f"{written}\n{model.caption}")

@@ -38,6 +38,7 @@ class Card:
       step: after how many steps.
       origin: which run or file they come from.
       classes: of a classifier, what its logits stand for.
+      target: as in `config.target`; without it, pixels with `normalize`.
       library: version that wrote the card.
     """
 
@@ -53,6 +54,7 @@ class Card:
     step: int | None
     origin: str
     classes: tuple[str, ...] | None = None
+    target: dict[str, Any] | None = None
     library: str = f"crossmae_jax {crossmae_jax.__version__}"
 
     @functools.cached_property
@@ -103,7 +105,7 @@ class Card:
         if self.kind == "classifier":  # one without a norm is as CrossMAE's
             lineage = {"kind": "last" if self.model["pool"] == "cls" else "inter_block"}
         return dataclasses.replace(
-            self, kind="encoder", classes=None,
+            self, kind="encoder", classes=None, target=None,
             model={"encoder": self.model["encoder"], "fusion": lineage},
         )
 
@@ -120,6 +122,8 @@ class Card:
         target = None if self.normalize is None else (
             "standardised patches" if self.normalize else "pixels"
         )
+        if self.target is not None and self.target["kind"] != "pixels":
+            target = _listed(self.target)
         rest = {  # what belongs to no part
             name: value for name, value in self.model.items()
             if name not in ("dtype", *_PARTS)
@@ -170,7 +174,8 @@ def from_json(text: str) -> Card:
     """
     fields = dataclasses.fields(Card)
     try:
-        values = {"classes": None} | json.loads(text)  # which old cards do not have
+        # What old cards do not have.
+        values = {"classes": None, "target": None} | json.loads(text)
         values = {field.name: values[field.name] for field in fields}
         values["model"] = _model(values["model"])
         for name in ("image_size", "mean", "std", "classes"):
@@ -215,15 +220,16 @@ def of_run(
             name: stored["model"][name] for name in ("encoder", "pool", "head_norm")
         }
         model["num_classes"] = data["num_classes"]
-        kind, normalize, masking = "classifier", None, None
+        kind, normalize, masking, target = "classifier", None, None, None
     else:
-        classes = None
+        classes, target = None, stored["target"]
         kind, model = "pretrain", stored["model"]
-        normalize, masking = stored["target"]["normalize"], stored["masking"]
+        normalize, masking = target.get("normalize"), stored["masking"]
     return Card(
         kind=kind, model=_model(model), image_size=tuple(data["image_size"]),
         channels=data["channels"], mean=tuple(data["mean"]), std=tuple(data["std"]),
         normalize=normalize, masking=masking,
         recipe={name: value for name, value in recipe.items() if value is not None},
         step=step, origin=origin, classes=classes,
+        target=target,
     )

@@ -132,7 +132,10 @@ def plan(
         _line("unused", [name for name in theirs if name not in loaded]),
         f"  resized  {'; '.join(changed) or 'nothing'}",
     ]
-    if "decoder" in parts and card.normalize not in (None, config.target.normalize):
+    normalize = config.get("target", {}).get("normalize")
+    if "decoder" in parts and None not in (card.normalize, normalize) and (
+        card.normalize != normalize
+    ):
         report.append(
             f"  note     the decoder was trained with target.normalize={card.normalize}"
         )

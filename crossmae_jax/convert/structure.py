@@ -37,7 +37,7 @@ def config_of(card: Card) -> ConfigDict:
     config = dict(
         model=model | dict(remat="none", dtype="float32"),
         masking=card.masking or dict(mask_ratio=0.75, pred_ratio=0.75),
-        target=dict(normalize=card.normalize in (True, None)),
+        target=card.target or dict(normalize=card.normalize in (True, None)),
         data=dict(
             image_size=card.image_size, channels=card.channels,
             mean=card.mean or (0.0,) * card.channels,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import evals, visualize
+from crossmae_jax import evals
 from crossmae_jax.data import pipeline, sources, spot_check
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import evaluator, features
@@ -54,6 +54,7 @@ class Evaluations:
         if self._draws:
             reconstruct = objective.outputs["reconstruction"]
             self._reconstruct = jax.jit(parallel.within(mesh, reconstruct.function))
+            self._caption = objective.target.caption
         self.files: list[Path] = []
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
@@ -103,7 +104,7 @@ class Evaluations:
                     variables, batch, self._panel_key
                 ),
                 panel=self._directory / "panels" / f"step_{step:08d}.png",
-                caption=visualize.caption(normalize=self._config.target.normalize),
+                caption=self._caption,
             )
         evaluators = {name: self._evaluators[name] for name in names}
         evaluation = self._evaluation(

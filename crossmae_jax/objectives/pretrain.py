@@ -227,12 +227,16 @@ class Pretrain:
 
     @property
     def outputs(self) -> Outputs:
-        """Features of whole images, and pictures of masked ones."""
-        return Outputs({
+        """Features of whole images and, of a target that has any, pictures of masked
+        ones.
+        """
+        outputs = Outputs({
             "features": Output(self._features, "features"),
             "class_token": Output(self._features, "class_token"),
-            "reconstruction": Output(self._reconstruct, draws=True),
         })
+        if self.target.caption is not None:
+            outputs["reconstruction"] = Output(self._reconstruct, draws=True)
+        return outputs
 
     def _features(
         self, variables: Variables, batch: Batch

@@ -16,11 +16,10 @@ from jaxtyping import Array, Float, Integer, UInt8
 from crossmae_jax import augment, errors
 from crossmae_jax.convert import structure
 from crossmae_jax.convert.cards import Card
-from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.data import transforms
 from crossmae_jax.distributed import parallel
 from crossmae_jax.objectives import pretrain
-from crossmae_jax.probing import attention_weights, contributions
+from crossmae_jax.probing import attention_weights, contributions, needs
 from crossmae_jax.tokens import Encoded, Tokens
 
 
@@ -51,14 +50,7 @@ class Pretrained:
     """
 
     def __init__(self, card: Card, variables: Any):
-        if card.mean is None or card.std is None or not (
-            len(card.mean) == len(card.std) == card.channels and min(card.std) > 0
-        ):
-            raise ConversionError(
-                f"mean={card.mean}, std={card.std} do not say how images are "
-                f"normalised for {card.origin}; give mean and std, a value for each of "
-                f"its {card.channels} channels, for pixels in 0..1, std above 0."
-            )
+        needs.statistics(card)
         self.card = card
         self.variables = variables
         self.model = structure.build(card)
@@ -104,11 +96,7 @@ class Pretrained:
         Raises:
           ConversionError: if there is no head.
         """
-        if "head" not in self.card.parts:
-            raise ConversionError(
-                f"{self.card.origin} has no head, only {', '.join(self.card.parts)}; "
-                "fit one on the features."
-            )
+        needs.head(self.card)
         return self._encoded(images)["logits"]
 
     def inter_block_weights(self) -> Float[np.ndarray, "i maps"]:
@@ -121,17 +109,26 @@ class Pretrained:
         Raises:
           ConversionError: if the model mixes no feature maps.
         """
-        if "fusion" not in self.card.parts:
-            raise ConversionError(
-                f"{self.card.origin} mixes no feature maps: it has "
-                f"{', '.join(self.card.parts)}, and no inter-block attention."
-            )
+        needs.fusion(self.card)
         return np.asarray(self.card.fusion.shares(self.variables["params"]["fusion"]))
 
     def mixed_maps(self) -> tuple[int, ...]:
         """Returns the feature maps that the decoder sees: 0 is the encoder's input."""
         self.inter_block_weights()
         return self.card.fusion.used_maps
+
+    @property
+    def caption(self) -> str:
+        """What a viewer of its pictures must know.
+
+        Raises:
+          ConversionError: if there is no decoder, or the targets are not known or
+            cannot be turned into pictures.
+        """
+        needs.target(self.card)
+        target = self._objective(None).target
+        needs.pictures(self.card, target)
+        return target.caption
 
     def reconstruct(
         self, images: Any, *, mask_ratio: float | None = None, seed: int = 0,
@@ -145,10 +142,12 @@ class Pretrained:
             patches, see `attention_weights.without`; likewise `keep_own`.
 
         Raises:
-          ConversionError: if there is no decoder, or the targets are not known.
+          ConversionError: if there is no decoder, or the targets are not known or
+            cannot be turned into pictures.
           ValueError: if the decoder has no such attention.
         """
-        self._need_target()
+        needs.target(self.card)
+        needs.pictures(self.card, self._objective(mask_ratio).target)
 
         def reconstruct(objective, variables, images, ids):
             predicted = attention_weights.predict_without(
@@ -222,7 +221,8 @@ class Pretrained:
           ConversionError: if there is no decoder, or the targets are not known.
           ValueError: if the model has an aggregator.
         """
-        self._need_target()
+        needs.target(self.card)
+        needs.pictures(self.card, self._objective(mask_ratio).target)
 
         def after(objective, variables, images, ids):
             parts = contributions.contributions(
@@ -278,14 +278,8 @@ class Pretrained:
           ConversionError: if there is no decoder.
           SetupError: if masked patches attend to each other in a layer of its own.
         """
-        self._need_decoder()
-        decoder = self.model.decoder
-        if decoder.self_attention and not decoder.gives_visible:
-            raise errors.SetupError(
-                f"{self.card.origin} has decoder.self_attention: what goes to masked "
-                "patches and what to visible ones comes from two softmaxes, and cannot "
-                "be compared. Load an MAE, or a CrossMAE without it."
-            )
+        needs.decoder(self.card)
+        needs.one_softmax(self.card, self.model.decoder)
 
         def magnitudes(objective, variables, images, ids):
             return attention_weights.magnitudes(
@@ -300,7 +294,7 @@ class Pretrained:
 
     def targets(self, images: Any) -> Float[np.ndarray, "b n t"]:
         """Returns what should be predicted for every patch: the space of `predict`."""
-        self._need_target()
+        needs.target(self.card)
         objective = self._objective(None)
 
         def targets(variables, images):
@@ -362,7 +356,7 @@ class Pretrained:
 
     def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
         """Returns the objective with this share of patches masked, made once."""
-        self._need_decoder()
+        needs.decoder(self.card)
         if mask_ratio in self._objectives:
             return self._objectives[mask_ratio]
         given = mask_ratio
@@ -376,24 +370,6 @@ class Pretrained:
         with errors.setting_up():
             self._objectives[given] = pretrain.Pretrain(config)
         return self._objectives[given]
-
-    def _need_decoder(self) -> None:
-        if self.card.kind != "pretrain":
-            raise ConversionError(
-                f"{self.card.origin} has no decoder, only "
-                f"{', '.join(self.card.parts)}; this needs a checkpoint of "
-                "pre-training: a run's own directory, or weights that were imported or "
-                "exported with all their parts."
-            )
-
-    def _need_target(self) -> None:
-        self._need_decoder()
-        if self.card.normalize is None:
-            raise ConversionError(
-                f"{self.card.origin} does not say whether its decoder predicts "
-                "standardised patches or pixels, and pictures depend on it; give "
-                "load(..., normalize=True) or normalize=False."
-            )
 
     def _masked(
         self, name: Any, function: Callable[..., Any], images: Any,

@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 import crossmae_jax
-from crossmae_jax import errors, paths, visualize
+from crossmae_jax import errors, paths
 from crossmae_jax.models import mim
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
@@ -249,9 +249,8 @@ def _panel(run: Run) -> str:
         data = file.getvalue()
     number = re.search(r"\d+", run.panel.stem)
     step = f" at step {results.grouped(int(number[0]))}" if number else ""
-    remark = visualize.caption(normalize=run.config["target.normalize"])
     return html.picture(
-        data, kind=kind, caption=f"Evaluated{step}. {remark}",
+        data, kind=kind, caption=f"Evaluated{step}.",
         alt=f"Reconstructions{step}, a row per image: the original, the masked input, "
         "the prediction of hidden patches, the prediction with the visible patches.",
     )

@@ -25,9 +25,12 @@ class Target(Protocol):
     Attributes:
       widths: how many values there are at each place, by name. A model predicts under
         the same names.
+      caption: what a viewer of predictions as pictures must know; None where they
+        cannot be turned into pixels.
     """
 
     widths: Mapping[str, int]
+    caption: str | None
 
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws what the target itself computes with: {} but for a teacher."""
@@ -43,10 +46,10 @@ class Target(Protocol):
 
     def pixels(
         self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
-    ) -> Tokens | None:
+    ) -> Tokens:
         """Returns predictions as patch vectors of normalised images, to look at.
 
-        None if they cannot be turned into pixels.
+        Never called where there is no `caption`.
         """
 
 

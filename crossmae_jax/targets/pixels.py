@@ -54,6 +54,20 @@ def standardised(values: Float[Array, "b n t"]) -> Float[Array, "b n t"]:
     return _centre(values) / patch_statistics(values).std
 
 
+def caption(*, normalize: bool) -> str:
+    """Returns what a viewer of a panel must know, for standardised or raw targets."""
+    if normalize:
+        return (
+            "Patch mean and standard deviation come from the true image (targets are "
+            "standardised per patch): colours and contrast are not evidence of "
+            "learning."
+        )
+    return (
+        "Hidden patches are shown as predicted. In the last column the visible patches "
+        "are copied from the input."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Pixels:
     """The patch vectors of an image, under the name "pixels"; see `targets.Target`.
@@ -78,6 +92,11 @@ class Pixels:
     def widths(self) -> dict[str, int]:
         """How many values a patch has."""
         return {"pixels": self.patch_size**2 * self.channels}
+
+    @property
+    def caption(self) -> str:
+        """What a viewer of its pictures must know."""
+        return caption(normalize=self.normalize)
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Returns nothing: pixels need no variables."""

@@ -16,7 +16,6 @@ from crossmae_jax.visualize.inside import (
 from crossmae_jax.visualize.panels import (
     Reconstruction,
     TokenIds,
-    caption,
     reconstruction_panel,
     sampling_panel,
 )
@@ -27,7 +26,6 @@ __all__ = [
     "accuracy_by_blocks",
     "attention_magnitudes",
     "attention_of_patch",
-    "caption",
     "inter_block_weights",
     "likeness",
     "loss_curve",

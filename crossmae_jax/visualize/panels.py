@@ -46,20 +46,6 @@ class TokenIds(Protocol):
     thrown: Int[np.ndarray, "b thrown"]
 
 
-def caption(*, normalize: bool) -> str:
-    """Returns what a viewer of a panel must know, for standardised or raw targets."""
-    if normalize:
-        return (
-            "Patch mean and standard deviation come from the true image (targets are "
-            "standardised per patch): colours and contrast are not evidence of "
-            "learning."
-        )
-    return (
-        "Hidden patches are shown as predicted. In the last column the visible patches "
-        "are copied from the input."
-    )
-
-
 def reconstruction_panel(
     pictures: Reconstruction, path: str | pathlib.Path, *, caption: str,
     names: Sequence[str] = (),
@@ -73,7 +59,7 @@ def reconstruction_panel(
     or the first one of two.
 
     Args:
-      caption: printed under the panel, from `caption(normalize=...)`.
+      caption: printed under the panel, such as `targets.Target.caption`.
       names: written beside the rows, if given.
 
     Returns:

@@ -1,0 +1,77 @@
+"""What a question to a model needs of it; without it, what to do."""
+
+from crossmae_jax import errors
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.models.decoders import Decoder
+from crossmae_jax.targets import Target
+
+
+def statistics(card: Card) -> None:
+    """Raises ConversionError unless it is known how images are normalised."""
+    if card.mean is None or card.std is None or not (
+        len(card.mean) == len(card.std) == card.channels and min(card.std) > 0
+    ):
+        raise ConversionError(
+            f"mean={card.mean}, std={card.std} do not say how images are normalised "
+            f"for {card.origin}; give mean and std, a value for each of its "
+            f"{card.channels} channels, for pixels in 0..1, std above 0."
+        )
+
+
+def head(card: Card) -> None:
+    """Raises ConversionError unless there is a classifier's head."""
+    if "head" not in card.parts:
+        raise ConversionError(
+            f"{card.origin} has no head, only {', '.join(card.parts)}; fit one on the "
+            "features."
+        )
+
+
+def fusion(card: Card) -> None:
+    """Raises ConversionError unless feature maps are mixed."""
+    if "fusion" not in card.parts:
+        raise ConversionError(
+            f"{card.origin} mixes no feature maps: it has {', '.join(card.parts)}, and "
+            "no inter-block attention."
+        )
+
+
+def decoder(card: Card) -> None:
+    """Raises ConversionError unless there is a decoder."""
+    if card.kind != "pretrain":
+        raise ConversionError(
+            f"{card.origin} has no decoder, only {', '.join(card.parts)}; this needs a "
+            "checkpoint of pre-training: a run's own directory, or weights that were "
+            "imported or exported with all their parts."
+        )
+
+
+def target(card: Card) -> None:
+    """Raises ConversionError unless it is known what a decoder predicts."""
+    decoder(card)
+    if card.normalize is None and card.target is None:
+        raise ConversionError(
+            f"{card.origin} does not say whether its decoder predicts standardised "
+            "patches or pixels, and pictures depend on it; give load(..., "
+            "normalize=True) or normalize=False."
+        )
+
+
+def pictures(card: Card, predicted: Target) -> None:
+    """Raises ConversionError unless predictions can be turned into pictures."""
+    if predicted.caption is None:
+        raise ConversionError(
+            f"{card.origin} predicts {card.target['kind']}, of which there are no "
+            "pictures; `predict` and `targets` have the numbers."
+        )
+
+
+def one_softmax(card: Card, of_model: Decoder) -> None:
+    """Raises SetupError if masked patches attend to each other in a layer apart."""
+    if of_model.self_attention and not of_model.gives_visible:
+        raise errors.SetupError(
+            f"{card.origin} has decoder.self_attention: what goes to masked patches "
+            "and what to visible ones comes from two softmaxes, and cannot be "
+            "compared. Load an MAE, or a CrossMAE without it."
+        )
