@@ -241,6 +241,7 @@ def _panel(run: Run) -> str:
     if run.panel is None:
         return ""
     data, kind = run.panel.read_bytes(), "png"
+    remark = PIL.Image.open(io.BytesIO(data)).info.get("Description", "")
     if len(data) > _LARGEST_PNG:
         image, kind = PIL.Image.open(io.BytesIO(data)).convert("RGB"), "jpeg"
         image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
@@ -250,7 +251,7 @@ def _panel(run: Run) -> str:
     number = re.search(r"\d+", run.panel.stem)
     step = f" at step {results.grouped(int(number[0]))}" if number else ""
     return html.picture(
-        data, kind=kind, caption=f"Evaluated{step}.",
+        data, kind=kind, caption=f"Evaluated{step}. {remark}".strip(),
         alt=f"Reconstructions{step}, a row per image: the original, the masked input, "
         "the prediction of hidden patches, the prediction with the visible patches.",
     )

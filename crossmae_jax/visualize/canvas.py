@@ -37,9 +37,16 @@ def drawable(
     return np.repeat(images[..., :1], 3, axis=-1)
 
 
-def save(drawing: figure.Figure, path: str | pathlib.Path) -> pathlib.Path:
-    """Writes a PNG; makes its folder if need be."""
+def save(
+    drawing: figure.Figure, path: str | pathlib.Path, *, caption: str = ""
+) -> pathlib.Path:
+    """Writes a PNG; makes its folder if need be.
+
+    Args:
+      caption: goes with the file, for readers of its field "Description".
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path, format="png", dpi=DPI)
+    metadata = {"Description": caption} if caption else None
+    drawing.savefig(path, format="png", dpi=DPI, metadata=metadata)
     return path

@@ -69,7 +69,8 @@ def reconstruction_panel(
       ValueError: if there is no image, or the mask does not fit the images.
     """
     columns = _columns(pictures)
-    return canvas.save(_laid_out(columns, caption=caption, names=names), path)
+    drawn = _laid_out(columns, caption=caption, names=names)
+    return canvas.save(drawn, path, caption=caption)
 
 
 def _columns(
