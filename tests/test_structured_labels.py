@@ -28,11 +28,16 @@ class WithLabels:
     """A folder of images with what belongs to each in a file beside it."""
 
     kinds = frozenset({"boxes", "segmentation", "weights"})
-    num_classes = 64
+    classes = tuple(map(str, range(64)))
 
     def __init__(self, directory):
         self._images = sources.FolderSource(directory)
         self.fingerprint = self._images.fingerprint
+        # Read here: np.load parses Python, and Python 3.11 cannot in several threads.
+        self._labels = []
+        for index in range(len(self)):
+            with np.load(f"{self.name(index)}.npz") as labels:
+                self._labels.append({kind: labels[kind] for kind in self.kinds})
 
     def __len__(self):
         return len(self._images)
@@ -41,9 +46,7 @@ class WithLabels:
         return self._images.name(index)
 
     def __getitem__(self, index):
-        record = self._images[index]
-        with np.load(f"{record['name']}.npz") as labels:
-            return record | {kind: labels[kind] for kind in self.kinds}
+        return self._images[index] | self._labels[index]
 
     def __repr__(self):
         return f"WithLabels({len(self)} images)"
@@ -113,7 +116,8 @@ def data(tmp_path, monkeypatch):
             weights=np.stack([columns + 0.5, rows + 0.5]).astype(np.float32),
         )
     monkeypatch.setitem(
-        sources.SOURCES, "with_labels", lambda data, split: WithLabels(data.dir)
+        sources.SOURCES, "with_labels",
+        lambda data, split, classes: WithLabels(data.dir),
     )
     monkeypatch.setitem(
         transforms.TRANSFORMS, "structured", lambda data: Structured(data.crop_scale)
