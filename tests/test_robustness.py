@@ -64,7 +64,7 @@ def test_a_whole_set_is_opened_with_the_labels_of_imagenet(name, tmp_path):
     directory = lay_out(tmp_path / name, classes, num_images)
     (tmp_path / name / "README.txt").write_text("as in the archives")
     source = open_set(directory)
-    assert len(source) == num_images and source.num_classes == 1000
+    assert len(source) == num_images and len(source.classes) == 1000
     some = range(0, num_images, num_images // 50)
     for record in map(pickle.loads(pickle.dumps(source)).__getitem__, some):
         folder = Path(record["name"]).parent.name
@@ -123,7 +123,7 @@ def test_imagenet_c_reaches_the_model_as_it_is_stored(tmp_path):
     first.unlink()
     first.write_bytes(encode(stored, "PNG"))
     source = imagenet_variants.imagenet_c(str(tmp_path), corruption="fog", severity=3)
-    assert (len(source), source.num_classes, source[0]["label"]) == (50_000, 1000, 0)
+    assert (len(source), len(source.classes), source[0]["label"]) == (50_000, 1000, 0)
     data = config(image_size=(224, 224), eval_crop_ratio=1.0, max_bad_share=0.0)
     with pipeline.eval_batches(source, data, batch_size=1, num_images=1) as batches:
         np.testing.assert_array_equal(next(batches)["image"][0], stored)
