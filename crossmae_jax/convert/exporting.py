@@ -43,7 +43,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
 
     Raises:
       ConversionError: if parts of a model would be left out unasked that the format
-        could have held in a model of another kind.
+        could have held in a model of another kind: names them.
     """
     card = weights.card
     if parts not in ("all", "encoder"):
@@ -56,13 +56,6 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
             "the decoder is another model; export the encoder with parts='encoder', or "
             "everything with format 'safetensors'."
         )
-    left_over = _left_over(names.MAE, weights)
-    if format == "mae" and left_over and card.model.get("head_norm") != "batch":
-        raise ConversionError(
-            f"The format mae has no place for {', '.join(sorted(left_over)[:4])}, "
-            "without which this is another model; export the encoder with "
-            "parts='encoder', or everything with format 'safetensors'."
-        )
     if format == "huggingface" and card.kind == "classifier":
         raise ConversionError(
             "Classifiers are not exported to transformers; take format 'timm', or the "
@@ -70,21 +63,38 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         )
     if card.kind == "pretrain" and (
         format == "timm"
-        or format == "huggingface" and _left_over(names.HUGGINGFACE_MAE, weights)
+        or format == "huggingface" and _left_over(format, weights)
     ):
         left_out = ", ".join(part for part in card.parts if part != "encoder")
         return encoder_of(weights), [
             f"left out: {left_out} ({format} has no place for them)"
         ]
+    lines = []
     if card.model.get("head_norm") == "batch" and format != "safetensors":
-        return folded(weights), ["folded: the head's batch norm, into the head"]
-    return weights, []
+        weights = folded(weights)
+        lines.append("folded: the head's batch norm, into the head")
+    if format != "safetensors" and (left_over := _left_over(format, weights)):
+        raise ConversionError(
+            f"The format {format} has no place for {', '.join(sorted(left_over))}, "
+            "without which this is another model; export the encoder with "
+            "parts='encoder', or everything with format 'safetensors'."
+        )
+    return weights, lines
 
 
-def _left_over(table: names.Table, weights: Weights) -> list[str]:
+def _table(format: str, card: Card) -> names.Table:
+    """Returns the names that another library's format has for a model of this kind."""
+    if format == "huggingface":
+        full = card.kind == "pretrain"
+        return names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
+    return {"mae": names.MAE, "timm": names.TIMM}[format]
+
+
+def _left_over(format: str, weights: Weights) -> list[str]:
     """Returns the tensors for which a format has no names."""
     return names.to_theirs(
-        table, weights.tensors, patch_size=weights.card.patch_size
+        _table(format, weights.card), weights.tensors,
+        patch_size=weights.card.patch_size,
     )[1]
 
 
@@ -122,8 +132,8 @@ def warnings(card: Card) -> list[str]:
     lines = []
     if card.kind == "encoder" and not card.fusion.final_norm:
         lines.append(
-            "the encoder has no norm after its last block, as CrossMAE has none; pool "
-            "the mean of the patch tokens"
+            "the encoder has no norm after its last block, as CrossMAE and MFF have "
+            "none; pool the mean of the patch tokens"
         )
         last = card.fusion.used_maps[-1]
         if last < card.encoder.depth:
@@ -156,7 +166,7 @@ def write_mae(weights: Weights, path: Path) -> None:
             "not. Export the encoder with parts='encoder', or take 'safetensors'."
         )
     torch_file.write(path, {
-        "model": _theirs(weights, names.MAE), opening.EMBEDDED: weights.card.to_json(),
+        "model": _theirs(weights, "mae"), opening.EMBEDDED: weights.card.to_json(),
     })
 
 
@@ -164,7 +174,7 @@ def write_timm(weights: Weights, path: Path) -> None:
     """Writes the folder of a VisionTransformer."""
     path.mkdir()
     safetensors_file.write(
-        path / opening.WEIGHTS, _theirs(weights, names.TIMM), _pytorch(weights.card)
+        path / opening.WEIGHTS, _theirs(weights, "timm"), _pytorch(weights.card)
     )
     _write_json(path / "config.json", timm_config(weights.card))
 
@@ -200,8 +210,8 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
                 "before it. timm needs none: format 'timm'."
             )
         tensors |= _fresh_norm(tensors["encoder/cls_token"])
-    table = names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
-    theirs = _theirs(dataclasses.replace(weights, tensors=tensors), table)
+    weights = dataclasses.replace(weights, tensors=tensors)
+    theirs = _theirs(weights, "huggingface")
     path.mkdir()
     safetensors_file.write(path / opening.WEIGHTS, theirs, _pytorch(card))
     _write_json(path / "config.json", huggingface_config(card))
@@ -214,9 +224,10 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
         })
 
 
-def _theirs(weights: Weights, table: names.Table) -> Tensors:
+def _theirs(weights: Weights, format: str) -> Tensors:
     theirs, left_over = names.to_theirs(
-        table, weights.tensors, patch_size=weights.card.patch_size
+        _table(format, weights.card), weights.tensors,
+        patch_size=weights.card.patch_size,
     )
     assert not left_over, f"`select` let through {left_over}"
     return theirs
