@@ -67,8 +67,15 @@ def check_config(name: str, config: ConfigDict) -> None:
     if config.objective != "pretrain":
         flags.stop(f"{name} does not pre-train; the reference does nothing else.")
     height, width = config.data.image_size
+    model, kinds = mim.build(config), config.loss.kind
+    kinds = {kinds} if isinstance(kinds, str) else set(kinds.values())
     reasons = {
-        "model.aggregator.kind": bool(mim.build(config).aggregators),
+        "model.aggregator.kind": bool(model.aggregators),
+        "model.fusion.kind": model.fusion.method is not None or (
+            model.decoder.gives_visible and model.fusion.used_maps is not None
+        ),
+        "loss.kind": kinds != {"mse"},
+        "target.kind": "normalize" not in config.target,
         "masking.throw_ratio": config.masking.throw_ratio > 0,
         "model.decoder.mlp_ratio": (
             config.model.decoder.mlp_ratio != config.model.encoder.mlp_ratio

@@ -88,6 +88,20 @@ def test_the_reference_is_built_as_the_configuration_says(tmp_path, forgets):
         peer.build(config, directory)
 
 
+@pytest.mark.parametrize("config, overrides, named", [
+    (CROSS, ["model.fusion.kind=multi_level", "model.fusion.maps=(0,)"],
+     "model.fusion.kind"),
+    ("configs/vitb_mae.py", ["model.fusion.kind=inter_block"], "model.fusion.kind"),
+    (CROSS, ["loss.kind=l1"], "loss.kind"),
+])
+def test_what_the_reference_does_not_have_is_named(config, overrides, named, capsys):
+    peer.check_config(CROSS, step.load_config(CROSS, overrides=TINY))
+    config = step.load_config(config, overrides=[*TINY, *overrides])
+    with pytest.raises(SystemExit):
+        peer.check_config("mine", config)
+    assert f"what mine asks for with {named}; it has MAE" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_ours_and_the_reference_take_turns(dtype, tmp_path, capfd):
     overrides = [*TINY, f"model.dtype={dtype}"]
@@ -119,6 +133,11 @@ def test_what_the_reference_cannot_do_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         peer.main([f"--reference={directory}", "--config=configs/vitb_mae_prmim.py"])
     assert "asks for with model.aggregator.kind, masking.throw_ratio; it has MAE" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        peer.main([f"--reference={directory}", "--config=configs/vitb_mff.py"])
+    assert "asks for with model.fusion.kind, optim.decay_tokens; it has MAE" in (
         capsys.readouterr().err
     )
     with pytest.raises(SystemExit):
