@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import crossmae_jax
-from crossmae_jax import convert
+from crossmae_jax import __main__ as front_door
+from crossmae_jax import convert, visualize
 from crossmae_jax.models import fusion
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Encoded, Tokens
@@ -70,17 +72,51 @@ def test_every_part_that_it_trains_learns(changes):
     assert abs(float(weights.sum())) < 1e-6  # shares sum to one, whatever the weights
 
 
-def test_its_shares_can_be_looked_at_and_only_our_file_holds_it_whole(tmp_path):
-    run = save_run(
-        tmp_path / "run", "vitb_mff", "model.encoder.size=W16-D4-H2/16",
-        "model.fusion.maps=(0, 2, 3)",
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(
+        tmp_path_factory.mktemp("runs") / "mff", "vitb_mff",
+        "model.encoder.size=W16-D4-H2/16", "model.fusion.maps=(0, 2, 3)",
     )
+
+
+def test_its_shares_can_be_looked_at(run, tmp_path):
     model = crossmae_jax.load(run)
-    np.testing.assert_allclose(model.inter_block_weights(), np.full((1, 3), 1 / 3))
+    shares = model.inter_block_weights()
+    np.testing.assert_allclose(shares, np.full((1, 3), 1 / 3))
     assert model.mixed_maps() == (1, 3, 4)
-    with pytest.raises(convert.ConversionError, match="no place for fusion/norm/bias"):
-        convert.export_weights(run, tmp_path / "all.pth", format="mae")
+    picture = visualize.inter_block_weights(
+        {"at first": shares}, tmp_path / "shares.png", maps=model.mixed_maps(),
+        blocks=("all",),
+    )
+    assert picture.exists()
+
+
+def test_attention_of_its_decoder_is_measured(run, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (230, 230, 3), np.uint8)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "one.png")
+    assert not front_door.main([
+        "attention", f"--checkpoint={run}", f"--dir={tmp_path / 'images'}",
+        f"--to={tmp_path / 'found'}",
+    ])
+    assert "| without visible |" in capsys.readouterr().out
+
+
+def test_only_our_file_holds_it_whole(run, tmp_path, capsys):
+    model = crossmae_jax.load(run)
+    assert front_door.main([
+        "convert", "export", str(run), "--format=mae", f"--to={tmp_path / 'all.pth'}"
+    ]) == 1
+    said = capsys.readouterr().err
+    for name in ("norm/bias", "norm/scale", "proj_0/kernel", "proj_1/bias", "weights"):
+        assert f"fusion/{name}" in said
+    assert "with parts='encoder', or everything with format 'safetensors'" in said
     convert.export_weights(run, tmp_path / "part.pth", format="mae", parts="encoder")
+    done = convert.export_weights(
+        run, tmp_path / "hf", format="huggingface", fresh_norm=True, check=False
+    )
+    assert "left out: fusion, decoder (huggingface has no place for them)" in done.lines
     convert.export_weights(run, tmp_path / "all.safetensors", format="safetensors")
     image = np.zeros((1, 224, 224, 3), np.uint8)
     whole = crossmae_jax.load(tmp_path / "all.safetensors")

@@ -83,6 +83,17 @@ def test_inter_block_weights_share_one_scale(drawn):
     ticks = [label.get_text() for label in figures[0].axes[0].get_xticklabels()]
     assert ticks == ["input", "2", "4"]
     assert figures[0].axes[0].get_ylabel() == "decoder block"
+    rows = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert rows == ["1", "2"]
+
+
+def test_one_mixture_for_all_decoder_blocks_is_no_mixture_of_the_first(drawn):
+    figures, path = drawn
+    visualize.inter_block_weights(
+        {"MFF": np.array([[0.2, 0.8]])}, path, maps=(1, 12), blocks=("all",)
+    )
+    (row,) = figures[0].axes[0].get_yticklabels()
+    assert row.get_text() == "all"
 
 
 def test_a_matrix_of_likeness_is_drawn_from_0_to_1(drawn):

@@ -149,12 +149,15 @@ def inter_block_weights(
     path: str | pathlib.Path,
     *,
     maps: Sequence[int],
+    blocks: Sequence[str] = (),
 ) -> pathlib.Path:
     """Draws how much of each encoder map goes into each decoder block's context.
 
     Args:
       weights: by a name, such as that of a step; side by side, on one scale.
       maps: the columns: 0 for the encoder's input, then block numbers from 1.
+      blocks: the rows, if they are not one for each decoder block: `("all",)` of MFF,
+        whose only mixture, of projected maps, is for all of them.
     """
     top = max(np.abs(matrix).max() for matrix in weights.values())
     num, (depth, width) = len(weights), next(iter(weights.values())).shape
@@ -171,7 +174,9 @@ def inter_block_weights(
             rotation=90 if width > 8 else 0,
         )
         axes.set_xlabel("encoder map (output of block)", fontsize=12)
-        axes.set_yticks(np.arange(depth), [str(i + 1) for i in range(depth)])
+        axes.set_yticks(
+            np.arange(depth), blocks or [str(i + 1) for i in range(depth)]
+        )
         axes.tick_params(labelsize=11)
     panels[0].set_ylabel("decoder block", fontsize=12)
     drawing.colorbar(drawn, ax=list(panels)).set_label("weight", fontsize=12)
