@@ -305,3 +305,16 @@ class Pretrain:
         image = unpatchify(vectors, grid=grid, patch_size=patch_size)
         data = self.config.data
         return augment.unnormalize(image, mean=tuple(data.mean), std=tuple(data.std))
+
+
+def with_mask_ratio(config: ConfigDict, mask_ratio: float) -> ConfigDict:
+    """Returns settings with another share of patches masked.
+
+    What is predicted and what is thrown keep their shares of it, as far as they fit.
+    """
+    config = config.copy_and_resolve_references()
+    scale = mask_ratio / config.masking.mask_ratio
+    config.masking.mask_ratio = mask_ratio
+    for name in ("pred_ratio", "throw_ratio"):
+        config.masking[name] = min(config.masking[name] * scale, mask_ratio)
+    return config

@@ -357,19 +357,13 @@ class Pretrained:
     def _objective(self, mask_ratio: float | None) -> pretrain.Pretrain:
         """Returns the objective with this share of patches masked, made once."""
         needs.decoder(self.card)
-        if mask_ratio in self._objectives:
-            return self._objectives[mask_ratio]
-        given = mask_ratio
-        config = structure.config_of(self.card)
-        if mask_ratio is not None:
-            mask_ratio = float(mask_ratio)
-            scale = mask_ratio / config.masking.mask_ratio
-            config.masking.mask_ratio = mask_ratio
-            for name in ("pred_ratio", "throw_ratio"):
-                config.masking[name] = min(config.masking[name] * scale, mask_ratio)
-        with errors.setting_up():
-            self._objectives[given] = pretrain.Pretrain(config)
-        return self._objectives[given]
+        if mask_ratio not in self._objectives:
+            config = structure.config_of(self.card)
+            if mask_ratio is not None:
+                config = pretrain.with_mask_ratio(config, float(mask_ratio))
+            with errors.setting_up():
+                self._objectives[mask_ratio] = pretrain.Pretrain(config)
+        return self._objectives[mask_ratio]
 
     def _masked(
         self, name: Any, function: Callable[..., Any], images: Any,
