@@ -69,6 +69,30 @@ def test_a_decoder_of_another_kind_stays_new(mae):
     assert all(name.startswith("encoder/") for name in plan.tensors)
 
 
+@pytest.mark.parametrize("ours, theirs", [
+    ("inter_block", "multi_level"), ("multi_level", "inter_block"),
+])
+def test_a_fusion_of_another_kind_stays_new(tmp_path, ours, theirs):
+    """With the same decoder, which is loaded."""
+    common = ["model.encoder.size=W16-D3-H2/4", "model.fusion.input=True"]
+    maps = ["model.fusion.maps=(0, 2)"]
+    run = save_run(
+        tmp_path / "run", "digits_cross", *common, *maps, f"model.fusion.kind={theirs}"
+    )
+    config = _config("digits_cross", *common, *maps, f"model.fusion.kind={ours}")
+    plan = _plan(run, config)
+    loaded = _report(plan, "loaded")
+    assert "decoder (" in loaded and "fusion" not in loaded
+    assert re.fullmatch(
+        r"fusion \(\d+ tensors\); drawn at random", _report(plan, "new")
+    )
+    assert re.fullmatch(r"fusion \(\d+ tensors\)", _report(plan, "unused"))
+    same = _plan(run, _config(
+        "digits_cross", *common, *maps, f"model.fusion.kind={theirs}"
+    ))
+    assert _report(same, "new") == _report(same, "unused") == "nothing"
+
+
 def test_a_norm_that_the_file_lacks_is_new(cross):
     plan = _plan(cross, _config("digits_mae"))
     assert "the encoder's norm (2 tensors)" in _report(plan, "new")

@@ -2,11 +2,12 @@
 
 What is loaded is decided by part, and a part is loaded whole or not at all:
 
-    encoder, its norm, fusion, decoder, aggregator, fc_norm, head
+    encoder, its norm, fusion, decoder, aggregator, fc_norm, batch_norm, head
 
 A part that both sides have must agree in every name and shape, and in what shapes do
-not show: heads, kinds, the maps that are mixed. A part of another kind (MAE's decoder
-for CrossMAE's) is left unused, and the model's own stays new. Position tables are
+not show: heads, the maps that are mixed. A part of another kind (MAE's decoder for
+CrossMAE's, MFF's fusion for inter-block attention) is left unused, and the model's own
+stays new. The aggregators of several targets are one part. Position tables are
 resized to the model's grid. Anything else is an error.
 """
 
@@ -32,7 +33,7 @@ from crossmae_jax.runs import workdir
 
 PARTS = (
     "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
-    "head",
+    "batch_norm", "head",
 )
 ADAPTATIONS = ("mean", "repeat", "sum")
 
@@ -152,7 +153,9 @@ def plan(
 
 def _part(name: str) -> str:
     first, second = (name + "/").split("/")[:2]
-    return "the encoder's norm" if (first, second) == ("encoder", "norm") else first
+    if (first, second) == ("encoder", "norm"):
+        return "the encoder's norm"
+    return mim.part_of(first)
 
 
 def _line(title: str, tensors: Any, remark: str = "") -> str:
@@ -178,13 +181,7 @@ def _of_another_kind(card: Card, config: ConfigDict) -> set[str]:
     """Returns the parts that both sides have, but that are not the same thing."""
     if card.kind != "pretrain" or "decoder" not in config.model:
         return set()
-    other = set()
-    theirs, ours = (
-        (type(decoder), decoder.self_attention)
-        for decoder in (structure.build(card).decoder, mim.build(config).decoder)
-    )
-    if theirs != ours:
-        other |= {"decoder", "fusion"}
+    other = mim.of_another_kind(structure.build(card), mim.build(config))
     if card.model["aggregator"] != config.model.aggregator.to_dict():
         other.add("aggregator")
     return other

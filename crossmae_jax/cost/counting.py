@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import masking, objectives
 from crossmae_jax.cost import products
 from crossmae_jax.data import pipeline
+from crossmae_jax.models import mim
 
 _Path = tuple[str, ...]
 _PARTS = ("encoder", "decoder", "aggregator", "head")
@@ -209,5 +210,6 @@ def _by_part(numbers: Mapping[_Path, int]) -> collections.Counter:
     """Adds up what belongs to each part of the model."""
     parts = collections.Counter()
     for (module, *_), number in numbers.items():
-        parts[_PART_OF.get(module, module)] += number
+        part = mim.part_of(module)
+        parts[_PART_OF.get(part, part)] += number
     return parts

@@ -23,6 +23,8 @@ from crossmae_jax.models import aggregator, decoders, encoders, fusion, parts
 from crossmae_jax.models.fusion import FUSIONS
 from crossmae_jax.tokens import Encoded, Tokens
 
+_OF_A_TARGET = "aggregator_"  # before its name, where there are several
+
 
 class MaskedImageModel(nn.Module):
     """Predicts patches from the visible ones.
@@ -136,7 +138,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
     if made is not None:
         several = len(decoder.widths) > 1
         aggregators = {
-            name: made.clone(name=f"aggregator_{name}" if several else "aggregator")
+            name: made.clone(name=f"{_OF_A_TARGET}{name}" if several else "aggregator")
             for name in decoder.widths
         }
     return MaskedImageModel(
@@ -154,6 +156,22 @@ def build_fusion(
         "fusion", FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
         num_contexts=num_contexts, **parts.computing(config.model),
     )
+
+
+def part_of(module: str) -> str:
+    """Returns to which part of a model a module at its top belongs."""
+    return "aggregator" if module.startswith(_OF_A_TARGET) else module
+
+
+def of_another_kind(one: MaskedImageModel, other: MaskedImageModel) -> set[str]:
+    """Returns which parts between encoder and targets are not of one kind in both.
+
+    A fusion goes with the decoder that it was trained for.
+    """
+    decoders_of = [(type(m.decoder), m.decoder.self_attention) for m in (one, other)]
+    if decoders_of[0] != decoders_of[1]:
+        return {"fusion", "decoder"}
+    return {"fusion"} if type(one.fusion) is not type(other.fusion) else set()
 
 
 def ends_in_norm(model: parts.Group) -> bool:
