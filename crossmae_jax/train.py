@@ -171,7 +171,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     abstract = train_step.abstract_state(objective, tx, init_key)
     mesh, mesh_line = sharding.make_mesh(config, abstract)
     evaluations = while_training.Evaluations(
-        config, objective, images, mesh=mesh, directory=home.local, panel_key=panel_key
+        config, objective, images, mesh=mesh, directory=home.local, key=panel_key
     )
     init, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=mask_key,

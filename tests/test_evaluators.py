@@ -57,9 +57,10 @@ def evaluation_of(
         num_images=dict.fromkeys(splits, len(images)),
         place=placer(8),
         predict=PIXELS,
-        reconstruct=lambda batch: reconstruct(batch, thrown),
-        panel=tmp_path / "panels" / "step_00000007.png",
-        caption="made by hand",
+        give=lambda name, batch: {"reconstruction": reconstruct}[name](batch, thrown),
+        captions={"reconstruction": "made by hand"},
+        directory=tmp_path,
+        name="step_00000007",
     ) | changes)
 
 
@@ -92,6 +93,9 @@ def test_fewer_train_images_are_asked_for_not_thrown_away(tmp_path):
     assert log == [("train", 20), ("eval", None), ("train", None)]
 
 
+VIEWS = frozenset({"features", "class_token", "logits"})
+
+
 @jax.jit
 def encode(batch):
     """Two views of an image, and a guess: class 0."""
@@ -121,7 +125,7 @@ def test_everything_wanted_of_a_split_is_extracted_in_one_pass(tmp_path):
         linear=dict(l2s=(0.1,), max_iterations=9), accuracy={},
     )
     evaluation = evaluation_of(
-        images, labels, tmp_path, log=log, predict=encode,
+        images, labels, tmp_path, log=log, predict=encode, rows=VIEWS,
         wanted=wanted(options),
     )
     found = {
@@ -148,7 +152,7 @@ def test_only_what_is_wanted_of_the_same_images_is_extracted_with_them(tmp_path)
         linear=dict(l2s=(0.1,), max_iterations=9, max_train_images=10**6),
     )
     evaluation = evaluation_of(
-        *images_of(50), tmp_path, log=log, predict=encode,
+        *images_of(50), tmp_path, log=log, predict=encode, rows=VIEWS,
         wanted=wanted(options),
     )
     for each in evals.make(options).values():
@@ -186,7 +190,7 @@ def test_the_rank_shares_the_pass_of_other_evaluators(tmp_path):
         knn=dict(k=1, temperature=0.07, pools=("cls",)), rank=dict(max_images=10**6)
     )
     evaluation = evaluation_of(
-        *images_of(40), tmp_path, log=log, predict=encode,
+        *images_of(40), tmp_path, log=log, predict=encode, rows=VIEWS,
         wanted=wanted(options),
     )
     for each in evals.make(options).values():
@@ -195,7 +199,7 @@ def test_the_rank_shares_the_pass_of_other_evaluators(tmp_path):
 
 
 def test_one_pool_and_one_k_are_reported_as_one_number(tmp_path):
-    evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode)
+    evaluation = evaluation_of(*images_of(40), tmp_path, predict=encode, rows=VIEWS)
     for k in (1, (1,)):
         result = run("knn", evaluation, k=k, temperature=0.07, pools=("cls",))
         assert result.metrics == {"top1": 1.0}
@@ -364,7 +368,7 @@ def test_few_images_for_panels_are_no_features_of_the_same_pass(tmp_path):
     """The rank looks at as many images as the panel; it needs no pictures of them."""
     options = dict(rank=dict(max_images=5), reconstruction=dict(num_images=5))
     evaluation = evaluation_of(
-        *images_of(30), tmp_path, predict=encode, wanted=wanted(options)
+        *images_of(30), tmp_path, predict=encode, rows=VIEWS, wanted=wanted(options)
     )
     for each in evals.make(options).values():
         each.run(evaluation)

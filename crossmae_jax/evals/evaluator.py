@@ -8,11 +8,11 @@ package has a row for each.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from crossmae_jax import visualize
 from crossmae_jax.evals import features
 
 Batch = features.Batch
@@ -70,12 +70,13 @@ class Evaluation:
       num_images: how many images each split holds; a split that is missing here does
         not exist.
       place: puts a host batch on the devices.
-      predict: jitted; placed batch -> the outputs that have a row per image, of
-        `features.ROWS`: "features" f32[b d] at least.
-      reconstruct: jitted; placed batch -> pictures, masks and errors. The masks should
-        be the same at every call.
-      panel: where the reconstruction panel is written.
-      caption: the line under the panel.
+      predict: jitted; placed batch -> the outputs `rows`, in one pass.
+      rows: the outputs that have a row per image, f32[b d].
+      give: jitted; an output's name and a placed batch -> that output. What is drawn
+        should be the same at every call.
+      captions: of outputs, what a viewer of them must know.
+      directory: where files are written, see `path`.
+      name: of the state, in the names of files, such as "step_00000042".
       wanted: what the evaluators will ask for, see `wanted`; of splits that do not
         exist nothing is extracted.
       num_replaced: by split, how many images could not be decoded and were replaced by
@@ -86,9 +87,11 @@ class Evaluation:
     num_images: Mapping[str, int]
     place: Callable[[Batch], Batch]
     predict: features.Predict
-    reconstruct: Callable[[Batch], visualize.Reconstruction] | None = None
-    panel: pathlib.Path | None = None
-    caption: str = ""
+    rows: frozenset[str] = frozenset({"features"})
+    give: Callable[[str, Batch], Any] | None = None
+    captions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    directory: pathlib.Path | None = None
+    name: str = ""
     wanted: Sequence[Wanted] = ()
     num_replaced: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -108,7 +111,7 @@ class Evaluation:
         if asked not in self._extracted:
             together = dict.fromkeys([asked, *(
                 self._exactly(request) for request in self.wanted
-                if request.split in self.num_images and request.output in features.ROWS
+                if request.split in self.num_images and request.output in self.rows
             )])
             outputs = [
                 request.output for request in together if request[:2] == asked[:2]
@@ -122,6 +125,17 @@ class Evaluation:
             for name, rows in extracted.items():
                 self._extracted[asked._replace(output=name)] = rows
         return self._extracted[asked]
+
+    def output(self, name: str) -> Callable[[Batch], Any]:
+        """Returns what computes an output of the objective: jitted, of a placed batch.
+
+        For those that `features_of` has not, such as pictures. Nothing is remembered.
+        """
+        return functools.partial(self.give, name)
+
+    def path(self, folder: str, suffix: str) -> pathlib.Path:
+        """Returns where an evaluator may write a file about this state."""
+        return self.directory / folder / f"{self.name}{suffix}"
 
     def _exactly(self, wanted: Wanted) -> Wanted:
         """Returns it with the number of images that there are."""

@@ -17,8 +17,6 @@ from crossmae_jax import augment
 
 Batch = Mapping[str, Any]
 Predict = Callable[[Batch], Mapping[str, jax.Array]]
-# Outputs of objectives that have a row per image, and so can be extracted.
-ROWS = frozenset({"features", "class_token", "logits"})
 
 
 class Features(NamedTuple):

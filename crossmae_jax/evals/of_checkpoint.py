@@ -29,6 +29,7 @@ from crossmae_jax.evals import (
     evaluator,
     features,
     linear,
+    outputs,
     report,
     robustness_sets,
     while_training,
@@ -165,11 +166,11 @@ def run(
                 config.data, opened.get("eval"), imagenet=imagenet,
                 classes=made.classes,
             )
-    predict = _predict(made, mesh)
+    given = _outputs(made, mesh).of(made.variables)
 
     def evaluation_of(opened, data, wanted):
         return while_training.of_sources(
-            opened, data, predict, mesh=mesh, workdir=directory, wanted=wanted
+            opened, data, mesh=mesh, workdir=directory, wanted=wanted, **given
         )
 
     def logits_of(source: sources.Source, data: ConfigDict) -> features.Features:
@@ -299,15 +300,16 @@ def _note_replaced(written: report.Report, evaluation: evaluator.Evaluation) -> 
             )
 
 
-def _predict(made: Checkpoint, mesh: jax.sharding.Mesh) -> features.Predict:
-    """Returns what extracts rows with a checkpoint, its kernels having been checked."""
+def _outputs(made: Checkpoint, mesh: jax.sharding.Mesh) -> outputs.Compiled:
+    """Returns what a checkpoint gives, the kernels for its rows having been checked."""
     data = made.config.data
-    jitted = while_training.rows_of(made.objective, mesh)
+    key = jax.random.key(0, impl="threefry2x32")
+    compiled = outputs.Compiled(made.objective, mesh, key=key)
     batch = parallel.with_sharding(
         pipeline.blank_batch(data, batch_size=data.batch_size, valid=True),
         parallel.batch_sharding(mesh),
     )
     with attention.recording() as choices:
-        jax.eval_shape(jitted, made.variables, batch)
+        compiled.trace_rows(made.variables, batch)
     attention_check.check(choices, mesh=mesh)
-    return lambda batch: jitted(made.variables, batch)
+    return compiled

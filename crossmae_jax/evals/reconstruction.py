@@ -16,6 +16,7 @@ from crossmae_jax import visualize
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
+_OUTPUT = "reconstruction"
 _SHOWN = 8  # rows of a panel
 
 
@@ -30,7 +31,7 @@ class Reconstruction:
     num_images: int
 
     def wanted(self) -> tuple[Wanted, ...]:
-        return (Wanted("eval", self.num_images, "reconstruction"),)
+        return (Wanted("eval", self.num_images, _OUTPUT),)
 
     def check(self, about: About) -> None:
         """Any images do."""
@@ -38,11 +39,12 @@ class Reconstruction:
     def run(self, evaluation: Evaluation) -> Result:
         """Returns what `evaluate` does, and the panel."""
         split = evaluator.held_out(evaluation.num_images)
+        panel = evaluation.path("panels", ".png")
         metrics = evaluate(
-            evaluation.reconstruct, evaluation.batches(split, self.num_images),
-            evaluation.place, evaluation.panel, caption=evaluation.caption,
+            evaluation.output(_OUTPUT), evaluation.batches(split, self.num_images),
+            evaluation.place, panel, caption=evaluation.captions[_OUTPUT],
         )
-        return Result(metrics, (evaluation.panel,))
+        return Result(metrics, (panel,))
 
 
 def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:

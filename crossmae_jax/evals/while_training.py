@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import evals
 from crossmae_jax.data import pipeline, sources, spot_check
 from crossmae_jax.distributed import parallel, preemption
-from crossmae_jax.evals import evaluator, features
+from crossmae_jax.evals import evaluator, features, outputs
 from crossmae_jax.runs import results
 
 
@@ -24,6 +24,9 @@ class Evaluations:
 
     Attributes:
       files: pictures written so far, the newest last.
+
+    Args:
+      key: of whatever the outputs draw, such as the masks of panels.
 
     Raises:
       ValueError: if the data cannot be evaluated so.
@@ -37,7 +40,7 @@ class Evaluations:
         *,
         mesh: jax.sharding.Mesh,
         directory: Path,
-        panel_key: jax.Array,
+        key: jax.Array,
     ):
         for name, options in config.evals.items():
             if "every_epochs" not in options:
@@ -46,15 +49,10 @@ class Evaluations:
                     "epochs; 0.0 for the end of training only."
                 )
         self._config, self._sources, self._mesh = config, opened, mesh
-        self._directory, self._panel_key = directory, panel_key
+        self._directory = directory
         self._evaluators = evals.make(config.evals.to_dict())
         evaluator.check(self._evaluators, about(config, objective, opened))
-        self._predict = rows_of(objective, mesh)
-        self._draws = "reconstruction" in objective.outputs
-        if self._draws:
-            reconstruct = objective.outputs["reconstruction"]
-            self._reconstruct = jax.jit(parallel.within(mesh, reconstruct.function))
-            self._caption = objective.target.caption
+        self._outputs = outputs.Compiled(objective, mesh, key=key)
         self.files: list[Path] = []
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
@@ -75,14 +73,9 @@ class Evaluations:
             )
             return parallel.with_sharding(blank, parallel.batch_sharding(self._mesh))
 
-        wanted = evaluator.wanted(self._evaluators.values())
-        if any(request.output in features.ROWS for request in wanted):
-            jax.eval_shape(self._predict, variables, batch())
-        for _, size, output in wanted:
-            if output == "reconstruction":
-                jax.eval_shape(
-                    self._reconstruct, variables, batch(size), self._panel_key
-                )
+        for _, size, output in evaluator.wanted(self._evaluators.values()):
+            size = None if output in self._outputs.rows else size
+            self._outputs.trace(output, variables, batch(size))
 
     def run(
         self,
@@ -97,18 +90,9 @@ class Evaluations:
         Raises:
           preemption.Interrupted: if `stop` is set meanwhile.
         """
-        pictures = {}
-        if self._draws:
-            pictures = dict(
-                reconstruct=lambda batch: self._reconstruct(
-                    variables, batch, self._panel_key
-                ),
-                panel=self._directory / "panels" / f"step_{step:08d}.png",
-                caption=self._caption,
-            )
         evaluators = {name: self._evaluators[name] for name in names}
         evaluation = self._evaluation(
-            evaluators, lambda batch: self._predict(variables, batch), stop, **pictures
+            evaluators, stop, name=f"step_{step:08d}", **self._outputs.of(variables)
         )
         measured = {}
         for name, each in evaluators.items():
@@ -122,19 +106,20 @@ class Evaluations:
     ) -> dict[str, float]:
         """Evaluates random initialisation and raw pixels like the trained features."""
         data = self._config.data
-        predicts = {
-            "random_init": lambda batch: self._predict(initial_variables, batch),
-            "pixels": features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std)),
+        pixels = features.raw_pixels(mean=tuple(data.mean), std=tuple(data.std))
+        models = {
+            "random_init": self._outputs.of(initial_variables),
+            "pixels": dict(predict=pixels),
         }
         options = self._config.evals.to_dict()
         options = {name: options[name] for name in results.COMPARED if name in options}
         measured = {}
-        for baseline, predict in predicts.items():
+        for baseline, model in models.items():
             if baseline == "pixels":  # one vector: nothing that could be pooled
                 for given in options.values():
                     given.pop("pools", None)
             evaluators = evals.make(options)
-            evaluation = self._evaluation(evaluators, predict, stop)
+            evaluation = self._evaluation(evaluators, stop, name=baseline, **model)
             for name, each in evaluators.items():
                 measured |= {
                     f"{baseline}/{name}/{key}": value
@@ -142,23 +127,11 @@ class Evaluations:
                 }
         return measured
 
-    def _evaluation(
-        self, evaluators, predict, stop, **pictures: Any
-    ) -> evaluator.Evaluation:
+    def _evaluation(self, evaluators, stop, **given: Any) -> evaluator.Evaluation:
         return of_sources(
-            self._sources, self._config.data, predict, mesh=self._mesh,
-            workdir=self._directory, wanted=evaluator.wanted(evaluators.values()),
-            stop=stop, **pictures,
+            self._sources, self._config.data, mesh=self._mesh, workdir=self._directory,
+            wanted=evaluator.wanted(evaluators.values()), stop=stop, **given,
         )
-
-
-def rows_of(objective: Any, mesh: jax.sharding.Mesh) -> jax.stages.Wrapped:
-    """Returns what computes all outputs that have a row per image, jitted.
-
-    Of variables and a placed batch, in one pass.
-    """
-    names = [name for name in objective.outputs if name in features.ROWS]
-    return jax.jit(parallel.within(mesh, objective.outputs.together(names)))
 
 
 def about(
@@ -186,22 +159,21 @@ def about(
 def of_sources(
     opened: dict[str, sources.Source],
     data: ConfigDict,
-    predict: features.Predict,
     *,
     mesh: jax.sharding.Mesh,
     workdir: Path,
     wanted: Sequence[evaluator.Wanted],
     stop: preemption.Stop | None = None,
-    **pictures: Any,
+    **given: Any,
 ) -> evaluator.Evaluation:
     """Returns the evaluation of a model on splits, "train" and "eval".
 
     Args:
       data: `config.data`, which says how images are prepared.
-      predict: as in `evaluator.Evaluation`; likewise `pictures`.
-      workdir: where images that cannot be decoded are listed.
+      workdir: where images that cannot be decoded are listed, and files written.
       wanted: what the evaluators will ask for.
       stop: ends the evaluation with `preemption.Interrupted` once it is set.
+      given: of the model, as `evaluator.Evaluation` has it: `predict` at least.
     """
     def batches(split: str, num_images: int | None) -> Iterator[evaluator.Batch]:
         with pipeline.eval_batches(
@@ -216,10 +188,10 @@ def of_sources(
             evaluation.num_replaced[split] = made.num_bad
 
     evaluation = evaluator.Evaluation(
-        batches=batches, predict=predict,
+        batches=batches, directory=workdir,
         num_images={split: len(source) for split, source in opened.items()},
         place=lambda batch: parallel.place_batch(mesh, batch),
-        wanted=wanted, **pictures,
+        wanted=wanted, **given,
     )
     return evaluation
 

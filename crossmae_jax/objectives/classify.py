@@ -114,7 +114,9 @@ class Classify:
     def outputs(self) -> Outputs:
         """What the classifier gives of whole images."""
         names = ("features", "class_token", "logits")
-        return Outputs({name: Output(self._classified, name) for name in names})
+        return Outputs({
+            name: Output(self._classified, name, rows=True) for name in names
+        })
 
     def _classified(
         self, variables: Variables, batch: Batch

@@ -33,11 +33,16 @@ class Output:
       field: which of the function's results this is; all of them if not given. Outputs
         of one function are computed together, see `Outputs`.
       draws: whether something is drawn, such as a mask.
+      rows: whether it is a row per image, f32[b d], which evaluators can have of whole
+        splits.
+      caption: what a viewer of it must know.
     """
 
     function: Callable[..., Any]
     field: str | None = None
     draws: bool = False
+    rows: bool = False
+    caption: str = ""
 
     def __call__(
         self, variables: Variables, batch: Batch, key: Key[Array, ""] | None = None
@@ -98,9 +103,10 @@ class Objective(Protocol):
       starts: by collection of variables, the weights that it begins with, of any
         format; "" for none. A collection that is not named begins as drawn, or with
         the weights of "params".
-      outputs: what the trained model gives, by name. Of whole images "features" and
-        "class_token", f32[b d], and of a classifier "logits", f32[b classes]; of
-        masked ones "reconstruction", with pictures, masks and errors.
+      outputs: what the trained model gives, by name; evaluators ask for any of them. Of
+        whole images "features" and "class_token", f32[b d], and of a classifier
+        "logits", f32[b classes]; of masked ones, where the target can be looked at,
+        "reconstruction", with pictures, masks and errors.
     """
 
     model: nn.Module

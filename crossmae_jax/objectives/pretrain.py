@@ -231,11 +231,13 @@ class Pretrain:
         ones.
         """
         outputs = Outputs({
-            "features": Output(self._features, "features"),
-            "class_token": Output(self._features, "class_token"),
+            name: Output(self._features, name, rows=True)
+            for name in ("features", "class_token")
         })
         if self.target.caption is not None:
-            outputs["reconstruction"] = Output(self._reconstruct, draws=True)
+            outputs["reconstruction"] = Output(
+                self._reconstruct, draws=True, caption=self.target.caption
+            )
         return outputs
 
     def _features(
