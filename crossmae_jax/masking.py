@@ -28,9 +28,10 @@ that a mask depends on nothing but the seed and the sample: not on the batch, th
 or the number of hosts. The model never samples; it is handed the `TokenIds`.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -207,8 +208,35 @@ def token_ids(
     )
 
 
-Noise = Callable[..., Float[Array, "b n"]]
 Batch = Mapping[str, Array]
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """Orders the patches of each sample: a frozen dataclass, or without options a
+    function.
+
+    Its fields are options of `config.masking`, beside those of `sampling.Sampler`. It
+    refuses those that can never be used when it is made, with a ValueError.
+    """
+
+    def __call__(
+        self, key: Key[Array, ""], batch: Batch, *, num: int
+    ) -> Float[Array, "b {num}"]:
+        """Returns a number for each patch: the smallest stay visible.
+
+        What it returns for a sample depends on the key and the sample's own part of
+        the batch, so that a mask is the same wherever the sample lies.
+
+        Args:
+          batch: the fields of `config.data.transform` on the devices, "image" as uint8
+            among them, and "sample", a number for each sample that no other has.
+          num: how many patches there are, or units of patches.
+
+        Raises:
+          ValueError: if the batch lacks what it looks at.
+        """
+        ...
 
 
 def uniform(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b {num}"]:
@@ -220,25 +248,41 @@ def uniform(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b {
     return jax.vmap(draw)(batch["sample"])
 
 
-def shared(
-    key: Key[Array, ""], batch: Batch, *, num: int, together: int
-) -> Float[Array, "b {num}"]:
-    """Draws once for so many samples in a row, from the number of the first of them.
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Draws once for several samples in a row, from the number of the first of them.
 
     A batch of fewer shares one draw.
 
+    Attributes:
+      together: so many samples, more than 1.
+
     Raises:
-      ValueError: if the batch is no multiple of `together`.
+      ValueError: if it is not, or, when called, if the batch is no multiple of it.
     """
-    size = len(batch["sample"])
-    together = min(together, size)
-    if size % together:
-        raise ValueError(
-            f"masking.together={together} does not divide a batch of {size} images; "
-            "make config.data.batch_size / config.optim.accum_steps a multiple of it."
-        )
-    first = {"sample": batch["sample"][::together]}
-    return jnp.repeat(uniform(key, first, num=num), together, axis=0)
+
+    together: int = 1
+
+    def __post_init__(self):
+        if self.together < 2:
+            raise ValueError(
+                f"masking.together={self.together} with masking.noise='shared': so many"
+                " images in a row share a mask; give more than 1."
+            )
+
+    def __call__(
+        self, key: Key[Array, ""], batch: Batch, *, num: int
+    ) -> Float[Array, "b {num}"]:
+        size = len(batch["sample"])
+        together = min(self.together, size)
+        if size % together:
+            raise ValueError(
+                f"masking.together={together} does not divide a batch of {size} images;"
+                " make config.data.batch_size / config.optim.accum_steps a multiple of "
+                "it."
+            )
+        first = {"sample": batch["sample"][::together]}
+        return jnp.repeat(uniform(key, first, num=num), together, axis=0)
 
 
 def weighted(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b {num}"]:
@@ -264,7 +308,7 @@ def weighted(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b 
     return jnp.log(batch["weights"]) + jax.vmap(draw)(batch["sample"])
 
 
-NOISES: dict[str, Noise] = {"uniform": uniform, "shared": shared, "weighted": weighted}
+NOISES = {"uniform": uniform, "shared": Shared, "weighted": weighted}
 
 
 def expanded(ids: TokenIds, *, unit: int, grid: tuple[int, int]) -> TokenIds:

@@ -1,12 +1,73 @@
 """The masks of a configuration: `config.masking` on a grid of patches."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Key
 
 from crossmae_jax import masking
 
 RETAIN = ("furthest", "random")
+
+
+def make(options: Mapping[str, Any], *, grid: tuple[int, int]) -> "Sampler":
+    """Returns the sampler that `config.masking` describes.
+
+    Options that are none of a sampler are those of its noise.
+
+    Raises:
+      ValueError: for an unknown noise or option, one of another noise that is not at
+        its default, and for options that contradict each other.
+    """
+    own = {field.name for field in dataclasses.fields(Sampler)}
+    given = {name: value for name, value in options.items() if name in own}
+    of_noise = {name: value for name, value in options.items() if name not in own}
+    given["noise"] = _noise(given.get("noise", "uniform"), of_noise)
+    return Sampler(grid, **given)
+
+
+def _noise(kind: str, options: Mapping[str, Any]) -> masking.Noise:
+    """Returns the noise of this name, made of options for it or for others."""
+    if kind not in masking.NOISES:
+        raise ValueError(
+            f"Unknown masking.noise {kind!r}. Known: {', '.join(masking.NOISES)}."
+        )
+    fields = {name: _fields(noise) for name, noise in masking.NOISES.items()}
+    for name, value in options.items():
+        takers = {other: taken[name] for other, taken in fields.items() if name in taken}
+        if not takers:
+            known = sorted({option for taken in fields.values() for option in taken})
+            raise ValueError(
+                f"Unknown option masking.{name}={value!r}. Those of a noise are: "
+                f"{', '.join(known)}."
+            )
+        if kind not in takers and dataclasses.MISSING not in takers.values() and (
+            value not in takers.values()
+        ):
+            raise ValueError(
+                f"masking.{name}={value!r} with masking.noise={kind!r}: it is an option"
+                f" of noise={' or '.join(map(repr, takers))}; leave it at "
+                f"{next(iter(takers.values()))!r}."
+            )
+    noise, taken = masking.NOISES[kind], fields[kind]
+    for name, default in taken.items():
+        if default is dataclasses.MISSING and name not in options:
+            raise ValueError(
+                f"masking.noise={kind!r} needs {name}; set config.masking.{name}."
+            )
+    if not dataclasses.is_dataclass(noise):
+        return noise
+    return noise(**{name: options[name] for name in taken if name in options})
+
+
+def _fields(noise: Any) -> dict[str, Any]:
+    """Returns a noise's options and their defaults; a function has none."""
+    if not dataclasses.is_dataclass(noise):
+        return {}
+    return {field.name: field.default for field in dataclasses.fields(noise)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +79,7 @@ class Sampler:
       mask_ratio: share of all patches that is masked; likewise `pred_ratio`,
         `throw_ratio`: see `masking`.
       retain: which masked patches are decoded rather than thrown, one of `RETAIN`.
-      noise: one of `masking.NOISES`.
-      together: samples in a row that share a mask, with noise "shared".
+      noise: orders the patches.
       unit: patches along the side of what is masked as one.
       rounding: see `masking.token_counts`.
 
@@ -32,28 +92,20 @@ class Sampler:
     pred_ratio: float
     throw_ratio: float = 0.0
     retain: str = "random"
-    noise: str = "uniform"
-    together: int = 1
+    noise: masking.Noise = masking.uniform
     unit: int = 1
     rounding: str = "floor"
 
     def __post_init__(self):
-        for name, known in (("noise", masking.NOISES), ("retain", RETAIN)):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(
-                    f"Unknown masking.{name} {value!r}. Known: {', '.join(known)}."
-                )
+        if self.retain not in RETAIN:
+            raise ValueError(
+                f"Unknown masking.retain {self.retain!r}. Known: {', '.join(RETAIN)}."
+            )
         rows, columns = self.grid
         if self.unit < 1 or rows % self.unit or columns % self.unit:
             raise ValueError(
                 f"masking.unit={self.unit} does not divide a grid of {rows}x{columns} "
                 "patches into squares; give a common divisor of both sides."
-            )
-        if (self.noise == "shared") != (self.together > 1):
-            raise ValueError(
-                f"masking.together={self.together} with masking.noise={self.noise!r}: "
-                "how many images share a mask is for noise='shared', and more than 1."
             )
         num_keep, num_pred, num_thrown = self.units
         if self.retain == "furthest" and num_pred == self.num_units - num_keep:
@@ -93,7 +145,7 @@ class Sampler:
         """Draws visible, decoded and thrown patches of each sample, for training.
 
         Args:
-          batch: "sample" holds a number per sample; weighted noise takes "weights".
+          batch: "sample" holds a number per sample, and whatever the noise looks at.
         """
         return self._cut(self.units, key, batch)
 
@@ -112,9 +164,14 @@ class Sampler:
         counts = masking.TokenCounts(num_keep, num_pred, num_masked - num_pred)
         return self._cut(counts, key, batch)
 
+    def some(self) -> masking.TokenIds:
+        """Returns patches of one sample, for shapes: whatever the noise looks at."""
+        return dataclasses.replace(self, noise=masking.uniform).draw(
+            jax.random.key(0), {"sample": jnp.zeros(1, jnp.uint32)}
+        )
+
     def _cut(self, units, key, batch):
-        options = {"together": self.together} if self.noise == "shared" else {}
-        noise = masking.NOISES[self.noise](key, batch, num=self.num_units, **options)
+        noise = self.noise(key, batch, num=self.num_units)
         columns = self.grid[1] // self.unit if self.retain == "furthest" else None
         ids = masking.token_ids(noise, units, columns=columns)
         if self.unit == 1:

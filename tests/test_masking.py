@@ -181,12 +181,12 @@ def test_shared_noise_is_that_of_the_first_of_each_group():
     key = jax.random.key(0, impl="threefry2x32")
     batch = {"sample": jnp.asarray([8, 3, 5, 9, 1, 0], jnp.uint32)}
     own = masking.uniform(key, batch, num=10)
-    together = masking.shared(key, batch, num=10, together=3)
+    together = masking.Shared(3)(key, batch, num=10)
     np.testing.assert_array_equal(together, own[jnp.array([0, 0, 0, 3, 3, 3])])
-    few = masking.shared(key, batch, num=10, together=100)
+    few = masking.Shared(100)(key, batch, num=10)
     np.testing.assert_array_equal(few, own[jnp.zeros(6, int)])
     with pytest.raises(ValueError, match="together=4 does not divide a batch of 6"):
-        masking.shared(key, batch, num=10, together=4)
+        masking.Shared(4)(key, batch, num=10)
 
 
 def test_weighted_noise_draws_without_replacement_in_proportion_to_the_weights():
@@ -257,7 +257,9 @@ def test_coverage_of_a_grid_that_does_not_fit_is_refused():
 
 
 def _sampler(**changes):
-    return Sampler(**dict(grid=(8, 12), mask_ratio=0.75, pred_ratio=0.75) | changes)
+    return sampling.make(
+        dict(mask_ratio=0.75, pred_ratio=0.75) | changes, grid=(8, 12)
+    )
 
 
 def test_a_sampler_masks_units_and_counts_patches():
@@ -297,6 +299,9 @@ def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
     (dict(unit=0), "masking.unit=0 does not divide"),
     (dict(together=8), "masking.together=8 with masking.noise='uniform'"),
     (dict(noise="shared"), "masking.together=1 with masking.noise='shared'"),
+    (dict(noise="shared", together=1), "in a row share a mask; give more than 1"),
+    (dict(blocks=3), "Unknown option masking.blocks=3. Those of a noise are: together"),
+    (dict(retain="all"), "Unknown masking.retain 'all'. Known: furthest, random"),
 ])
 def test_a_sampler_refuses_what_contradicts_itself(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -62,7 +62,7 @@ class Pretrain:
         self.grid = self.model.encoder.grid
         self.target = targets.make(config, patch_size=self.patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
-        self.sampler = sampling.Sampler(self.grid, **config.masking)
+        self.sampler = sampling.make(config.masking, grid=self.grid)
         self.counts = self.sampler.counts
         self._check_loss()
         # Mean and std are checked against the channels here, not in the first step.
@@ -102,12 +102,8 @@ class Pretrain:
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""
         images = jnp.zeros((1, *self.image_size, self.config.data.channels))
-        blank = {
-            "sample": jnp.zeros(1, jnp.uint32),
-            "weights": jnp.ones((1, self.sampler.num_units)),
-        }
-        ids = self.sample(key, blank)
-        return self.model.init(key, images, ids) | self.target.init(key)
+        variables = self.model.init(key, images, self.sampler.some())
+        return variables | self.target.init(key)
 
     def normalize(self, batch: Batch) -> Float[Array, "b height width c"]:
         """Returns the images as the model takes them."""
