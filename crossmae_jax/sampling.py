@@ -1,19 +1,17 @@
 """The masks of a configuration: `config.masking` on a grid of patches."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from crossmae_jax import masking
+from crossmae_jax import kinds, masking
 
 RETAIN = ("furthest", "random")
 
 
-def make(options: Mapping[str, Any], *, grid: tuple[int, int]) -> "Sampler":
+def make(options: kinds.Group, *, grid: tuple[int, int]) -> "Sampler":
     """Returns the sampler that `config.masking` describes.
 
     Options that are none of a sampler are those of its noise.
@@ -22,52 +20,11 @@ def make(options: Mapping[str, Any], *, grid: tuple[int, int]) -> "Sampler":
       ValueError: for an unknown noise or option, one of another noise that is not at
         its default, and for options that contradict each other.
     """
-    own = {field.name for field in dataclasses.fields(Sampler)}
+    own = {field.name for field in dataclasses.fields(Sampler)} - {"noise"}
     given = {name: value for name, value in options.items() if name in own}
     of_noise = {name: value for name, value in options.items() if name not in own}
-    given["noise"] = _noise(given.get("noise", "uniform"), of_noise)
-    return Sampler(grid, **given)
-
-
-def _noise(kind: str, options: Mapping[str, Any]) -> masking.Noise:
-    """Returns the noise of this name, made of options for it or for others."""
-    if kind not in masking.NOISES:
-        raise ValueError(
-            f"Unknown masking.noise {kind!r}. Known: {', '.join(masking.NOISES)}."
-        )
-    fields = {name: _fields(noise) for name, noise in masking.NOISES.items()}
-    for name, value in options.items():
-        takers = {other: taken[name] for other, taken in fields.items() if name in taken}
-        if not takers:
-            known = sorted({option for taken in fields.values() for option in taken})
-            raise ValueError(
-                f"Unknown option masking.{name}={value!r}. Those of a noise are: "
-                f"{', '.join(known)}."
-            )
-        if kind not in takers and dataclasses.MISSING not in takers.values() and (
-            value not in takers.values()
-        ):
-            raise ValueError(
-                f"masking.{name}={value!r} with masking.noise={kind!r}: it is an option"
-                f" of noise={' or '.join(map(repr, takers))}; leave it at "
-                f"{next(iter(takers.values()))!r}."
-            )
-    noise, taken = masking.NOISES[kind], fields[kind]
-    for name, default in taken.items():
-        if default is dataclasses.MISSING and name not in options:
-            raise ValueError(
-                f"masking.noise={kind!r} needs {name}; set config.masking.{name}."
-            )
-    if not dataclasses.is_dataclass(noise):
-        return noise
-    return noise(**{name: options[name] for name in taken if name in options})
-
-
-def _fields(noise: Any) -> dict[str, Any]:
-    """Returns a noise's options and their defaults; a function has none."""
-    if not dataclasses.is_dataclass(noise):
-        return {}
-    return {field.name: field.default for field in dataclasses.fields(noise)}
+    noise = kinds.make("masking", masking.NOISES, of_noise, key="noise")
+    return Sampler(grid, noise=noise, **given)
 
 
 @dataclasses.dataclass(frozen=True)

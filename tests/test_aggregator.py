@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from crossmae_jax import losses, masking
-from crossmae_jax.models import aggregator, layers, parts
+from crossmae_jax import kinds, losses, masking
+from crossmae_jax.models import aggregator, layers
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
 from crossmae_jax.tokens import Tokens, take_tokens
@@ -52,7 +52,7 @@ def make_aggregator(kind="conv", visible="decoder", **changes):
     options = dict(kind=kind, visible=visible, kernel_size=3) | changes
     if kind == "transformer":  # which has no window
         del options["kernel_size"]
-    return parts.make(
+    return kinds.make(
         "aggregator", aggregator.AGGREGATORS, options, dim=8, grid=GRID, num_heads=2,
         mlp_ratio=2.0,
     )

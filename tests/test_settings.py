@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import digits_cross, finetune_digits
-from crossmae_jax import objectives
+from crossmae_jax import kinds, objectives
 from crossmae_jax.commands import flags
-from crossmae_jax.models import decoders, parts
+from crossmae_jax.models import decoders
 from crossmae_jax.runs import settings, workdir
 
 ROOT = Path(__file__).parents[1]
@@ -234,7 +234,7 @@ def test_an_option_that_was_meant_for_something_is_not_left_aside(
     ("depht", 3, "Unknown option decoder.depht=3. Known: depth, dim, mlp_ratio, "
      "num_heads, self_attention."),
     ("grid", (1, 1), "decoder.grid=(1, 1) is no option: it follows from the rest"),
-    ("dim", None, "decoder.kind='cross' needs dim; set config.model.decoder.dim."),
+    ("dim", None, "decoder.kind='cross' needs dim; set decoder.dim."),
 ])
 def test_a_group_of_a_config_file_has_known_options(option, value, message):
     config = digits_cross.get_config()
@@ -250,6 +250,6 @@ def test_what_other_kinds_must_have_is_left_aside():
 
     group = dict(kind="linear", dim=8, depth=3, num_heads=2, self_attention=False)
     table = decoders.DECODERS | {"linear": Linear}
-    assert parts.make("decoder", table, group, grid=(2, 2)) == Linear(dim=8)
+    assert kinds.make("decoder", table, group, grid=(2, 2)) == Linear(dim=8)
     with pytest.raises(ValueError, match="self_attention=True is an option of"):
-        parts.make("decoder", table, group | dict(self_attention=True))
+        kinds.make("decoder", table, group | dict(self_attention=True))

@@ -55,9 +55,9 @@ def test_one_value_cannot_be_standardised():
 
 @pytest.mark.parametrize("options, message", [
     (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: pixels."),
-    (dict(kind="pixels"), "has the options none; expected normalize."),
+    (dict(kind="pixels"), "target.kind='pixels' needs normalize; set target.norm"),
     (dict(kind="pixels", normalize=True, bins=9),
-     "of kind='pixels' has the options bins, normalize; expected normalize."),
+     "Unknown option target.bins=9. Known: normalize."),
 ])
 def test_a_target_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

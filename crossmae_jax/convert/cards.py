@@ -13,8 +13,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import crossmae_jax
+from crossmae_jax import kinds
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.models import aggregator, encoders, fusion, parts
+from crossmae_jax.models import aggregator, encoders, fusion
 from crossmae_jax.runs import settings
 
 KINDS = ("pretrain", "encoder", "classifier")
@@ -60,7 +61,7 @@ class Card:
     @functools.cached_property
     def encoder(self) -> encoders.Encoder:
         """The encoder that the weights are for, or are a part of."""
-        return parts.make(
+        return kinds.make(
             "encoder", encoders.ENCODERS, self.model["encoder"],
             image_size=self.image_size, channels=self.channels,
         )
@@ -68,7 +69,7 @@ class Card:
     @functools.cached_property
     def fusion(self) -> fusion.Fusion:
         """What a decoder sees of the encoder; of a classifier there is none."""
-        return parts.make(
+        return kinds.make(
             "fusion", fusion.FUSIONS, self.model["fusion"],
             encoder_depth=self.encoder.depth, num_contexts=1,
         )
@@ -82,7 +83,7 @@ class Card:
             pooled = ["fc_norm"] if self.model["pool"] == "mean" else []
             return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
         mixes = self.fusion.used_maps is not None
-        aggregates = parts.choose(
+        aggregates = kinds.choose(
             "aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
         ) is not None
         return [

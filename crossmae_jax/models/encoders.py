@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking
+from crossmae_jax import kinds, masking
 from crossmae_jax.models import parts, vit
 from crossmae_jax.tokens import Encoded
 
@@ -51,7 +51,7 @@ def build_encoder(
     Raises:
       ValueError: for an unknown choice, or choices that do not fit each other.
     """
-    return parts.make(
+    return kinds.make(
         "encoder", ENCODERS, config.model.encoder,
         image_size=tuple(config.data.image_size), channels=config.data.channels,
         final_norm=final_norm, learned_positions=learned_positions,

@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from crossmae_jax import masking, targets
+from crossmae_jax import kinds, masking, targets
 from crossmae_jax.masking import Asked
 from crossmae_jax.models import aggregator, decoders, encoders, fusion, parts
 from crossmae_jax.models.fusion import FUSIONS
@@ -125,12 +125,12 @@ def build(config: ConfigDict) -> MaskedImageModel:
     )
     model, computing = config.model, parts.computing(config.model)
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
-    decoder = parts.make(
+    decoder = kinds.make(
         "decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
         widths=targets.make(config, patch_size=encoder.patch_size).widths, **computing,
     )
     aggregators = {}
-    made = parts.make(
+    made = kinds.make(
         "aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
         grid=encoder.grid, num_heads=decoder.num_heads, mlp_ratio=decoder.mlp_ratio,
         **computing,
@@ -152,7 +152,7 @@ def build_fusion(
     config: ConfigDict, encoder: encoders.Encoder, *, num_contexts: int
 ) -> fusion.Fusion:
     """Makes the fusion that `config.model` describes, for an encoder."""
-    return parts.make(
+    return kinds.make(
         "fusion", FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
         num_contexts=num_contexts, **parts.computing(config.model),
     )
@@ -174,13 +174,13 @@ def of_another_kind(one: MaskedImageModel, other: MaskedImageModel) -> set[str]:
     return {"fusion"} if type(one.fusion) is not type(other.fusion) else set()
 
 
-def ends_in_norm(model: parts.Group) -> bool:
+def ends_in_norm(model: kinds.Group) -> bool:
     """Returns whether the encoder of `config.model` ends in a norm.
 
     Raises:
       ValueError: for an unknown kind of fusion, which decides over it.
     """
-    return parts.choose("fusion", FUSIONS, model["fusion"]).final_norm
+    return kinds.choose("fusion", FUSIONS, model["fusion"]).final_norm
 
 
 def method(*, fusion: str, decoder: str, aggregator: str) -> str:

@@ -5,13 +5,13 @@ A new one is a class with these methods and a row in `TARGETS`; its fields are t
 options of `config.target`.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from crossmae_jax import kinds
 from crossmae_jax.targets.pixels import Pixels
 from crossmae_jax.tokens import Tokens
 
@@ -65,20 +65,8 @@ def make(config: ConfigDict, *, patch_size: int) -> Target:
     Raises:
       ValueError: for an unknown kind, or options that it does not have.
     """
-    given, data = dict(config.target), config.data
-    kind = given.pop("kind")
-    if kind not in TARGETS:
-        raise ValueError(
-            f"Unknown target.kind {kind!r}. Known: {', '.join(sorted(TARGETS))}."
-        )
-    about = dict(
-        image_size=tuple(data.image_size), channels=data.channels, patch_size=patch_size
+    data = config.data
+    return kinds.make(
+        "target", TARGETS, config.target, image_size=tuple(data.image_size),
+        channels=data.channels, patch_size=patch_size,
     )
-    known = {field.name for field in dataclasses.fields(TARGETS[kind])} - about.keys()
-    if given.keys() != known:
-        raise ValueError(
-            f"config.target of kind={kind!r} has the options "
-            f"{', '.join(sorted(given)) or 'none'}; expected "
-            f"{', '.join(sorted(known)) or 'none'}."
-        )
-    return TARGETS[kind](**about, **given)
