@@ -101,7 +101,7 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
       AcceleratorError: if JAX leaves the machine's accelerator idle.
       RestoreError: if there are checkpoints, but none that can be restored.
       KernelError: if a kernel does not compute what it should on these devices.
-      FloatingPointError: if the loss is no longer finite.
+      NotFinite: if the loss is no longer finite.
     """
     begun = time.time()
     with errors.setting_up():

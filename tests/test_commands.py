@@ -117,6 +117,7 @@ from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import environment
 from crossmae_jax.data import bad_images, decoding
 from crossmae_jax.ops import attention_check
+from crossmae_jax.runs import journal
 
 _, names, *arguments = sys.argv
 names = names.split()
@@ -137,7 +138,7 @@ def test_an_error_for_the_user_is_a_line_and_a_bug_keeps_its_traceback(tmp_path)
         "errors.SetupError", "environment.AcceleratorError",
         "checkpointer.MismatchError",
         "bad_images.TooManyBadImages", "decoding.ChannelMismatch",
-        "attention_check.KernelError",
+        "attention_check.KernelError", "journal.NotFinite",
     ]
     bugs = ["ValueError", "RuntimeError", "FloatingPointError"]
     found = run(

@@ -24,6 +24,7 @@ from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.objectives.objective import Aux
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.optim import optimizers
+from crossmae_jax.runs import journal
 from crossmae_jax.runs.workdir import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -350,7 +351,7 @@ def test_a_batch_in_parts_trains_through_the_loop(digits_dir, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     config = _config(digits_dir, optim__base_lr=1e30, optim__warmup_epochs=0.0)
-    with pytest.raises(FloatingPointError, match="train/loss not finite at step 4"):
+    with pytest.raises(journal.NotFinite, match="train/loss not finite at step 4"):
         train.run(config, tmp_path)
     assert checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2).steps() == []
 

@@ -22,28 +22,26 @@ def _config(batch_size: int):
     """Returns a tiny CrossMAE with every part of a big one."""
     from ml_collections import ConfigDict
 
-    return ConfigDict(dict(
+    from crossmae_jax.runs import settings
+
+    return ConfigDict(settings.completed(dict(
         model=dict(
             encoder=dict(kind="vit", size="W64-D1-H2/8"),
             fusion=dict(kind="inter_block"),
             decoder=dict(kind="cross", dim=32, depth=1, num_heads=2),
-            aggregator=dict(kind="conv", kernel_size=3),
+            aggregator=dict(kind="conv"),
             remat="selective", dtype="bfloat16",
         ),
         masking=dict(
             mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.5, retain="furthest"
         ),
-        target=dict(kind="pixels", normalize=True),
-        loss=dict(kind="mse", thrown_weight=1.0, weights={}),
-        optim=dict(
-            name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
-            clip_norm=1.0, layer_decay=1.0,
-        ),
+        target=dict(normalize=True),
+        optim=dict(weight_decay=0.05, b1=0.9, b2=0.95, clip_norm=1.0),
         data=dict(
             image_size=(32, 32), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3,
             batch_size=batch_size,
         ),
-    ))
+    )))
 
 
 def _train_one_step() -> str:

@@ -14,10 +14,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from crossmae_jax import errors
 from crossmae_jax.runs import metrics, walltime
 from crossmae_jax.runs.progress import Progress
 
 _SHOWN = ("images_per_second", "data_wait")  # beside the loss, on the bar
+
+
+class NotFinite(errors.UserError, FloatingPointError):
+    """A loss is infinite or no number; no state was saved since it last was one."""
 
 
 @runtime_checkable
@@ -100,7 +105,7 @@ class Journal:
         The first step of a launch compiles, and counts as that.
 
         Raises:
-          FloatingPointError: if a metric to log is not finite.
+          NotFinite: if a metric to log is not finite.
         """
         self._step, self._logged = step, logged
         if step == self._first + 1:
@@ -142,7 +147,7 @@ class Journal:
             self.say(f"step {step}  " + "  ".join(shown))
 
     def check_finite(self) -> None:
-        """Raises FloatingPointError if the loss of the last step is not finite."""
+        """Raises NotFinite if the loss of the last step is not finite."""
         if "loss" in self._logged:
             self._check_finite({"train/loss": float(self._logged["loss"])})
 
@@ -170,7 +175,7 @@ class Journal:
     def _check_finite(self, values: Mapping[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
-            raise FloatingPointError(
+            raise NotFinite(
                 f"{', '.join(bad)} not finite at step {self._step}, still finite at "
                 f"step {self._finite_at}; nothing was saved since. Usual cures: lower "
                 "config.optim.base_lr, config.optim.clip_norm=1.0, "
