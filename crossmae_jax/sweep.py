@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors, paths, train, visualize
+from crossmae_jax import errors, paths, tables, train, visualize
 from crossmae_jax.models import encoders
 from crossmae_jax.optim import layerwise
 
@@ -134,9 +134,8 @@ def names(directories: Sequence[Path]) -> list[str]:
 
 def table(curve: Curve) -> str:
     """Returns the accuracies in Markdown."""
-    lines = ["| tuned blocks | best top-1, % |", "| --- | --- |"]
-    lines += [f"| {count:g} | {100 * value:.2f} |" for count, value in curve.items()]
-    return "\n".join(lines)
+    rows = ((f"{count:g}", f"{100 * value:.2f}") for count, value in curve.items())
+    return tables.markdown(tables.Table(("tuned blocks", "best top-1, %"), tuple(rows)))
 
 
 def _write(path: Path, config: ConfigDict, curve: Curve) -> None:

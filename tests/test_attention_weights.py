@@ -65,7 +65,7 @@ def test_the_numbers_of_the_paper_follow_the_same_identity():
     )
     total = 50 * found.visible + 147 * found.masked
     np.testing.assert_allclose(total, 16, rtol=0.005)  # printed with three digits
-    table = found.table().splitlines()
+    table = [" ".join(line.split()) for line in found.table().splitlines()]
     assert table[-1] == "| sum | 1.419 | 0.387 | 55.5 % |"
     assert table[2] == "| 1 | 0.196 | 0.042 | 61.3 % |"
 

@@ -114,7 +114,7 @@ def test_the_attention_command_writes_table_and_picture(
     assert text in out and "5 images, 8 masked keys" in text
     rows = [
         [float(x.strip(" %")) for x in line.split("|")[2:5]]
-        for line in text.splitlines() if re.match(r"\| (\d+|sum) \|", line)
+        for line in text.splitlines() if re.match(r"\| (\d+|sum) +\|", line)
     ]
     visible, masked, share = rows[-1]
     # 9 visible keys with the class token, 8 masked: 2 heads a block; three digits.
@@ -133,7 +133,7 @@ def test_a_decoder_without_self_attention_has_no_ablations(
         f"--to={tmp_path}",
     ], capsys)
     assert status == 0 and "no masked keys" in out and "| without" not in out
-    assert re.search(r"\| sum \| [\d.]+ \| 0.000 \| 100.0 % \|", out)
+    assert re.search(r"\| sum +\| +[\d.]+ \| +0.000 \| +100.0 % \|", out)
 
 
 def test_a_prepared_data_set_is_read_by_workers(runs, digits_dir, tmp_path, capsys):

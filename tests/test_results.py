@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from crossmae_jax import tables
 from crossmae_jax.report import html
 from crossmae_jax.runs import results
 
@@ -14,7 +15,7 @@ METRICS = {
 
 
 def test_the_table_is_aligned_and_shows_what_was_not_evaluated():
-    assert results.markdown(results.compared(METRICS)).splitlines() == [
+    assert tables.markdown(results.compared(METRICS)).splitlines() == [
         "| features    | k-NN top-1 | linear top-1 |",
         "|-------------|-----------:|-------------:|",
         "| pre-trained |     50.0 % |            - |",
@@ -24,7 +25,7 @@ def test_the_table_is_aligned_and_shows_what_was_not_evaluated():
 
 
 def test_both_writers_write_the_same_cells():
-    table = results.Table(("name", "a | b"), (("x<y", "-"), ("eval/knn", "1 000")))
+    table = tables.Table(("name", "a | b"), (("x<y", "-"), ("eval/knn", "1 000")))
     page = html.table(table)
     for cell in ("<th>name</th>", '<th class="number">a | b</th>', "<td>x&lt;y</td>",
                  '<td class="number">-</td>', "<td>eval/<wbr>knn</td>",
@@ -41,13 +42,13 @@ def test_what_is_not_finite_is_not_read_back(tmp_path):
 
 
 @pytest.mark.parametrize("text, expected", [
-    (results.percent(0.98125), "98.1 %"), (results.percent(1), "100.0 %"),
-    (results.short("eval/knn/top1", 0.5), "50.0 %"),
-    (results.short("cls/k20/top5", 0.5), "50.0 %"),
-    (results.short("eval/rank/effective", 12.34567), "12.35"),
-    (results.exact(1 / 3), "0.333333"), (results.grouped(1281167), "1 281 167"),
-    (results.grouped(1234.56, decimals=1), "1 234.6"),
-    (results.counted(50000, 50000), "50 000/50 000"),
+    (tables.percent(0.98125), "98.1 %"), (tables.percent(1), "100.0 %"),
+    (tables.short("eval/knn/top1", 0.5), "50.0 %"),
+    (tables.short("cls/k20/top5", 0.5), "50.0 %"),
+    (tables.short("eval/rank/effective", 12.34567), "12.35"),
+    (tables.exact(1 / 3), "0.333333"), (tables.grouped(1281167), "1 281 167"),
+    (tables.grouped(1234.56, decimals=1), "1 234.6"),
+    (tables.counted(50000, 50000), "50 000/50 000"),
 ])
 def test_numbers_are_told_in_one_way(text, expected):
     assert text == expected

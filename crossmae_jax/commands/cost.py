@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors
+from crossmae_jax import errors, tables
 from crossmae_jax.commands import flags, session
 from crossmae_jax.commands.flags import Flag
 from crossmae_jax.distributed import hardware
@@ -59,8 +59,8 @@ def _share(part: int, other: int) -> str:
 
 
 def _table(head: list[str], rows: list[list[object]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    cells = (tuple(map(str, row)) for row in rows)
+    return tables.markdown(tables.Table(tuple(head), tuple(cells)))
 
 
 def report(counted: "Cost", against: "Cost | None" = None) -> str:

@@ -22,7 +22,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from crossmae_jax import errors
+from crossmae_jax import errors, tables
 from crossmae_jax.commands import flags, session
 from crossmae_jax.commands.flags import Flag
 from crossmae_jax.distributed import hardware
@@ -65,8 +65,8 @@ def _memory(estimate: "Estimate") -> str:
         "all": memory.total,
     }
     unit, word = (1e9, "GB") if memory.total >= 1e8 else (1e6, "MB")
-    lines = [f"| {name} | {size / unit:.3f} |" for name, size in rows.items()]
-    return "\n".join([f"| memory of a device | {word} |", "| --- | --- |", *lines])
+    cells = ((name, f"{size / unit:.3f}") for name, size in rows.items())
+    return tables.markdown(tables.Table(("memory of a device", word), tuple(cells)))
 
 
 def _exchanged(estimate: "Estimate") -> str:

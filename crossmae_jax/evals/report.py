@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 
-from crossmae_jax import paths
+from crossmae_jax import paths, tables
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import results, settings
+from crossmae_jax.runs import settings
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 
@@ -61,11 +61,12 @@ class Report:
     def to_markdown(self) -> str:
         """Returns the metrics as a table, under what they are of."""
         path, step = self.checkpoint["path"], self.checkpoint["step"]
+        rows = [(name, tables.exact(value)) for name, value in self.metrics.items()]
         lines = [
             f"# Evaluation of {path}" + ("" if step is None else f", step {step}"), "",
             f"* sha256 `{self.checkpoint['sha256']}`",
             *(
-                f"* {name}: {results.counted(*number)} images"
+                f"* {name}: {tables.counted(*number)} images"
                 for name, number in self.images.items()
             ),
             *(
@@ -73,11 +74,7 @@ class Report:
                 for name, options in self.options.items() if options
             ),
             *(f"* {note}" for note in self.notes),
-            "", "| metric | value |", "| --- | --- |",
-            *(
-                f"| {name} | {results.exact(value)} |"
-                for name, value in self.metrics.items()
-            ),
+            "", tables.markdown(tables.Table(("metric", "value"), tuple(rows))),
         ]
         return "\n".join(lines) + "\n"
 

@@ -32,7 +32,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from crossmae_jax import masking
+from crossmae_jax import masking, tables
 from crossmae_jax.models import layers, mim
 from crossmae_jax.tokens import CLASS_TOKEN, Tokens
 
@@ -78,6 +78,7 @@ class Magnitudes(NamedTuple):
 
     def table(self) -> str:
         """Returns the numbers in Markdown: a row per block, and their sum."""
+        header = ("block", "to visible", "to masked", "mass on visible")
         rows = [
             (f"{number}", visible, masked, share)
             for number, (visible, masked, share) in enumerate(
@@ -89,11 +90,11 @@ class Magnitudes(NamedTuple):
             masked=self.masked.sum(keepdims=True),
         )
         rows.append(("sum", whole.visible[0], whole.masked[0], whole.share[0]))
-        return "\n".join([
-            "| block | to visible | to masked | mass on visible |", "|---|---|---|---|",
-            *(f"| {name} | {v:.3f} | {m:.3f} | {100 * s:.1f} % |"
-              for name, v, m, s in rows),
-        ])
+        cells = (
+            (name, f"{visible:.3f}", f"{masked:.3f}", tables.percent(float(share)))
+            for name, visible, masked, share in rows
+        )
+        return tables.markdown(tables.Table(header, tuple(cells)))
 
 
 @contextlib.contextmanager

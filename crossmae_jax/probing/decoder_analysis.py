@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tqdm
 
-from crossmae_jax import errors
+from crossmae_jax import errors, tables
 from crossmae_jax.convert import structure
 from crossmae_jax.data import bad_images, crops, pipeline, sources
 from crossmae_jax.evals import reconstruction
@@ -143,5 +143,8 @@ def _stream(
 
 def table(scores: dict[str, Score]) -> str:
     """Returns the scores in Markdown."""
-    rows = [f"| {name} | {s.mse:.4f} | {s.psnr:.2f} |" for name, s in scores.items()]
-    return "\n".join(["| attention | MSE | PSNR, dB |", "|---|---|---|", *rows])
+    rows = (
+        (name, f"{score.mse:.4f}", f"{score.psnr:.2f}")
+        for name, score in scores.items()
+    )
+    return tables.markdown(tables.Table(("attention", "MSE", "PSNR, dB"), tuple(rows)))

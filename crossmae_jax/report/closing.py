@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from crossmae_jax import visualize
+from crossmae_jax import tables, visualize
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import metrics, mirror, results
 
@@ -22,7 +22,7 @@ def report(
     directory = home.local
     results.write(directory, measured)
     if table := results.compared(measured):
-        print(f"\n{results.markdown(table)}\n")
+        print(f"\n{tables.markdown(table)}\n")
     if "train/loss_trivial" in measured:  # not of a finished run, started again
         print(
             f"loss {measured['train/loss']:.4f}; predicting the mean of each patch: "
@@ -50,5 +50,5 @@ def best(measured: Mapping[str, float]) -> str:
     if name in measured:
         line += f", at the end {measured[name]:.4f}"
     if (images := measured.get("eval/accuracy/images")) is not None:
-        line += f" ({results.counted(int(images), int(images))} images)"
+        line += f" ({tables.counted(int(images), int(images))} images)"
     return line

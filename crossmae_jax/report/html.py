@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from crossmae_jax.runs.results import Table
+from crossmae_jax.tables import Table
 
 _STYLE = """
 :root { color-scheme: light dark;

@@ -15,14 +15,14 @@ from typing import Any
 import PIL.Image
 
 import crossmae_jax
-from crossmae_jax import errors, paths
+from crossmae_jax import errors, paths, tables
 from crossmae_jax.models import mim
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
 from crossmae_jax.report.html import Section
 from crossmae_jax.runs import reading, results
 from crossmae_jax.runs.reading import Run, Series
-from crossmae_jax.runs.results import Table
+from crossmae_jax.tables import Table
 
 FILE = "report.html"
 # A panel of more bytes becomes a JPEG of so many pixels at most, and the page stays
@@ -106,11 +106,11 @@ def _title(config: Mapping[str, Any]) -> str:
 
 def _state(run: Run) -> str:
     """Says how far the run came, and when that was."""
-    of = "" if run.total is None else f" of {results.grouped(run.total)}"
+    of = "" if run.total is None else f" of {tables.grouped(run.total)}"
     word, css = ("Finished", "good") if run.finished else (
         "Interrupted, or still running", "open"
     )
-    state = f"{word}: step {results.grouped(run.reached)}{of}"
+    state = f"{word}: step {tables.grouped(run.reached)}{of}"
     last_sign = ""
     if "until" in run.time:
         until = datetime.datetime.fromtimestamp(run.time["until"], datetime.UTC)
@@ -132,18 +132,18 @@ def _results(run: Run) -> str:
     if "eval/accuracy/top1" in numbers:
         images = int(numbers["eval/accuracy/images"])
         cards.append((
-            "Accuracy, top-1", results.percent(numbers["eval/accuracy/top1"]),
-            f"on {results.grouped(images)} images",
+            "Accuracy, top-1", tables.percent(numbers["eval/accuracy/top1"]),
+            f"on {tables.grouped(images)} images",
         ))
     if run.best:
         name = run.best["metric"]
         cards.append((
             f"Best {name.removeprefix('eval/')}",
-            results.short(name, run.best["value"]),
-            f"at step {results.grouped(run.best['step'])}",
+            tables.short(name, run.best["value"]),
+            f"at step {tables.grouped(run.best['step'])}",
         ))
     if "train/images_per_second" in numbers:
-        speed = results.grouped(numbers["train/images_per_second"])
+        speed = tables.grouped(numbers["train/images_per_second"])
         cards.append(("Images a second", speed, "at the last log point"))
     if seconds := run.time.get("seconds"):
         total = sum(seconds.values())
@@ -221,7 +221,7 @@ def _evaluations(series: Series) -> list[tuple[str, Series, str, dict[str, Any]]
             del lines[plain]
     return [
         (f"Evaluation: {title}", lines, "",
-         dict(percent=results.is_share(title)))
+         dict(percent=tables.is_share(title)))
         for title, lines in charts.items()
     ]
 
@@ -249,7 +249,7 @@ def _panel(run: Run) -> str:
         image.save(file, format="jpeg", quality=88)
         data = file.getvalue()
     number = re.search(r"\d+", run.panel.stem)
-    step = f" at step {results.grouped(int(number[0]))}" if number else ""
+    step = f" at step {tables.grouped(int(number[0]))}" if number else ""
     return html.picture(
         data, kind=kind, caption=f"Evaluated{step}. {remark}".strip(),
         alt=f"Reconstructions{step}, a row per image: the original, the masked input, "
@@ -261,8 +261,8 @@ def _numbers(run: Run) -> str:
     rows = []
     for name in sorted(run.numbers.keys() | run.series.keys()):
         values = run.series.get(name)
-        step = results.grouped(max(values)) if values else "end"
-        rows.append((name, results.exact(run.numbers[name]), step))
+        step = tables.grouped(max(values)) if values else "end"
+        rows.append((name, tables.exact(run.numbers[name]), step))
     if not rows:
         return ""
     return html.table(Table(("name", "value", "step"), tuple(rows)))
@@ -274,7 +274,7 @@ def _time(run: Run) -> str:
     if not total:
         return ""
     rows = tuple(
-        (kind, f"{results.grouped(spent, decimals=1)} s", f"{spent / total:.1%}")
+        (kind, f"{tables.grouped(spent, decimals=1)} s", f"{spent / total:.1%}")
         for kind, spent in seconds.items()
     )
     return html.table(Table(("kind", "time", "share"), rows)) + html.element(
@@ -285,12 +285,12 @@ def _time(run: Run) -> str:
 
 def _resume(run: Run) -> str:
     folder = html.element("code", f"{run.name}/checkpoints")
-    kept = ", ".join(map(results.grouped, run.saved)) or "none yet"
+    kept = ", ".join(map(tables.grouped, run.saved)) or "none yet"
     parts = [f"<p>Checkpoints in {folder}, of steps: {kept}.</p>"]
     if run.best:
         parts.append(
             f"<p>Best state: {html.element('code', f'{run.name}/best')}, step "
-            f"{results.grouped(run.best['step'])}.</p>"
+            f"{tables.grouped(run.best['step'])}.</p>"
         )
     if command := run.environment.get("command"):
         what = "The run was last started with this command. Given again in the same "
@@ -304,7 +304,7 @@ def _resume(run: Run) -> str:
     if run.finished:
         what += "evaluates once more; the run is finished and trains no further."
     else:
-        what += f"goes on from step {results.grouped(max(run.saved, default=0))}."
+        what += f"goes on from step {tables.grouped(max(run.saved, default=0))}."
     return "".join([
         *parts, html.element("p", what),
         f"<pre>{html.text(_typed(command))}</pre>",
@@ -323,7 +323,7 @@ def _data(run: Run) -> str:
     return html.pairs(
         (
             name.replace("_", " "),
-            results.grouped(value) if name == "num_images" else value,
+            tables.grouped(value) if name == "num_images" else value,
         )
         for name, value in run.dataset.items()
     ) if run.dataset else ""
