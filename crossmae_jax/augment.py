@@ -24,6 +24,8 @@ multiple of their number.
 """
 
 import math
+import numbers
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -74,13 +76,52 @@ def _per_channel(values: tuple[float, ...], channels: int, name: str) -> Array:
     return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, channels)
 
 
+def check_statistics(
+    *, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> None:
+    """Raises ValueError unless these can be those of pixels in 0..1; None is unknown.
+
+    A model is blind to images that are normalised in other units, and says nothing.
+    """
+    named = {"mean": mean, "std": std}
+    named = {k: tuple(values) for k, values in named.items() if values is not None}
+    given = ", ".join(f"{name}={values}" for name, values in named.items())
+    for name, values in named.items():
+        if not all(isinstance(x, numbers.Real) and math.isfinite(x) for x in values):
+            raise ValueError(f"{given}: {name} has a value that is no number.")
+    if any(x <= 0 for x in named.get("std", ())):
+        raise ValueError(
+            f"{given}: expected values above 0 in std, by which pixels are divided; "
+            "1.0 leaves a channel as it is."
+        )
+    if any(x < 0 for x in named.get("mean", ())):
+        raise ValueError(f"{given}: expected values in 0..1 in mean, as pixels are.")
+    wide = [name for name, values in named.items() if any(x > 1 for x in values)]
+    if "mean" in wide and all(x >= 1 for x in named.get("std", (0,))):
+        wide = list(named)  # a deviation of 1, of pixels in 0..255
+    if wide:
+        scaled = ", ".join(
+            f"{name}={tuple(float(f'{x / 255:.4g}') for x in named[name])}"
+            for name in wide
+        )
+        raise ValueError(
+            f"{given}: {' and '.join(wide)} in the units of pixels in 0..255, but here "
+            f"they are in 0..1; divided by 255: give {scaled}."
+        )
+
+
 def normalize(
     images: UInt8[Array, "b height width c"],
     *,
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Float[Array, "b height width c"]:
-    """Scales to 0..1, subtracts the mean of each channel and divides by its std."""
+    """Scales to 0..1, subtracts the mean of each channel and divides by its std.
+
+    Raises:
+      ValueError: if that would be no normalising, see `check_statistics`.
+    """
+    check_statistics(mean=mean, std=std)
     channels = images.shape[-1]
     return (
         images.astype(jnp.float32) / 255.0 - _per_channel(mean, channels, "mean")

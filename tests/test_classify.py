@@ -292,6 +292,7 @@ def test_images_to_test_on_without_labels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
+    (dict(data__std=(95.88,)), "divided by 255: give std=(0.376,)"),
     (dict(data__num_classes=7), "The training data has 10 classes, but the head is"),
     (dict(augment__mixup=0.8, augment__mixed_together=5), "do not make equal groups"),
     (dict(augment__cutmix=1.0, data__batch_size=95), "do not make equal groups"),

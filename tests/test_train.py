@@ -363,6 +363,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     (dict(data__batch_size=100), "batch_size=100 does not divide over 8 devices"),
     (dict(optim__accum_steps=5), "does not divide over 8 devices x 5 micro-batches"),
     (dict(data__channels=3), "config.data.mean has 1 values"),
+    (dict(data__mean=(77.775,)), r"divided by 255: give mean=\(0.305,\)"),
+    (dict(data__std=(0.0,)), "expected values above 0 in std"),
     (dict(log_every_steps=0), "log_every_steps=0 must be 1 or more"),
     (dict(evals=dict(knn=dict(k=5))), "config.evals.knn lacks every_epochs"),
     (dict(evals=dict(knn5=dict(every_epochs=0.0))), "Unknown evaluator 'knn5'"),

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from crossmae_jax import augment
 from crossmae_jax.convert.names import ConversionError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -69,8 +70,6 @@ class Facts:
             raise ConversionError(
                 f"classes={str(names)[:200]}; expected a tuple of names, each once."
             )
-        if self.std is not None and min(self.std) <= 0:
-            raise ConversionError(f"std={self.std}; expected values above 0.")
 
     def with_given(self, given: "Facts") -> "Facts":
         """Adds what the caller says to what the file says.
@@ -89,6 +88,26 @@ class Facts:
             name: value for name, value in dataclasses.asdict(given).items()
             if value is not None
         })
+
+
+def usable(told: Any, *instead: Facts, where: str = "") -> Any:
+    """Returns facts or a card, with the mean and std of `instead` if theirs cannot be.
+
+    Args:
+      instead: the first that has both is taken.
+      where: what told them.
+
+    Raises:
+      ConversionError: if they cannot be and there are no others.
+    """
+    try:
+        augment.check_statistics(mean=told.mean, std=told.std)
+    except ValueError as error:
+        for other in instead:
+            if None not in (other.mean, other.std):
+                return dataclasses.replace(told, mean=other.mean, std=other.std)
+        raise ConversionError(f"{where}: {error}" if where else str(error)) from error
+    return told
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -139,11 +158,33 @@ def of_huggingface(
     evidence.append("heads, image size and target: from config.json")
     if (path / "preprocessor_config.json").is_file():
         processor = read_json(path / "preprocessor_config.json")
-        if {"image_mean", "image_std"} <= processor.keys():
-            facts["mean"] = tuple(processor["image_mean"])
-            facts["std"] = tuple(processor["image_std"])
-            evidence.append("mean and std: from preprocessor_config.json")
+        facts |= _statistics(processor, config.get("num_channels", 3), evidence)
     return Facts(**facts)
+
+
+def _statistics(
+    processor: dict[str, Any], channels: int, evidence: list[str]
+) -> dict[str, Any]:
+    """Returns the mean and std that a preprocessor_config.json tells, if it does."""
+    source = "preprocessor_config.json"
+    factor = processor.get("rescale_factor", 1 / 255)
+    if processor.get("do_rescale", True) and abs(255 * factor - 1) > 0.01:
+        evidence.append(
+            f"mean and std: not known, for {source} has rescale_factor {factor}, "
+            "which does not bring pixels to 0..1"
+        )
+        return {}
+    if processor.get("do_normalize") is False:
+        evidence.append(f"mean and std: 0 and 1, for {source} has do_normalize false")
+        return {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    if not {"image_mean", "image_std"} <= processor.keys():
+        return {}
+    evidence.append(f"mean and std: from {source}")
+    told = {"mean": processor["image_mean"], "std": processor["image_std"]}
+    return {
+        name: tuple(x) if isinstance(x, list) else (x,) * channels
+        for name, x in told.items()
+    }
 
 
 def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:

@@ -61,7 +61,8 @@ def open_weights(
     Args:
       format: one of `FORMATS`; recognised by what lies there if not given.
       step: of a run; the newest intact one if not given.
-      fallback: used where neither file nor `facts` nor published sizes tell.
+      fallback: used where neither file nor `facts` nor published sizes tell, or the
+        file tells a mean and a std that cannot be.
       facts: what the file does not tell, as in `hints.Facts`.
 
     Raises:
@@ -100,12 +101,13 @@ def open_weights(
                 f"itself; leave out {', '.join(facts)}, or name another format."
             )
         if format == "run":
-            return _open_run(path, step, evidence)
+            return _open_run(path, step, fallback or Facts(), evidence)
     if step is not None:
         raise ConversionError(f"{path} is no run and has no steps; leave out step.")
     if format == "safetensors":
-        return _open_ours(path, evidence)
-    return _open_foreign(path, format, Facts(**facts), fallback or Facts(), evidence)
+        return _open_ours(path, fallback or Facts(), evidence)
+    given = hints.usable(Facts(**facts))
+    return _open_foreign(path, format, given, fallback or Facts(), evidence)
 
 
 def _only_runs(path: AnyPath) -> str:
@@ -206,7 +208,9 @@ def _all_tensors(content: dict[Any, Any]) -> bool:
     )
 
 
-def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
+def _open_run(
+    path: AnyPath, step: int | None, fallback: Facts, evidence: list[str]
+) -> Weights:
     directory = path / "checkpoints"
     if not any(entry.name.isdecimal() for entry in directory.iterdir()):
         raise ConversionError(f"The run {path} has saved no checkpoint yet.")
@@ -216,6 +220,7 @@ def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
         workdir.read_config(path), step=step, origin=str(path),
         classes=workdir.read_classes(path),
     )
+    card = hints.usable(card, fallback, where=str(path))
     evidence.append(f"step {step} of the run")
 
     @functools.cache
@@ -235,7 +240,7 @@ def _open_run(path: AnyPath, step: int | None, evidence: list[str]) -> Weights:
     return Weights(card, tensors, "run", tuple(evidence))
 
 
-def _open_ours(path: Path, evidence: list[str]) -> Weights:
+def _open_ours(path: Path, fallback: Facts, evidence: list[str]) -> Weights:
     if path.is_dir():
         path = path / WEIGHTS
     tensors, metadata = read_file(path)
@@ -245,6 +250,7 @@ def _open_ours(path: Path, evidence: list[str]) -> Weights:
             "name that, such as format='timm'."
         )
     card = cards.from_json(metadata[CARD])
+    card = hints.usable(card, fallback, where=f"The card in {path}")
     _check(tensors, card, path)
     return Weights(card, tensors, "safetensors", tuple(evidence))
 
@@ -270,13 +276,14 @@ def _open_foreign(
         if extras := [k for k, v in dataclasses.asdict(given).items() if v is not None]:
             raise ConversionError(f"{path} has a card; leave out {', '.join(extras)}.")
         card = cards.from_json(rest[EMBEDDED])
+        card = hints.usable(card, fallback, where=f"The card in {path}")
         evidence.append("model: from the card in the file")
         normed = card.kind == "classifier" or card.fusion.final_norm
         if not normed and "encoder/norm/scale" in ours:
             del ours["encoder/norm/scale"], ours["encoder/norm/bias"]
             evidence.append("left out: the norm that the export added (fresh_norm)")
     else:
-        facts = facts.with_given(given)
+        facts = hints.usable(facts, given, fallback, where=str(path)).with_given(given)
         if format == "mae" and facts.mean is None and facts.std is None and (
             tensors[patch_name].shape[1] == 3
         ):

@@ -174,6 +174,7 @@ def _fallback(config: ConfigDict) -> Facts:
         num_heads=encoders.build_encoder(config).num_heads,
         decoder_heads=config.model.get("decoder", {}).get("num_heads"),
         image_size=tuple(config.data.image_size),
+        mean=tuple(config.data.mean), std=tuple(config.data.std),
     )
 
 

@@ -45,6 +45,11 @@ class Classify:
             )
         _check(config)
         self.model = classifier.build(config)
+        # Mean and std are checked here, not in the first step.
+        shape = (1, *config.data.image_size, config.data.channels)
+        jax.eval_shape(
+            self.normalize, {"image": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        )
 
     def init(self, key: Key[Array, ""]) -> Variables:
         """Draws the parameters; the shapes do not depend on the batch."""

@@ -35,7 +35,10 @@ def load(
       ConversionError: if the weights cannot be read, or do not tell enough.
     """
     # For positions that form no square: the size may be the file's own.
-    fallback = Facts(image_size=None if image_size is None else tuple(image_size))
+    fallback = Facts(
+        image_size=None if image_size is None else tuple(image_size),
+        mean=mean, std=std,
+    )
     weights = opening.open_weights(
         path, format=format, step=step, fallback=fallback, **facts
     )

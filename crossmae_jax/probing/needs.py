@@ -1,6 +1,6 @@
 """What a question to a model needs of it; without it, what to do."""
 
-from crossmae_jax import errors
+from crossmae_jax import augment, errors
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models.decoders import Decoder
@@ -9,8 +9,12 @@ from crossmae_jax.targets import Target
 
 def statistics(card: Card) -> None:
     """Raises ConversionError unless it is known how images are normalised."""
+    try:
+        augment.check_statistics(mean=card.mean, std=card.std)
+    except ValueError as error:
+        raise ConversionError(f"{card.origin}: {error}") from error
     if card.mean is None or card.std is None or not (
-        len(card.mean) == len(card.std) == card.channels and min(card.std) > 0
+        len(card.mean) == len(card.std) == card.channels
     ):
         raise ConversionError(
             f"mean={card.mean}, std={card.std} do not say how images are normalised "
