@@ -139,8 +139,8 @@ def test_statistics_of_images_survive_every_folder(tmp_path):
 @pytest.mark.parametrize("change, said", [
     (dict(model_args={"act_layer": "quick_gelu"}), "act_layer='quick_gelu'"),
     (dict(num_classes=10, global_pool="avg", model_args={"fc_norm": False}),
-     "global_pool='avg', fc_norm=False"),
-    (dict(num_classes=10, global_pool="map"), "global_pool='map'"),
+     "pools by 'mean', without an fc_norm"),
+    (dict(num_classes=10, global_pool="map"), "pools by 'map'"),
     (dict(model_args={"img_size": [128, 48]}), "has 8 x 3 patches"),
 ])
 def test_models_of_timm_that_ours_are_not_are_refused(tmp_path, change, said):

@@ -15,7 +15,7 @@ from tests.test_convert import GOLDEN, HEADS, _main
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BYTES = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))
 # 123.675 / 255 = 0.485, and so on.
-CONVERTED = r"divided by 255: give mean=\(0.485, 0.456, 0.406\), std=\(0.229, 0.224, 0.2"
+CONVERTED = r"divided by 255: give mean=\(0.485, 0.456, 0.406\), std=\(0.229, 0.224, "
 TIMM = GOLDEN / "timm_vit_tiny_like.safetensors"
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 

@@ -38,6 +38,7 @@ _FACTS = {
         flags.numbers(int), "blocks that CrossMAE's decoder sees; () for all"
     ),
     "fusion_input": Flag(bool, "whether it sees the encoder's input"),
+    "pool": Flag(flags.one_of(("cls", "mean")), "what a classifier pools"),
 }
 _STEP = {"step": Flag(int, "of a run; default: the newest")}
 

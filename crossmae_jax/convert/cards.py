@@ -8,6 +8,7 @@ guessed by the next reader. Our files carry it in a card, as JSON.
 import dataclasses
 import functools
 import json
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -40,6 +41,8 @@ class Card:
       origin: which run or file they come from.
       classes: of a classifier, what its logits stand for.
       target: as in `config.target`; without it, pixels with `normalize`.
+      assumed: what no file told, but is usual: a line by the name in `hints.Facts`.
+        What it is wanted for may say otherwise.
       library: version that wrote the card.
     """
 
@@ -56,6 +59,7 @@ class Card:
     origin: str
     classes: tuple[str, ...] | None = None
     target: dict[str, Any] | None = None
+    assumed: dict[str, str] = dataclasses.field(default_factory=dict)
     library: str = f"crossmae_jax {crossmae_jax.__version__}"
 
     @functools.cached_property
@@ -108,7 +112,21 @@ class Card:
         return dataclasses.replace(
             self, kind="encoder", classes=None, target=None,
             model={"encoder": self.model["encoder"], "fusion": lineage},
+            assumed={
+                name: line for name, line in self.assumed.items()
+                if name in ("num_heads", "image_size")
+            },
         )
+
+    def grid_for(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Returns the grid of the position tables, to be resized to this one.
+
+        That one itself, if only the number of patches is known and it has as many.
+        """
+        own = self.encoder.grid
+        if "image_size" in self.assumed and math.prod(grid) == math.prod(own):
+            return grid
+        return own
 
     def lines(self) -> list[str]:
         """Describes the card for people, a fact per line."""
@@ -146,6 +164,7 @@ class Card:
             f"recipe     {recipe or 'not known'}",
             f"step       {known(self.step)}",
             f"origin     {self.origin}",
+            *(f"assumed    {line}" for line in self.assumed.values()),
             f"card       by {self.library}",
         ]
 
@@ -176,7 +195,7 @@ def from_json(text: str) -> Card:
     fields = dataclasses.fields(Card)
     try:
         # What old cards do not have.
-        values = {"classes": None, "target": None} | json.loads(text)
+        values = {"classes": None, "target": None, "assumed": {}} | json.loads(text)
         values = {field.name: values[field.name] for field in fields}
         values["model"] = _model(values["model"])
         for name in ("image_size", "mean", "std", "classes"):

@@ -12,6 +12,10 @@ from typing import Any
 from crossmae_jax import augment
 from crossmae_jax.convert.names import ConversionError
 
+# Of our norms. A smaller one, as transformers' own 1e-12, differs in rounding only.
+EPSILON = 1e-6
+# timm's words for what classifiers pool, and ours.
+_POOLS = {"token": "cls", "avg": "mean"}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Arguments of timm's VisionTransformer that our models have as well.
 _TIMM_ARGUMENTS = {
@@ -25,15 +29,19 @@ class Facts:
     """What names and shapes of tensors do not tell; None is not known.
 
     Attributes:
-      num_heads: of the encoder; known without being told for the sizes Ti, S, B, L, H.
+      num_heads: of the encoder; assumed without being told for the sizes Ti, S, B, L,
+        H.
       decoder_heads: likewise for decoders of width 256 and 512.
-      image_size: height and width; known without being told if patches form a square.
+      image_size: height and width; assumed without being told if patches may form a
+        square.
       mean: of each channel, for pixels in 0..1; likewise `std`.
       normalize: whether the decoder predicts standardised patches.
       mask_ratio: share of patches that was masked; `pred_ratio` that was predicted.
       fusion_maps: encoder blocks that the decoder's contexts are mixed of, () for all.
       fusion_input: whether the encoder's input is among them.
       classes: what the logits stand for, in their order.
+      pool: of a classifier: "cls" for the normed class token, "mean" for the mean of
+        the patch tokens with a norm after it; a file may have others.
     """
 
     num_heads: int | None = None
@@ -47,6 +55,7 @@ class Facts:
     fusion_maps: tuple[int, ...] | None = None
     fusion_input: bool | None = None
     classes: tuple[str, ...] | None = None
+    pool: str | None = None
 
     def __post_init__(self):
         size = self.image_size
@@ -57,6 +66,10 @@ class Facts:
                 f"image_size={size!r}; expected a height and a width in pixels, such "
                 "as (224, 224)."
             )
+        for name in ("num_heads", "decoder_heads"):
+            heads = getattr(self, name)
+            if heads is not None and heads < 1:
+                raise ConversionError(f"{name}={heads}; expected 1 or more.")
         for name in ("mask_ratio", "pred_ratio"):
             ratio = getattr(self, name)
             if ratio is not None and not 0 < ratio < 1:
@@ -90,24 +103,24 @@ class Facts:
         })
 
 
-def usable(told: Any, *instead: Facts, where: str = "") -> Any:
+def usable(facts: Any, *instead: Facts, where: str = "") -> Any:
     """Returns facts or a card, with the mean and std of `instead` if theirs cannot be.
 
     Args:
       instead: the first that has both is taken.
-      where: what told them.
+      where: what states them.
 
     Raises:
       ConversionError: if they cannot be and there are no others.
     """
     try:
-        augment.check_statistics(mean=told.mean, std=told.std)
+        augment.check_statistics(mean=facts.mean, std=facts.std)
     except ValueError as error:
         for other in instead:
             if None not in (other.mean, other.std):
-                return dataclasses.replace(told, mean=other.mean, std=other.std)
+                return dataclasses.replace(facts, mean=other.mean, std=other.std)
         raise ConversionError(f"{where}: {error}" if where else str(error)) from error
-    return told
+    return facts
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -134,23 +147,29 @@ def of_huggingface(
             f"{path} is a bare file of transformers; give the folder with its "
             "config.json."
         )
-    facts: dict[str, Any] = {"num_heads": config.get("num_attention_heads")}
-    if (epsilon := config.get("layer_norm_eps", 1e-12)) != 1e-6:
+    facts: dict[str, Any] = {
+        "num_heads": config.get("num_attention_heads", 12)  # transformers' default
+    }
+    if (epsilon := config.get("layer_norm_eps", 1e-12)) != EPSILON:
         evidence.append(
             f"config.json has layer_norm_eps {epsilon}; MAE was trained with 1e-6, "
             "which is used here"
         )
-    for name in ("hidden_act", "qkv_bias"):
-        usual = {"hidden_act": "gelu", "qkv_bias": True}[name]
+    wrong = {"layer_norm_eps": (epsilon, "at most 1e-06")} if epsilon > EPSILON else {}
+    for name, usual in (("hidden_act", "gelu"), ("qkv_bias", True)):
         if config.get(name, usual) != usual:
-            raise ConversionError(
-                f"{path}: {name} is {config[name]!r}, but here it is always {usual!r}."
-            )
+            wrong[name] = config[name], repr(usual)
+    for name, (value, usual) in wrong.items():
+        raise ConversionError(
+            f"{path}: {name} is {value!r}, but here it is always {usual}, with which "
+            "these weights would be another model. Train on from them in transformers "
+            f"with {name} changed to that, and convert the result."
+        )
     if "decoder_num_attention_heads" in config:
         facts |= {
             "decoder_heads": config["decoder_num_attention_heads"],
             "normalize": config.get("norm_pix_loss"),
-            "mask_ratio": config.get("mask_ratio"),
+            **_shares({"mask_ratio": config.get("mask_ratio")}, evidence),
         }
     size = config.get("image_size")
     if size is not None:
@@ -160,6 +179,20 @@ def of_huggingface(
         processor = read_json(path / "preprocessor_config.json")
         facts |= _statistics(processor, config.get("num_channels", 3), evidence)
     return Facts(**facts)
+
+
+def _shares(ratios: dict[str, Any], evidence: list[str]) -> dict[str, float]:
+    """Returns the ratios that a model can have been trained with.
+
+    Others are written for encoders, of which they say nothing: 0.0 to mask nothing.
+    """
+    for name, ratio in ratios.items():
+        if ratio is not None and not 0 < ratio < 1:
+            evidence.append(f"{name} {ratio}, beside the tensors: not of its training")
+    return {
+        name: ratio for name, ratio in ratios.items()
+        if ratio is not None and 0 < ratio < 1
+    }
 
 
 def _statistics(
@@ -180,10 +213,10 @@ def _statistics(
     if not {"image_mean", "image_std"} <= processor.keys():
         return {}
     evidence.append(f"mean and std: from {source}")
-    told = {"mean": processor["image_mean"], "std": processor["image_std"]}
+    values = {"mean": processor["image_mean"], "std": processor["image_std"]}
     return {
         name: tuple(x) if isinstance(x, list) else (x,) * channels
-        for name, x in told.items()
+        for name, x in values.items()
     }
 
 
@@ -200,19 +233,9 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
             + ", ".join(f"{name}={arguments[name]!r}" for name in others)
         )
     pool = arguments.get("global_pool", config.get("global_pool"))
-    normed_mean = pool == "avg" and arguments.get("fc_norm") is False and (
-        arguments.get("final_norm", True)
-    )
-    if config.get("num_classes", 0) and (
-        pool not in (None, "token", "avg") or normed_mean
-        or pool == "token" and arguments.get("fc_norm")
-    ):
-        raise ConversionError(
-            f"config.json has global_pool={pool!r}, fc_norm="
-            f"{arguments.get('fc_norm')!r}; known are the normed class token, and the "
-            "mean of patch tokens with a norm after it."
-        )
-    facts: dict[str, Any] = {"num_heads": arguments.get("num_heads")}
+    facts: dict[str, Any] = {
+        "num_heads": arguments.get("num_heads"), "pool": _POOLS.get(pool, pool)
+    }
     size = arguments.get("img_size", cfg.get("input_size", (None,))[1:])
     if size:
         facts["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
@@ -243,17 +266,22 @@ def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:
     args = _arguments(rest)
     facts: dict[str, Any] = {
         ours: args[theirs] for ours, theirs, kind in (
-            ("normalize", "norm_pix_loss", bool), ("mask_ratio", "mask_ratio", float),
-            ("pred_ratio", "kept_mask_ratio", float),
-            ("fusion_input", "use_input", bool),
+            ("normalize", "norm_pix_loss", bool), ("fusion_input", "use_input", bool),
         ) if isinstance(args.get(theirs), kind)
     }
+    facts |= _shares({
+        ours: args[theirs] for ours, theirs in (
+            ("mask_ratio", "mask_ratio"), ("pred_ratio", "kept_mask_ratio")
+        ) if isinstance(args.get(theirs), float)
+    }, evidence)
     blocks = args.get("use_fm")
     if isinstance(blocks, list) and all(isinstance(block, int) for block in blocks):
         # The reference's [-1] stands for all blocks, not for the last one.
         facts["fusion_maps"] = () if blocks == [-1] else tuple(blocks)
     if facts:
         evidence.append("masking, target and fusion: from the arguments in the file")
+    if isinstance(args.get("global_pool"), bool):  # of the scripts for fine-tuning
+        facts["pool"] = "mean" if args["global_pool"] else "cls"
     return Facts(**facts)
 
 

@@ -132,6 +132,7 @@ def plan(
         _line("new", new, "drawn at random"),
         _line("unused", [name for name in theirs if name not in loaded]),
         f"  resized  {'; '.join(changed) or 'nothing'}",
+        *(f"  assumed  {line}" for line in _assumed(card, config, parts)),
     ]
     normalize = config.get("target", {}).get("normalize")
     if "decoder" in parts and None not in (card.normalize, normalize) and (
@@ -149,6 +150,23 @@ def plan(
         frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
         classes=card.classes if "head" in parts else None,
     )
+
+
+def _assumed(card: Card, config: ConfigDict, parts: set[str]) -> list[str]:
+    """Says what no file told; of it the model has its own, where it can differ."""
+    encoder, lines = encoders.build_encoder(config), []
+    if "image_size" in card.assumed:
+        rows, columns = card.grid_for(encoder.grid)
+        lines.append(f"a grid of {rows} x {columns} patches")
+    if "num_heads" in card.assumed:
+        lines.append(f"{encoder.num_heads} heads of the encoder, as the model has")
+    if "decoder_heads" in card.assumed and "decoder" in parts:
+        lines.append(
+            f"{config.model.decoder.num_heads} heads of the decoder, as the model has"
+        )
+    if "head" in parts:
+        lines += filter(None, [card.assumed.get("pool")])
+    return [f"{line}; the file does not tell" for line in lines]
 
 
 def _part(name: str) -> str:
@@ -192,9 +210,11 @@ def _check_hidden(card: Card, config: ConfigDict, parts: set[str]) -> None:
     """Compares what decides over the numbers, but shows in no shape."""
     theirs, ours = card.encoder, encoders.build_encoder(config)
     pairs = {}
-    if "encoder" in parts and (theirs.dim, theirs.depth) == (ours.dim, ours.depth):
+    if "encoder" in parts and "num_heads" not in card.assumed and (
+        (theirs.dim, theirs.depth) == (ours.dim, ours.depth)
+    ):
         pairs["heads of the encoder"] = (theirs.num_heads, ours.num_heads)
-    if "decoder" in parts:
+    if "decoder" in parts and "decoder_heads" not in card.assumed:
         decoders = card.model["decoder"], config.model.decoder
         if decoders[0]["dim"] == decoders[1]["dim"]:
             pairs["decoder.num_heads"] = tuple(side["num_heads"] for side in decoders)
@@ -255,7 +275,8 @@ def adapt_channels(
 
 
 def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
-    grid, new_grid = card.encoder.grid, encoders.build_encoder(config).grid
+    new_grid = encoders.build_encoder(config).grid
+    grid = card.grid_for(new_grid)
     if grid == new_grid:
         return []
     for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):

@@ -3,7 +3,8 @@
 A file of PyTorch weights tells most of a model by its names and shapes: width, depth,
 patches, the kind of decoder. What it does not tell is looked for in what lies beside
 the tensors (the arguments of the training script, a `config.json`), then in what the
-caller says; if it is in none of them, that is an error and not a guess.
+caller says. If it is in none of them, what is usual is assumed where there is something
+usual, and the card says so (`Card.assumed`); else that is an error.
 """
 
 import math
@@ -97,19 +98,22 @@ def infer(
     Raises:
       ConversionError: if a fact is missing, or the tensors are of no model of ours.
     """
-    encoder, image_size = _encoder_settings(tensors, patch, facts, fallback, evidence)
+    assumed: dict[str, str] = {}
+    encoder, image_size = _encoder_settings(
+        tensors, patch, facts, fallback, evidence, assumed
+    )
     model: dict[str, Any] = {"encoder": encoder}
     channels, kind, masking, classes = patch[1], "encoder", None, None
     _check_statistics(facts, channels)
     if any(name.startswith("decoder/") for name in tensors):
         kind, depth = "pretrain", _depth(tensors, "encoder/blocks_")
-        model |= _decoder_settings(tensors, depth, facts, fallback, evidence)
+        model |= _decoder_settings(tensors, depth, facts, fallback, evidence, assumed)
         masking = _masking_settings(tensors, facts)
         if facts.normalize is None:
             evidence.append("targets: the file does not say whether standardised")
     elif "head/bias" in tensors or "fc_norm/scale" in tensors:
         kind = "classifier"
-        model |= _head_settings(tensors, evidence)
+        model |= _head_settings(tensors, facts, evidence, assumed)
         classes = _named(facts.classes, model["num_classes"], evidence)
     else:
         has_norm = "encoder/norm/scale" in tensors
@@ -118,16 +122,17 @@ def infer(
             "no decoder, no head; " + ("with" if has_norm else "without") +
             " a norm after the last block"
         )
+    evidence += [f"assumed: {line}" for line in assumed.values()]
     return Card(
         kind=kind, model=model, image_size=image_size, channels=channels,
         mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
-        recipe=recipe, step=None, origin=origin, classes=classes,
+        recipe=recipe, step=None, origin=origin, classes=classes, assumed=assumed,
     )
 
 
 def _encoder_settings(
     tensors: Tensors, patch: tuple[int, ...], facts: Facts, fallback: Facts,
-    evidence: list[str],
+    evidence: list[str], assumed: dict[str, str],
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """Returns `config.model.encoder`, and the size of the images."""
     depth = _depth(tensors, "encoder/blocks_")
@@ -147,12 +152,13 @@ def _encoder_settings(
             "This is no ViT as we build them, with a class token, an absolute position "
             f"table, blocks and square patches; missing: {', '.join(missing)}."
         )
-    size, remark = _size(dim, depth, facts, fallback)
+    size, heads = _size(dim, depth, facts, fallback, assumed)
     image_size, grid = _image_size(
-        max(tensors["encoder/pos_embed"].shape[0] - 1, 0), patch_size, facts, fallback
+        max(tensors["encoder/pos_embed"].shape[0] - 1, 0), patch_size, facts, fallback,
+        assumed,
     )
     evidence.append(
-        f"encoder: width {dim}, depth {depth}{remark}; patches of {patch_size}, "
+        f"encoder: width {dim}, depth {depth}, {heads} heads; patches of {patch_size}, "
         f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
         f"{image_size[1]} px"
     )
@@ -188,16 +194,30 @@ def _masking_settings(tensors: Tensors, facts: Facts) -> dict[str, Any] | None:
     )
 
 
-def _head_settings(tensors: Tensors, evidence: list[str]) -> dict[str, Any]:
-    """Returns a classifier's pooling and number of classes, 0 without a head."""
-    head, pools = tensors.get("head/bias"), "fc_norm/scale" in tensors
+def _head_settings(
+    tensors: Tensors, facts: Facts, evidence: list[str], assumed: dict[str, str]
+) -> dict[str, Any]:
+    """Returns a classifier's pooling and number of classes, 0 without a head.
+
+    Raises:
+      ConversionError: for a pooling that ours cannot do with the norms that there are.
+    """
+    head, has_norm = tensors.get("head/bias"), "fc_norm/scale" in tensors
     num_classes = head.shape[0] if head else 0
-    evidence.append(
-        f"classifier: {num_classes} classes from the "
-        + ("mean of patch tokens (there is an fc_norm)" if pools
-           else "class token (there is no fc_norm)")
-    )
-    return {"pool": "mean" if pools else "cls", "num_classes": num_classes}
+    usual = "mean" if has_norm else "cls"
+    title = {"mean": "the mean of patch tokens", "cls": "the class token"}[usual]
+    norm = "with an fc_norm" if has_norm else "without an fc_norm"
+    if facts.pool not in (None, usual):
+        raise ConversionError(
+            f"This classifier pools by {facts.pool!r}, {norm}. Known are 'cls', the "
+            "class token after the encoder's norm, and 'mean', the mean of patch "
+            "tokens before an fc_norm. The encoder can be used by itself: save the "
+            "tensors without those of head and fc_norm, and leave pool out."
+        )
+    if facts.pool is None:
+        assumed["pool"] = f"{title} is pooled, as is usual {norm}; give pool if not"
+    evidence.append(f"classifier: {num_classes} classes from {title}, {norm}")
+    return {"pool": usual, "num_classes": num_classes}
 
 
 def _named(
@@ -235,34 +255,55 @@ def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
     return hidden / dim
 
 
-def _size(dim: int, depth: int, facts: Facts, fallback: Facts) -> tuple[str, str]:
-    for name, size in vit.SIZES.items():
-        if (size.dim, size.depth) == (dim, depth) and facts.num_heads in (
-            None, size.num_heads
-        ):
-            return name, f": ViT-{name}, hence {size.num_heads} heads"
-    num_heads = facts.num_heads or fallback.num_heads
+def _size(
+    dim: int, depth: int, facts: Facts, fallback: Facts, assumed: dict[str, str]
+) -> tuple[str, int]:
+    """Returns the size of the encoder as configs write it, and its number of heads."""
+    known = {size[:2]: name for name, size in vit.SIZES.items()}.get((dim, depth))
+    num_heads = facts.num_heads
+    if num_heads is None and known:
+        num_heads = vit.SIZES[known].num_heads
+        assumed["num_heads"] = (
+            f"{num_heads} heads of the encoder, as ViT-{known} has; give num_heads if "
+            "not"
+        )
+    elif num_heads is None:
+        num_heads = fallback.num_heads
+        assumed["num_heads"] = f"{num_heads} heads of the encoder"
     if num_heads is None:
         raise ConversionError(
             f"Width {dim} and depth {depth} are no published size, so that the number "
             "of heads cannot be told from the tensors; give num_heads."
         )
-    return f"W{dim}-D{depth}-H{num_heads}", f", {num_heads} heads"
+    if known and num_heads == vit.SIZES[known].num_heads:
+        return known, num_heads
+    return f"W{dim}-D{depth}-H{num_heads}", num_heads
 
 
 def _image_size(
-    num_patches: int, patch_size: int, facts: Facts, fallback: Facts
+    num_patches: int, patch_size: int, facts: Facts, fallback: Facts,
+    assumed: dict[str, str],
 ) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns height and width in pixels and in patches."""
     side, size = math.isqrt(num_patches), facts.image_size
-    if size is None and side**2 != num_patches:
-        size = fallback.image_size
-    if size is None:
-        if side**2 != num_patches:
-            raise ConversionError(
-                f"{num_patches} positions form no square; give image_size, the height "
-                "and width in pixels."
+    square = side**2 == num_patches
+    if size is None and square:
+        if side > 1:
+            assumed["image_size"] = (
+                f"{num_patches} patches are a square of {side} x {side}; give "
+                "image_size if not"
             )
         return (side * patch_size, side * patch_size), (side, side)
+    if size is None and fallback.image_size is not None:
+        rows, columns = (length // patch_size for length in fallback.image_size)
+        if rows * columns == num_patches:
+            size = fallback.image_size
+            assumed["image_size"] = f"{num_patches} patches are {rows} x {columns}"
+    if size is None:
+        raise ConversionError(
+            f"{num_patches} positions form no square; give image_size, the height and "
+            "width in pixels that they are for: convert import --image_size=H,W."
+        )
     grid = tuple(length // patch_size for length in size)
     fits = all(length % patch_size == 0 for length in size)
     if not fits or grid[0] * grid[1] != num_patches:
@@ -274,13 +315,20 @@ def _image_size(
 
 
 def _decoder_settings(
-    tensors: Tensors, depth: int, facts: Facts, fallback: Facts, evidence: list[str]
+    tensors: Tensors, depth: int, facts: Facts, fallback: Facts, evidence: list[str],
+    assumed: dict[str, str],
 ) -> dict[str, Any]:
     if "decoder/mask_token" not in tensors or not tensors["decoder/mask_token"].shape:
         raise ConversionError("The file has parts of a decoder, but no mask token.")
     dim = tensors["decoder/mask_token"].shape[-1]
     decoder_depth = _depth(tensors, "decoder/decoder_blocks_")
-    heads = facts.decoder_heads or _DECODER_HEADS.get(dim, fallback.decoder_heads)
+    heads = facts.decoder_heads
+    if heads is None:
+        heads = _DECODER_HEADS.get(dim, fallback.decoder_heads)
+        published = f", as in every published one of width {dim}; give decoder_heads "
+        assumed["decoder_heads"] = f"{heads} heads of the decoder" + (
+            f"{published}if not" if dim in _DECODER_HEADS else ""
+        )
     if heads is None:
         raise ConversionError(
             f"The decoder's width {dim} is no published one, so that its number of "
@@ -293,10 +341,6 @@ def _decoder_settings(
         f"decoder: {'cross' if crosses else 'self'}-attention"
         f"{' and self-attention' if attends else ''}, width {dim}, depth "
         f"{decoder_depth}, {heads} heads"
-        + (
-            "" if facts.decoder_heads or dim not in _DECODER_HEADS
-            else " as in every published one of this width"
-        )
     )
     maps, with_input = None, True
     if mixes:

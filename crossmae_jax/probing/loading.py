@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from crossmae_jax.convert import names, opening, structure
 from crossmae_jax.convert.hints import Facts
@@ -21,6 +22,8 @@ def load(
     std: tuple[float, ...] | None = None, **facts: Any,
 ) -> pretrained.Pretrained:
     """Returns the model of weights of any format, with its decoder if there is one.
+
+    Logs what is assumed of it because nothing tells it.
 
     Args:
       path: a run, an import or a file: see `convert.opening`.
@@ -53,14 +56,20 @@ def load(
                 "The positions of this model's aggregator are those of "
                 f"{card.image_size}, and cannot be resized to {resized.image_size}."
             )
+        new_grid = resized.encoder.grid
+        grid = card.grid_for(new_grid)
         for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
             if name in tensors:
                 tensors[name] = tensors[name].then(functools.partial(
-                    posemb.resize, grid=card.encoder.grid,
-                    new_grid=resized.encoder.grid,
+                    posemb.resize, grid=grid, new_grid=new_grid
                 ))
+        if grid == new_grid:  # which tells what was assumed
+            assumed = {k: v for k, v in card.assumed.items() if k != "image_size"}
+            resized = dataclasses.replace(resized, assumed=assumed)
         card = resized
     card = dataclasses.replace(card, mean=mean or card.mean, std=std or card.std)
+    if card.assumed:  # which nothing else would show, if it is wrong
+        logging.warning("%s: assumed: %s.", path, "; ".join(card.assumed.values()))
     like = structure.abstract_variables(card)
     variables = jax.tree.map(jnp.asarray, names.variables_of(tensors, like))
     if card.kind == "encoder":  # a ViT by itself has no level per part
