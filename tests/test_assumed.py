@@ -143,8 +143,10 @@ def test_pooling_that_a_bare_file_does_not_tell_is_assumed_or_said():
     weights = convert.open_weights(TINY, num_heads=3, pool="cls")
     assert "pool" not in weights.card.assumed
     for pool in ("mean", "avgmax"):
-        with pytest.raises(ConversionError, match="can be used by itself: save"):
+        with pytest.raises(ConversionError, match="by itself: parts='encoder'"):
             convert.open_weights(TINY, num_heads=3, pool=pool)
+        alone = convert.open_weights(TINY, num_heads=3, pool=pool, parts="encoder")
+        assert alone.card.kind == "encoder"
 
 
 @pytest.mark.parametrize("pool, classes, fits", [

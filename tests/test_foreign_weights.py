@@ -36,13 +36,13 @@ def test_tensors_of_another_library_are_named(tmp_path):
 
 def test_a_missing_and_an_additional_tensor_are_both_listed(tmp_path):
     state = torch.load(GOLDEN / "ckpt_encoder_only.pth")["model"]
-    state["register_tokens"] = state.pop("blocks.1.norm2.bias")
+    state["odd_tokens"] = state.pop("blocks.1.norm2.bias")
     torch.save({"model": state}, tmp_path / "odd.pth")
     with pytest.raises(ConversionError) as error:
         opening.open_weights(tmp_path / "odd.pth", num_heads=2)
     text = str(error.value)
     assert "only in the model (1):\n    blocks.1.norm2.bias" in text
-    assert "only in the file (1):\n    register_tokens" in text
+    assert "only in the file (1):\n    odd_tokens" in text
 
 
 def test_a_patch_grid_that_is_no_square_needs_its_size(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 
 from crossmae_jax import masking
-from crossmae_jax.convert import checks, exporting, names, opening, structure
+from crossmae_jax.convert import checks, exporting, names, opened, opening, structure
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -197,7 +197,7 @@ def test_the_pooler_of_a_vit_is_left_out(tmp_path):
 
 
 def test_an_encoder_without_a_norm_is_found_before_the_norm_of_a_vit(tmp_path):
-    weights = exporting.encoder_of(_mae("ckpt_crossmae.pth"))
+    weights = opened.encoder_of(_mae("ckpt_crossmae.pth"))
     exporting.write_huggingface(weights, tmp_path / "folder", fresh_norm=True)
     [line] = checks.compare(weights, tmp_path / "folder", "huggingface")
     assert "tokens differ by" in line

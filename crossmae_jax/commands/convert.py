@@ -39,13 +39,20 @@ _FACTS = {
     ),
     "fusion_input": Flag(bool, "whether it sees the encoder's input"),
     "pool": Flag(flags.one_of(("cls", "mean")), "what a classifier pools"),
+    "under": Flag(str, "where in a file, if it holds several: teacher.backbone"),
 }
 _STEP = {"step": Flag(int, "of a run; default: the newest")}
+_PARTS = {
+    "parts": Flag(
+        flags.one_of(("all", "encoder")), "all or encoder; default: all", default="all"
+    ),
+}
 
 # Of a model that a command looks into: arguments of `crossmae_jax.load`.
 MODEL = {
     "checkpoint": Flag(str, "a run or weights", required=True),
     **_STEP,
+    **_PARTS,
     **{
         name: flag for name, flag in _FACTS.items()
         if name not in ("mask_ratio", "pred_ratio")
@@ -72,16 +79,15 @@ _WRITTEN = {
     **_FACTS,
 }
 _FLAGS = {
-    "inspect": {},
-    "import": {"format": Flag(_readable, "default: recognised"), **_WRITTEN},
+    "inspect": {**_PARTS, **_FACTS},
+    "import": {
+        "format": Flag(_readable, "default: recognised"), **_PARTS, **_WRITTEN,
+    },
     "export": {
         "format": Flag(
             _writable, "timm, huggingface, mae or safetensors", required=True
         ),
-        "parts": Flag(
-            flags.one_of(("all", "encoder")), "all or encoder; default: all",
-            default="all",
-        ),
+        **_PARTS,
         "fresh_norm": Flag(
             bool, "huggingface: add the norm that CrossMAE's encoders lack",
             default=False,
@@ -95,13 +101,14 @@ _FLAGS = {
 def facts(
     given: types.SimpleNamespace, table: Mapping[str, Flag] = MODEL
 ) -> dict[str, Any]:
-    """Returns what was given of the facts that a file may not tell, and the step.
+    """Returns what was given of the facts that a file may not tell, step and parts.
 
     Args:
       table: where these are flags of this meaning.
     """
     values = {
-        name: getattr(given, name) for name in table if name in {**_STEP, **_FACTS}
+        name: getattr(given, name) for name in table
+        if name in {**_STEP, **_PARTS, **_FACTS}
     }
     return {name: value for name, value in values.items() if value is not None}
 
@@ -118,16 +125,15 @@ def main(argv: Sequence[str]) -> None:
 
     (path,) = given.operands
     with errors.using_files():
-        if action == "inspect":
-            print(convert.inspect(path))
-            return
         options = facts(given, _FLAGS[action])
+        if action == "inspect":
+            print(convert.inspect(path, **options))
+            return
         options |= dict(format=given.format, check=not given.no_check)
         if action == "import":
             done = convert.import_weights(path, given.to, **options)
         else:
             done = convert.export_weights(
-                path, given.to, parts=given.parts, fresh_norm=given.fresh_norm,
-                **options,
+                path, given.to, fresh_norm=given.fresh_norm, **options
             )
     print("\n".join(done.lines))

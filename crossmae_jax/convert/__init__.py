@@ -5,8 +5,9 @@
     print(inspect("weights/mae_vitb"))
 
 `tensor` and `names` rename and re-lay tensors one at a time; `torch_file` and
-`safetensors_file` read and write them; `cards` and `structure` know what model they are
-of; `opening` opens any format, `exporting` writes any; `checks` sends images through
+`safetensors_file` read and write them, `contents` finds those of a ViT in a file;
+`cards` and `structure` know what model they are of; `opening` opens any format, with
+`foreign` for those of others, `exporting` writes any; `checks` sends images through
 both sides.
 """
 
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from crossmae_jax import paths
-from crossmae_jax.convert import checks, exporting, opening
+from crossmae_jax.convert import checks, contents, exporting
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.opening import Weights, open_weights
+from crossmae_jax.convert.opened import Weights
+from crossmae_jax.convert.opening import open_weights
 
 __all__ = [
     "Card", "Conversion", "ConversionError", "Weights", "export_weights",
@@ -49,7 +51,7 @@ def import_weights(
       to: a folder that does not exist yet.
       format: see `opening.FORMATS`; recognised if not given.
       check: False leaves the images out.
-      facts: what the file does not tell, as in `hints.Facts`.
+      facts: what the file does not tell, as in `hints.Facts`; `under`, `parts`.
 
     Raises:
       ConversionError: see `opening.open_weights`; or if the two sides disagree.
@@ -60,13 +62,13 @@ def import_weights(
 
     def write(temporary: Path) -> list[str]:
         temporary.mkdir()
-        exporting.write_safetensors(weights, temporary / opening.WEIGHTS)
+        exporting.write_safetensors(weights, temporary / contents.WEIGHTS)
         if not check:
             return ["not checked, as was asked"]
         written = open_weights(temporary, format="safetensors")
         other = "safetensors" if weights.format == "run" else weights.format
         source = temporary if weights.format == "run" else Path(path)
-        return checks.compare(written, source, other)
+        return checks.compare(written, source, other, place=weights.place)
 
     return _commit(weights, Path(to), lines, write)
 
@@ -105,9 +107,9 @@ def export_weights(
         raise ConversionError(
             f"Format {format!r} is a folder; let {to} have no suffix of a file."
         )
-    opened = open_weights(path, step=step, **facts)
-    weights, left_out = exporting.select(opened, format, parts)
-    lines = [*opened.evidence, *left_out, *exporting.warnings(weights.card)]
+    source = open_weights(path, step=step, parts=parts, **facts)
+    weights, left_out = exporting.select(source, format, parts)
+    lines = [*source.evidence, *left_out, *exporting.warnings(weights.card)]
     if fresh_norm:
         lines.append("added: a norm of scale 1 and bias 0 after the last block")
     options = {"fresh_norm": fresh_norm} if format == "huggingface" else {}
@@ -149,19 +151,22 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def inspect(path: str | Path) -> str:
+def inspect(path: str | Path, **facts: Any) -> str:
     """Describes what a file, a folder or a run holds, without reading its tensors.
 
     Of a file whose model cannot be told from it, the tensors are listed and what is
     missing is said.
+
+    Args:
+      facts: what the file does not tell, as in `open_weights`.
     """
     path = Path(path)
     try:
-        weights = open_weights(path)
+        weights = open_weights(path, **facts)
     except ConversionError as error:
         if not path.is_file():
             raise
-        tensors, rest = opening.read_file(path)
+        tensors, rest, *_ = contents.read(path, under=facts.get("under"))
         return "\n".join([
             f"{path}: {error}", *_listing(tensors), f"beside them: {_beside(rest)}",
         ])

@@ -24,11 +24,20 @@ import numpy as np
 from flax import traverse_util
 
 from crossmae_jax import masking
-from crossmae_jax.convert import exporting, names, opening, packages, structure
+from crossmae_jax.convert import (
+    contents,
+    exporting,
+    foreign,
+    names,
+    opened,
+    opening,
+    packages,
+    structure,
+)
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.opening import Weights
+from crossmae_jax.convert.opened import Weights
 from crossmae_jax.objectives import pretrain
 
 Outputs = dict[str, np.ndarray]
@@ -41,11 +50,13 @@ TOLERANCE = 1e-3
 _VIT_MAE = "transformers.models.vit_mae.modeling_vit_mae"
 _MODULES = {"timm": ("timm",), "transformers": ("transformers", _VIT_MAE)}
 _EPSILON = {"layer_norm_eps": 1e-6}  # ours; transformers' own is 1e-12
+_CLASSIFIER = "ViTForImageClassification"
 # Classes of transformers, and with which settings they are loaded.
 _CLASSES: dict[str | None, dict[str, Any]] = {
     "ViTMAEForPreTraining": _EPSILON,
     "ViTMAEModel": {"mask_ratio": 0.0, **_EPSILON},
     "ViTModel": {"add_pooling_layer": False, **_EPSILON},
+    _CLASSIFIER: _EPSILON,
 }
 # What packages raise when they refuse a file.
 _REFUSALS = (
@@ -54,13 +65,16 @@ _REFUSALS = (
 )
 
 
-def compare(weights: Weights, path: Path, format: str) -> list[str]:
+def compare(
+    weights: Weights, path: Path, format: str, *, place: str | None = None
+) -> list[str]:
     """Returns lines that say by how much the two sides differ, and what is unchecked.
 
     Args:
       weights: our side.
       path: what the other side reads: the imported file, or the exported one.
       format: of that file: "mae", "timm", "huggingface" or "safetensors".
+      place: of the tensors in it, as in `contents.Contents`, if it has several.
 
     Raises:
       ConversionError: if the other side refuses the file, or the difference is more
@@ -79,7 +93,7 @@ def compare(weights: Weights, path: Path, format: str) -> list[str]:
     run = _timm if package == "timm" else _transformers
     images, noise = _inputs(weights.card)
     try:
-        theirs, lines = run(weights, path, images, noise)
+        theirs, lines = run(weights, path, images, noise, place)
     except ConversionError:
         raise
     except pickle.UnpicklingError:
@@ -148,7 +162,7 @@ def _ours(
         num_keep = objective.counts.num_keep
         counts = masking.TokenCounts(num_keep, noise.shape[1] - num_keep, 0)
     elif weights.card.kind == "pretrain":
-        weights = exporting.encoder_of(weights)
+        weights = opened.encoder_of(weights)
     model = structure.build(weights.card)
 
     def outputs(variables, images, noise):
@@ -175,7 +189,7 @@ def _ours(
     return {name: np.asarray(x) for name, x in results.items() if x is not None}
 
 
-def _timm(weights, path, images, noise) -> tuple[Outputs, list[str]]:
+def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     """Returns what timm makes of a file, or of a folder as its users load it."""
     import timm
     import torch
@@ -184,14 +198,13 @@ def _timm(weights, path, images, noise) -> tuple[Outputs, list[str]]:
     if path.is_dir():
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
     else:
-        state = {name: value.float() for name, value in _state(path).items()}
+        state = _state(path, place)
         if card.kind == "pretrain":
             state, lines = _encoder_state(weights, state)
             card = card.encoder_only()
-        config = exporting.timm_config(card)
-        config["model_args"]["num_classes"] = config["num_classes"]
-        with torch.device("meta"):  # takes no memory but the file's
-            model = timm.create_model(config["architecture"], **config["model_args"])
+        elif card.kind == "encoder":  # beside which a file may have more
+            state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
+        model = _timm_model(card)
         model.load_state_dict(state, strict=True, assign=True)
     model.eval()
     with torch.inference_mode():
@@ -204,18 +217,46 @@ def _timm(weights, path, images, noise) -> tuple[Outputs, list[str]]:
     return {name: value.numpy() for name, value in outputs.items()}, lines
 
 
-def _state(path: Path) -> dict[str, Any]:
-    """Returns the tensors of a file, read by torch's or safetensors' own loader."""
+def _timm_model(card: Card) -> Any:
+    import timm
+    import torch
+
+    config = exporting.timm_config(card)
+    config["model_args"]["num_classes"] = config["num_classes"]
+    with torch.device("meta"):  # takes no memory but the file's
+        return timm.create_model(config["architecture"], **config["model_args"])
+
+
+def _state(path: Path, place: str | None) -> dict[str, Any]:
+    """Returns the tensors of a file, read by torch's or safetensors' own loader.
+
+    Args:
+      place: see `compare`.
+    """
     import safetensors.torch
     import torch
 
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    mmap = zipfile.is_zipfile(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    levels = (content.get(key) for key in ("model", "state_dict"))
-    return next((level for level in levels if isinstance(level, dict)), content)
+        content: Any = safetensors.torch.load_file(path)
+    else:
+        mmap = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    flat, held = _flat(content), contents.read(path, under=place)
+    beginning = f"{held.place}.".lstrip(".")
+    state = {name: flat[beginning + name].float() for name in held.tensors}
+    return state
+
+
+def _flat(content: dict[Any, Any]) -> dict[str, Any]:
+    """Returns the tensors of dictionaries in each other, by their keys with dots."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
+        elif hasattr(value, "float"):
+            flat[str(key)] = value
+    return flat
 
 
 def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
@@ -238,7 +279,7 @@ def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
+def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     """Returns what transformers makes of a folder."""
     import torch
     import transformers
@@ -247,6 +288,10 @@ def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
     kind = next(iter(config.get("architectures") or ()), None)
     if kind not in _CLASSES:
         return {}, [f"not checked: {kind}; the classes that are: {', '.join(_CLASSES)}"]
+    if place not in (None, "."):
+        return {}, [f"not checked: transformers does not look under {place}"]
+    if kind == _CLASSIFIER and weights.card.kind == "encoder":
+        return {}, [f"not checked: a {kind} does not return its encoder's output"]
     model, info = getattr(transformers, kind).from_pretrained(
         path, dtype=torch.float32, local_files_only=True, output_loading_info=True,
         **_CLASSES[kind],
@@ -261,7 +306,7 @@ def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
     inputs = {"pixel_values": torch.from_numpy(images).permute(0, 3, 1, 2)}
     if kind == "ViTMAEModel":
         noise = np.sort(noise)  # all patches stay visible, in this order
-    if kind != "ViTModel":
+    if kind not in ("ViTModel", _CLASSIFIER):
         inputs["noise"] = torch.from_numpy(noise)
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_hidden_states=True)
@@ -271,6 +316,8 @@ def _transformers(weights, path, images, noise) -> tuple[Outputs, list[str]]:
         theirs["predictions"] = masked.unflatten(0, (NUM_IMAGES, -1))
         if weights.card.normalize is not None:
             theirs["loss"] = outputs.loss
+    elif kind == _CLASSIFIER:
+        theirs["logits"] = outputs.logits
     elif "encoder/norm/scale" in weights.tensors:
         theirs["tokens"] = outputs.last_hidden_state
     else:  # theirs has a norm, ours has none

@@ -14,25 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from crossmae_jax.convert import names, opening, structure
+from crossmae_jax.convert import contents, names, opened, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.opening import Weights
+from crossmae_jax.convert.opened import Weights
 from crossmae_jax.models.classifier import BatchNorm
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
-
-
-def encoder_of(weights: Weights) -> Weights:
-    """Returns the encoder by itself, without decoder or head."""
-    card = weights.card.encoder_only()
-    tensors = {
-        name: value for name, value in weights.tensors.items()
-        if name.startswith("encoder/")
-    }
-    return dataclasses.replace(weights, card=card, tensors=tensors)
 
 
 def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str]]:
@@ -49,7 +39,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     if parts not in ("all", "encoder"):
         raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
     if parts == "encoder" and card.kind != "encoder":
-        return encoder_of(weights), []
+        return opened.encoder_of(weights), []
     if "aggregator" in card.parts and format in ("mae", "huggingface"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
@@ -66,7 +56,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         or format == "huggingface" and _left_over(format, weights)
     ):
         left_out = ", ".join(part for part in card.parts if part != "encoder")
-        return encoder_of(weights), [
+        return opened.encoder_of(weights), [
             f"left out: {left_out} ({format} has no place for them)"
         ]
     lines = []
@@ -147,7 +137,7 @@ def warnings(card: Card) -> list[str]:
 def write_safetensors(weights: Weights, path: Path) -> None:
     """Writes our own form: our names and layouts, and the card as metadata."""
     safetensors_file.write(
-        path, weights.tensors, {opening.CARD: weights.card.to_json()}
+        path, weights.tensors, {opened.CARD: weights.card.to_json()}
     )
 
 
@@ -166,7 +156,7 @@ def write_mae(weights: Weights, path: Path) -> None:
             "not. Export the encoder with parts='encoder', or take 'safetensors'."
         )
     torch_file.write(path, {
-        "model": _theirs(weights, "mae"), opening.EMBEDDED: weights.card.to_json(),
+        "model": _theirs(weights, "mae"), opened.EMBEDDED: weights.card.to_json(),
     })
 
 
@@ -174,7 +164,7 @@ def write_timm(weights: Weights, path: Path) -> None:
     """Writes the folder of a VisionTransformer."""
     path.mkdir()
     safetensors_file.write(
-        path / opening.WEIGHTS, _theirs(weights, "timm"), _pytorch(weights.card)
+        path / contents.WEIGHTS, _theirs(weights, "timm"), _pytorch(weights.card)
     )
     _write_json(path / "config.json", timm_config(weights.card))
 
@@ -213,7 +203,7 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
     weights = dataclasses.replace(weights, tensors=tensors)
     theirs = _theirs(weights, "huggingface")
     path.mkdir()
-    safetensors_file.write(path / opening.WEIGHTS, theirs, _pytorch(card))
+    safetensors_file.write(path / contents.WEIGHTS, theirs, _pytorch(card))
     _write_json(path / "config.json", huggingface_config(card))
     if card.mean is not None and card.std is not None:
         _write_json(path / "preprocessor_config.json", {
@@ -235,7 +225,7 @@ def _theirs(weights: Weights, format: str) -> Tensors:
 
 def _pytorch(card: Card) -> dict[str, str]:
     # transformers asks which library the tensors are for.
-    return {"format": "pt", opening.EMBEDDED: card.to_json()}
+    return {"format": "pt", opened.EMBEDDED: card.to_json()}
 
 
 def _fresh_norm(cls_token: Tensor) -> dict[str, Tensor]:

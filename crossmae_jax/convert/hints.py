@@ -165,6 +165,8 @@ def of_huggingface(
             "these weights would be another model. Train on from them in transformers "
             f"with {name} changed to that, and convert the result."
         )
+    if "ViTForImageClassification" in (config.get("architectures") or ()):
+        facts |= {"pool": "cls", "classes": _labels(config)}
     if "decoder_num_attention_heads" in config:
         facts |= {
             "decoder_heads": config["decoder_num_attention_heads"],
@@ -259,6 +261,13 @@ def _names(by_number: Any) -> tuple[str, ...] | None:
     if not by_number or not all(isinstance(name, str) for name in by_number):
         return None
     return tuple(by_number) if len(set(by_number)) == len(by_number) else None
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
+    """Returns the classes of a classifier of transformers, if somebody named them."""
+    labels = _names(config.get("id2label"))
+    unnamed = labels and all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    return None if unnamed else labels
 
 
 def of_mae(rest: dict[str, Any], evidence: list[str]) -> Facts:

@@ -128,13 +128,15 @@ def _huggingface(prefix: str) -> Table:
     )
 
 
-# As files of transformers spell them: ViTMAEForPreTraining, and ViTModel by itself.
+# As files of transformers spell them: ViTMAEForPreTraining, ViTModel by itself,
+# and ViTForImageClassification.
 HUGGINGFACE_MAE: Table = (
     *_huggingface("vit."),
     *_decoder("decoder."),
     *_huggingface_block("decoder/decoder_blocks_{i}", "decoder.decoder_layers.{i}"),
 )
 HUGGINGFACE_VIT: Table = _huggingface("")
+HUGGINGFACE_CLASSIFIER: Table = (*_huggingface("vit."), *_linear("head", "classifier"))
 
 # Layout: to ours, and to theirs with the size of a patch.
 _LAYOUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {

@@ -211,8 +211,8 @@ def _head_settings(
         raise ConversionError(
             f"This classifier pools by {facts.pool!r}, {norm}. Known are 'cls', the "
             "class token after the encoder's norm, and 'mean', the mean of patch "
-            "tokens before an fc_norm. The encoder can be used by itself: save the "
-            "tensors without those of head and fc_norm, and leave pool out."
+            "tokens before an fc_norm. To take the encoder by itself: "
+            "parts='encoder', or --parts=encoder."
         )
     if facts.pool is None:
         assumed["pool"] = f"{title} is pooled, as is usual {norm}; give pool if not"

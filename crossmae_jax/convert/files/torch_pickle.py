@@ -48,7 +48,10 @@ class Unfit(Exception):
 def _refused(what: str) -> Unfit:
     return Unfit(
         f"was refused: {what}. Only tensors, containers and the arguments of a run are "
-        "read; nothing in the file was executed."
+        "read; nothing in the file was executed. If you trust it, let PyTorch save the "
+        "weights alone: content = torch.load(PATH, weights_only=False), then "
+        "torch.save({'model': content['model']}, NEW), or content.state_dict() where "
+        "it holds a whole module."
     )
 
 

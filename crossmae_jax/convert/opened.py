@@ -1,0 +1,59 @@
+"""Weights that were opened, of whatever format, and whether they are all there."""
+
+import dataclasses
+
+from crossmae_jax.convert import names, structure
+from crossmae_jax.convert.cards import Card
+from crossmae_jax.convert.files.tensor import Tensors
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.paths import AnyPath
+
+CARD = "crossmae_jax"  # the card's name in the metadata of our files
+EMBEDDED = "crossmae_jax_card"  # and in files of other formats that we wrote
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights under our names and in our layouts, whatever they come from.
+
+    Attributes:
+      format: one of `FORMATS`.
+      evidence: what format and card were concluded from, a line each.
+      place: in the file, as in `contents.Contents`.
+    """
+
+    card: Card
+    tensors: Tensors
+    format: str
+    evidence: tuple[str, ...]
+    place: str = "."
+
+
+def encoder_of(weights: Weights) -> Weights:
+    """Returns the encoder by itself, without decoder or head."""
+    card = weights.card.encoder_only()
+    tensors = {
+        name: value for name, value in weights.tensors.items()
+        if name.startswith("encoder/")
+    }
+    return dataclasses.replace(weights, card=card, tensors=tensors)
+
+
+def check(
+    tensors: Tensors, card: Card, path: AnyPath, *, table: names.Table = (),
+    left_over: list[str] | None = None, advice: str = "",
+) -> None:
+    """Raises ConversionError unless tensors are exactly those of the card's model.
+
+    Args:
+      advice: what else to do, if they are not.
+    """
+    expected = names.without_collections(structure.abstract_variables(card))
+    reason = f"{path} is cut, or holds more than a {card.encoder.title}{advice}"
+    try:
+        names.check_match(
+            tensors, {name: leaf.shape for name, leaf in expected.items()},
+            table=table, left_over=left_over or (), reason=reason,
+        )
+    except ConversionError as error:
+        raise ConversionError(f"{path}: {error}") from error

@@ -1,0 +1,261 @@
+"""Weights inside of what training scripts wrap them in, and beside other things."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import safetensors.torch
+
+import crossmae_jax
+from crossmae_jax import convert
+from crossmae_jax.convert.names import ConversionError
+from tests import interop
+from tests.interop import timm, torch, transformers
+from tests.test_convert import GOLDEN, HEADS, _main, _same
+
+HALF = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+TOLERANCE = 3e-5
+CHECKED = "check: 2 random images through t"  # imm or ransformers
+
+
+@pytest.fixture(scope="module")
+def model():
+    return interop.timm_model("token")
+
+
+@pytest.fixture(scope="module")
+def state(model):
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def expected(state, tmp_path_factory):
+    return _read(_saved(tmp_path_factory.mktemp("bare"), state))
+
+
+def _saved(folder, content):
+    torch.save(content, folder / "weights.pth")
+    return folder / "weights.pth"
+
+
+def _read(path, **facts):
+    weights = convert.open_weights(path, num_heads=2, **facts)
+    return {name: value.read() for name, value in weights.tensors.items()}
+
+
+def _under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def _lines(path, to, **facts):
+    return convert.import_weights(path, to, num_heads=2, **facts).lines
+
+
+@pytest.mark.parametrize("prefix", [
+    "module.", "module._orig_mod.", "model.encoder.", "teacher.backbone.",
+])
+@pytest.mark.parametrize("key", ("", "model", "state_dict", "model_ema"))
+def test_what_all_names_begin_with_is_taken_off(tmp_path, state, expected, prefix, key):
+    content = _under(prefix, state)
+    path = _saved(tmp_path, {key: content, "epoch": 3} if key else content)
+    lines = _lines(path, tmp_path / "in")
+    assert f"taken off: {prefix}, with which all names began" in lines
+    assert any(line.startswith(CHECKED) for line in lines)
+    _same(_read(path), expected)
+
+
+def test_a_whole_model_in_a_wrapping_keeps_its_decoder(tmp_path):
+    content = torch.load(GOLDEN / "ckpt_crossmae.pth", weights_only=False)
+    content["model"] = _under("module.", content["model"])
+    path = _saved(tmp_path, content)
+    wrapped = convert.open_weights(path, **HEADS)
+    bare = convert.open_weights(GOLDEN / "ckpt_crossmae.pth", **HEADS)
+    assert dataclasses.replace(wrapped.card, origin=bare.card.origin) == bare.card
+    for name, value in bare.tensors.items():
+        np.testing.assert_array_equal(wrapped.tensors[name].read(), value.read())
+
+
+def test_safetensors_and_folders_of_transformers_are_unwrapped_too(
+    tmp_path, state, expected
+):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file(_under("backbone.", state), path)
+    _same(_read(path), expected)
+    vit = interop.hf_model()
+    vit.save_pretrained(tmp_path / "hf")
+    bare = _read(tmp_path / "hf")
+    held = safetensors.torch.load_file(tmp_path / "hf" / "model.safetensors")
+    safetensors.torch.save_file(
+        _under("model.", held), tmp_path / "hf" / "model.safetensors"
+    )
+    _same(_read(tmp_path / "hf"), bare)
+    done = convert.import_weights(tmp_path / "hf", tmp_path / "in")
+    assert "not checked: transformers does not look under model" in done.lines
+
+
+def _several(state):
+    """Two networks that differ, as self-distillation and averages of weights have."""
+    other = {name: value + 1 for name, value in state.items()}
+    head = {"head.mlp.0.weight": torch.zeros(3, 3)}
+    return {
+        "dino": (
+            {"student": _under("module.backbone.", other),
+             "teacher": _under("backbone.", state) | head},
+            "teacher.backbone", "student.module.backbone",
+        ),
+        "ema": (
+            {"state_dict": other, "state_dict_ema": state, "arch": "vit"},
+            "state_dict_ema", "state_dict",
+        ),
+        "flat": (
+            _under("teacher.", state) | _under("student.", other), "teacher", "student",
+        ),
+        "momentum": (
+            _under("momentum.", other) | state, ".", "momentum",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ("dino", "ema", "flat", "momentum"))
+def test_of_several_networks_both_are_named_and_one_is_chosen(
+    tmp_path, state, expected, kind
+):
+    content, wanted, other = _several(state)[kind]
+    path = _saved(tmp_path, content)
+    with pytest.raises(ConversionError, match="holds the weights of 2 ViTs") as error:
+        convert.open_weights(path, num_heads=2)
+    assert f"    {wanted} (32 tensors)" in str(error.value)
+    assert f"    {other} (32 tensors)" in str(error.value)
+    lines = _lines(path, tmp_path / "in", under=wanted)
+    assert any(f"32 tensors under {wanted}, as asked" in line for line in lines)
+    assert any(line.startswith(CHECKED) for line in lines)
+    _same(_read(path, under=wanted), expected)
+    assert _read(path, under=other)["encoder/norm/bias"][0] != (
+        expected["encoder/norm/bias"][0]
+    )
+    with pytest.raises(ConversionError, match="no patch projection under='nothing'"):
+        convert.open_weights(path, num_heads=2, under="nothing")
+
+
+def test_the_cure_of_an_error_works_in_a_command(tmp_path, state, capsys):
+    path = _saved(tmp_path, {"state_dict": state, "state_dict_ema": state})
+    import_it = ("import", path, f"--to={tmp_path / 'in'}", "--num_heads=2")
+    assert _main(*import_it) == 1
+    assert "--under=state_dict" in capsys.readouterr().err
+    assert _main(*import_it, "--under=state_dict_ema") == 0
+    capsys.readouterr()
+    assert _main("inspect", path, "--under=state_dict", "--num_heads=2") == 0
+    assert "32 tensors under state_dict, as asked" in capsys.readouterr().out
+
+
+def test_an_encoder_beside_other_parts_is_taken_when_asked(tmp_path, state, expected):
+    content = _under("model.encoder.", state) | {
+        "model.projector.0.weight": torch.zeros(3, 3),
+        "model.projector.0.bias": torch.zeros(3),
+    }
+    path = _saved(tmp_path, {"state_dict": content})
+    said = "To take the ViT alone: under='state_dict.model.encoder'"
+    with pytest.raises(ConversionError, match=said) as error:
+        convert.open_weights(path, num_heads=2)
+    assert "model.projector (2 tensors)" in str(error.value)
+    _same(_read(path, under="state_dict.model.encoder"), expected)
+
+
+def test_a_place_is_not_asked_of_our_own_files(tmp_path, state):
+    path = _saved(tmp_path, state)
+    done = convert.import_weights(path, tmp_path / "in", num_heads=2, check=False)
+    with pytest.raises(ConversionError, match="tells all of itself; leave out under"):
+        convert.open_weights(done.path, under="model")
+
+
+def test_scalars_beside_and_among_the_tensors_are_no_obstacle(
+    tmp_path, state, expected
+):
+    path = _saved(tmp_path, {
+        "model": {**state, "accuracy": np.float64(0.5)}, "best": np.float32(2),
+        "step": np.int64(7),
+        "optimizer": torch.optim.AdamW([torch.zeros(2)]).state_dict(),
+    })
+    _same(_read(path), expected)
+    evidence = convert.open_weights(path, num_heads=2).evidence
+    said = "beside the tensors, not used as weights: accuracy, best, optimizer, step"
+    assert said in evidence
+
+
+def test_objects_that_are_not_read_name_the_cure_and_it_works(
+    tmp_path, model, state, expected
+):
+    optimizer = torch.optim.AdamW(model.parameters())
+    path = _saved(tmp_path, {"model": state, "optimizer": optimizer})
+    cure = r"torch.load\(PATH, weights_only=False\), then torch.save\(\{'model'"
+    with pytest.raises(ConversionError, match=f"it names torch.optim.*{cure}"):
+        convert.open_weights(path, num_heads=2)
+    content = torch.load(path, weights_only=False)
+    torch.save({"model": content["model"]}, path)
+    _same(_read(path), expected)
+    with pytest.raises(ConversionError, match=r"content.state_dict\(\) where"):
+        convert.open_weights(_saved(tmp_path, model), num_heads=2)
+
+
+@pytest.mark.parametrize("name", ("reg_token", "dist_token"))
+def test_tokens_that_we_have_not_are_named_and_what_to_do(tmp_path, state, name):
+    path = _saved(tmp_path, {**state, name: torch.zeros(1, 4, 32)})
+    for parts in ("all", "encoder"):
+        with pytest.raises(ConversionError, match=f"{name}.*nor can its encoder by i"):
+            convert.open_weights(path, num_heads=2, parts=parts)
+
+
+@pytest.mark.parametrize("pool, changes", [
+    ("avgmax", dict(fc_norm=True)), ("map", {}), ("avg", dict(fc_norm=False)),
+])
+def test_the_encoder_of_another_classifier_is_taken_alone(tmp_path, pool, changes):
+    theirs = interop._randomise(timm.models.vision_transformer.VisionTransformer(
+        **interop.SMALL, img_size=32, num_classes=5, global_pool=pool, **changes
+    ))
+    path = _saved(tmp_path, theirs.state_dict())
+    facts = dict(num_heads=2) if pool == "map" else dict(num_heads=2, pool="mean")
+    if pool != "avgmax":  # which an fc_norm does not give away
+        with pytest.raises(ConversionError, match="parts='encoder'"):
+            convert.open_weights(path, **facts)
+    weights = crossmae_jax.load(path, num_heads=2, parts="encoder", **HALF)
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    inputs = torch.tensor((images / 127.5 - 1).transpose(0, 3, 1, 2)).float()
+    with torch.no_grad():
+        tokens = theirs.forward_features(inputs).numpy()
+    scale = np.abs(tokens).max()
+    np.testing.assert_allclose(weights.tokens(images), tokens, atol=TOLERANCE * scale)
+    status = _main(
+        "import", path, f"--to={tmp_path / 'in'}", "--num_heads=2", "--parts=encoder"
+    )
+    assert status == 0
+
+
+def test_a_classifier_of_transformers_is_one_here(tmp_path):
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    config = interop.vit_model().config
+    config.id2label, config.label2id = names, {v: k for k, v in names.items()}
+    theirs = interop._randomise(transformers.ViTForImageClassification(config))
+    theirs.save_pretrained(tmp_path / "hf")
+    done = convert.import_weights(tmp_path / "hf", tmp_path / "in")
+    assert done.card.classes == ("cat", "dog", "owl")
+    assert any(
+        line.startswith(CHECKED) and "logits" in line for line in done.lines
+    )
+    weights = convert.open_weights(tmp_path / "hf", parts="encoder")
+    assert weights.card.kind == "encoder" and "encoder/norm/scale" in weights.tensors
+    done = convert.import_weights(tmp_path / "hf", tmp_path / "alone", parts="encoder")
+    assert any("does not return its encoder's output" in line for line in done.lines)
+
+
+def test_other_heads_of_transformers_can_be_left_out(tmp_path):
+    theirs = transformers.ViTForMaskedImageModeling(interop.vit_model().config)
+    interop._randomise(theirs).save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConversionError, match="parts='encoder'"):
+        convert.open_weights(tmp_path / "hf")
+    weights = convert.open_weights(tmp_path / "hf", parts="encoder")
+    left_out = "left out, as asked: decoder, vit.embeddings.mask_token"
+    assert left_out in weights.evidence
+    np.testing.assert_array_equal(
+        weights.tensors["encoder/norm/scale"].read(),
+        theirs.vit.layernorm.weight.detach().numpy(),
+    )
