@@ -13,6 +13,7 @@ both sides take from the card, and it is not checked.
 import argparse
 import importlib
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
@@ -204,7 +205,7 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
             card = card.encoder_only()
         elif card.kind == "encoder":  # beside which a file may have more
             state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
-        model = _timm_model(card)
+        model = _timm_model(card, state)
         model.load_state_dict(state, strict=True, assign=True)
     model.eval()
     with torch.inference_mode():
@@ -217,14 +218,23 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     return {name: value.numpy() for name, value in outputs.items()}, lines
 
 
-def _timm_model(card: Card) -> Any:
+def _timm_model(card: Card, state: dict[str, Any]) -> Any:
+    """Returns timm's model of a card, with what `folding` has folded of a file."""
     import timm
     import torch
 
     config = exporting.timm_config(card)
-    config["model_args"]["num_classes"] = config["num_classes"]
+    arguments = config["model_args"] | {"num_classes": config["num_classes"]}
+    rows = math.prod(card.encoder.grid)
+    arguments["no_embed_class"] = state["pos_embed"].shape[1] == rows
+    if "blocks.0.ls1.gamma" in state:
+        arguments["init_values"] = 1.0
     with torch.device("meta"):  # takes no memory but the file's
-        return timm.create_model(config["architecture"], **config["model_args"])
+        model = timm.create_model(config["architecture"], **arguments)
+        if "head.0.running_mean" in state:  # as in MAE's script for linear probes
+            norm = torch.nn.BatchNorm1d(card.encoder.dim, affine=False, eps=1e-6)
+            model.head = torch.nn.Sequential(norm, model.head)
+    return model
 
 
 def _state(path: Path, place: str | None) -> dict[str, Any]:
@@ -245,6 +255,11 @@ def _state(path: Path, place: str | None) -> dict[str, Any]:
     flat, held = _flat(content), contents.read(path, under=place)
     beginning = f"{held.place}.".lstrip(".")
     state = {name: flat[beginning + name].float() for name in held.tensors}
+    for number in "12":  # as DeiT's authors and as timm call it
+        state = {
+            name.replace(f".gamma_{number}", f".ls{number}.gamma"): value
+            for name, value in state.items()
+        }
     return state
 
 

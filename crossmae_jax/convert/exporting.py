@@ -12,15 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from crossmae_jax.convert import contents, names, opened, structure
+from crossmae_jax.convert import contents, folding, names, opened, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.opened import Weights
-from crossmae_jax.models.classifier import BatchNorm
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -89,31 +86,10 @@ def _left_over(format: str, weights: Weights) -> list[str]:
 
 
 def folded(weights: Weights) -> Weights:
-    """Returns a linear probe whose head does what its batch norm did before it.
-
-    The norm has no parameters, so that W (x - mean) / deviation + b is another linear
-    layer: W / deviation, and b less that of the mean.
-    """
-    tensors = dict(weights.tensors)
-    mean, var, kernel, bias = (
-        tensors[name]
-        for name in ("batch_norm/mean", "batch_norm/var", "head/kernel", "head/bias")
-    )
-    del tensors["batch_norm/mean"], tensors["batch_norm/var"]
-
-    def scaled():
-        deviation = np.sqrt(var.read().astype(np.float64) + BatchNorm.epsilon)
-        return kernel.read() / deviation[:, None]
-
-    tensors["head/kernel"] = Tensor(
-        kernel.shape, kernel.dtype, lambda: scaled().astype(kernel.dtype)
-    )
-    tensors["head/bias"] = Tensor(
-        bias.shape, bias.dtype,
-        lambda: (bias.read() - mean.read() @ scaled()).astype(bias.dtype),
-    )
+    """Returns a linear probe whose head does what its batch norm did before it."""
     model = weights.card.model | {"head_norm": "none"}
     card = dataclasses.replace(weights.card, model=model)
+    tensors = folding.batch_norm(weights.tensors)
     return dataclasses.replace(weights, card=card, tensors=tensors)
 
 

@@ -1,7 +1,7 @@
 """Opens weights of other libraries: their tensors under our names, and a card for them.
 
 What their names and shapes tell becomes the card, with what lies beside them and what
-the caller says: `structure`.
+the caller says: `structure`. What our models have in another form is `folding`'s.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from crossmae_jax.convert import (
     cards,
     contents,
+    folding,
     hints,
     names,
     opened,
@@ -32,6 +33,7 @@ _TABLES = {
         names.HUGGINGFACE_MAE, names.HUGGINGFACE_VIT, names.HUGGINGFACE_CLASSIFIER
     ),
 }
+_COUNTER = "head.0.num_batches_tracked"  # of a batch norm, without use
 # Parts of models that change every token, by the words in their names.
 _UNHELD = {
     "reg_token": "register tokens", "register_tokens": "register tokens",
@@ -91,7 +93,8 @@ def open_source(
     table = min(
         _TABLES[format], key=lambda table: len(names.to_ours(table, tensors)[1])
     )
-    ours, left_over = names.to_ours(table, tensors)
+    ours, left_over = names.to_ours((*table, *names.FOLDED), tensors)
+    left_over = [name for name in left_over if not name.endswith(_COUNTER)]
     patch_name = names.their_names(table, "encoder/patch_embed/proj/kernel")[0]
     if patch_name not in tensors or len(tensors[patch_name].shape) != 4:
         raise ConversionError(
@@ -108,13 +111,17 @@ def open_source(
         facts = _with_imagenet(facts.with_given(given), format, patch[1], evidence)
         if parts == "encoder" and (left_over or "decoder/mask_token" not in ours):
             ours, left_over = _encoder_alone(ours, left_over, evidence)
+        ours = folding.on_reading(
+            ours, patch_size=patch[2], evidence=evidence,
+            image_size=facts.image_size or fallback.image_size,
+        )
         card = structure.infer(
             ours, patch, facts, fallback=fallback, origin=f"{path.name} ({format})",
             recipe=hints.recipe(rest), evidence=evidence,
         )
     advice = "; to take the encoder alone: parts='encoder', or --parts=encoder"
     opened.check(
-        ours, card, path, table=table, left_over=left_over,
+        ours, card, path, table=(*table, *names.FOLDED), left_over=left_over,
         advice=advice if any(map(comes_after, left_over)) else "",
     )
     return Weights(card, ours, format, tuple(evidence), source.contents.place)

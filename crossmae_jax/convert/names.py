@@ -106,6 +106,18 @@ TIMM: Table = (
     *_linear("head", "head"),
 )
 
+# What is read, and folded into others before it is ours: see `folding`. Linear probes
+# of MAE's script; layer scale as timm and as DeiT's authors call it.
+FOLDED: Table = (
+    _row("batch_norm/mean", "head.0.running_mean"),
+    _row("batch_norm/var", "head.0.running_var"),
+    *_linear("head", "head.1"),
+    *(
+        _row(f"encoder/blocks_{{i}}/ls{n}", f"blocks.{{i}}.{theirs}")
+        for n in (1, 2) for theirs in (f"ls{n}.gamma", f"gamma_{n}")
+    ),
+)
+
 # facebookresearch/mae and TonyLianLong/CrossMAE share one layout.
 MAE: Table = (
     *TIMM,

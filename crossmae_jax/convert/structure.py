@@ -303,6 +303,7 @@ def _image_size(
         raise ConversionError(
             f"{num_patches} positions form no square; give image_size, the height and "
             "width in pixels that they are for: convert import --image_size=H,W."
+            + _without_class_row(num_patches + 1, patch_size)
         )
     grid = tuple(length // patch_size for length in size)
     fits = all(length % patch_size == 0 for length in size)
@@ -312,6 +313,15 @@ def _image_size(
             f"{patch_size} px, but the file has positions for {num_patches}."
         )
     return size, grid
+
+
+def _without_class_row(rows: int, patch_size: int) -> str:
+    """Says what size to give if the table has no row for the class token."""
+    length = math.isqrt(rows) * patch_size
+    return "" if math.isqrt(rows)**2 != rows else (
+        f" If none of the table's {rows} rows is for the class token, as in DeiT III: "
+        f"--image_size={length},{length}."
+    )
 
 
 def _decoder_settings(

@@ -1,0 +1,99 @@
+"""What other models keep apart and ours have in one tensor, computed into it.
+
+    batch norm      of a linear probe, without parameters, into the head:
+                    W (x - mean) / deviation + b
+    layer scale     of DeiT III (arXiv 2204.07118), into the layers before it:
+                    gamma * (W x + b)
+    class row       that a position table lacks whose class token has no position: zeros
+
+The model computes the same; trained on, the parts would have moved apart.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from crossmae_jax.convert.files.tensor import Tensor, Tensors
+from crossmae_jax.models.classifier import BatchNorm
+
+# Where a layer scale follows, by what `names.FOLDED` calls it.
+_SCALED = {"ls1": "attn/proj", "ls2": "mlp/fc2"}
+
+
+def batch_norm(tensors: Tensors) -> dict[str, Tensor]:
+    """Returns tensors of a linear probe whose head does what its norm did before it."""
+    folded = dict(tensors)
+    mean, var = folded.pop("batch_norm/mean"), folded.pop("batch_norm/var")
+    kernel, bias = folded["head/kernel"], folded["head/bias"]
+
+    def scaled():
+        deviation = np.sqrt(var.read().astype(np.float64) + BatchNorm.epsilon)
+        return kernel.read() / deviation[:, None]
+
+    folded["head/kernel"] = Tensor(
+        kernel.shape, kernel.dtype, lambda: scaled().astype(kernel.dtype)
+    )
+    folded["head/bias"] = Tensor(
+        bias.shape, bias.dtype,
+        lambda: (bias.read() - mean.read() @ scaled()).astype(bias.dtype),
+    )
+    return folded
+
+
+def on_reading(
+    tensors: dict[str, Tensor], *, patch_size: int, image_size: Any,
+    evidence: list[str],
+) -> dict[str, Tensor]:
+    """Returns tensors under our names with all of this folded, as far as there is any.
+
+    Args:
+      image_size: if it is known; else it is not known that a class row lacks.
+      evidence: gets a line for each kind.
+    """
+    if {"batch_norm/mean", "batch_norm/var", "head/kernel", "head/bias"} <= (
+        tensors.keys()
+    ):
+        tensors = batch_norm(tensors)
+        evidence.append("folded: the head's batch norm, into the head")
+    tensors, number = _layer_scale(tensors)
+    if number:
+        evidence.append(
+            f"folded: the layer scale at {number} places, into the layers before it"
+        )
+    table = tensors.get("encoder/pos_embed")
+    if table is not None and len(table.shape) == 2 and _lacks_class_row(
+        table.shape[0], patch_size, image_size
+    ):
+        tensors = tensors | {"encoder/pos_embed": table.then(
+            lambda x: np.concatenate([np.zeros_like(x[:1]), x])
+        )}
+        evidence.append(
+            f"positions: {table.shape[0]} rows, none of them for the class token, as "
+            "in DeiT III; zeros were put before them"
+        )
+    return tensors
+
+
+def _layer_scale(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    folded, number = dict(tensors), 0
+    for name, gamma in tensors.items():
+        block, _, last = name.rpartition("/")
+        layer = f"{block}/{_SCALED.get(last)}"
+        kernel, bias = tensors.get(f"{layer}/kernel"), tensors.get(f"{layer}/bias")
+        if kernel is None or bias is None or gamma.shape != bias.shape:
+            continue
+        del folded[name]
+        for part in (kernel, bias):
+            folded[f"{layer}/{'kernel' if part is kernel else 'bias'}"] = Tensor(
+                part.shape, part.dtype,
+                lambda part=part, gamma=gamma: part.read() * gamma.read(),
+            )
+        number += 1
+    return folded, number
+
+
+def _lacks_class_row(rows: int, patch_size: int, image_size: Any) -> bool:
+    return image_size is not None and rows == math.prod(
+        length // patch_size for length in image_size
+    )
