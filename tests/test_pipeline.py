@@ -251,6 +251,35 @@ def test_bad_image_is_replaced_by_the_next_good_one(damaged, tmp_path):
     assert all(n["name"] in n["reason"] for n in noted)
 
 
+def test_a_workdir_lists_a_bad_image_once_however_often_it_is_met(damaged, tmp_path):
+    path = tmp_path / "bad_images.jsonl"
+    data = config(max_bad_share=0.1, batch_size=1)
+
+    def listed():
+        lines = path.read_text().splitlines()
+        return [os.path.basename(json.loads(line)["name"]) for line in lines]
+
+    whole = dict(batch_size=40, workdir=str(tmp_path))
+    # Seed 2 has image 6 before 5, for which 6 would stand in. Evaluations come between.
+    with pipeline.train_batches(
+        damaged, data, seed=2, start_step=0, num_steps=80, workdir=str(tmp_path)
+    ) as batches:
+        while not path.exists():
+            next(batches)
+        assert len(listed()) == 1
+        for _ in range(2):
+            assert len(_evaluate(damaged, data, **whole)) == 1
+        assert sorted(listed()) == ["05.png", "06.png"]
+        assert sum(1 for _ in batches) and batches.num_bad == 4
+    _train(damaged, data, num_steps=40, workdir=str(tmp_path))  # a second launch
+    assert sorted(listed()) == ["05.png", "06.png"]
+    # Of the line of a killed process nothing is known, and the next one is whole.
+    path.write_text(path.read_text().splitlines(keepends=True)[0][:-9])
+    _evaluate(damaged, data, **whole)
+    _, *lines = path.read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [5, 6]
+
+
 def test_workers_agree_on_bad_images(damaged, tmp_path):
     results = []
     for num in (0, 2):

@@ -2,7 +2,9 @@
 
 One damaged file must not end a run of days, and a damaged data set must not pass
 unnoticed. Every file is written once to `bad_images.jsonl`, one JSON object a line:
-its name, the reason, its index in the source and the sample it was met in.
+its name, the reason, its index in the source and the sample it was met in. A workdir
+has one list, which outlives a launch and is that of training and of all evaluations:
+a file that stands in it already is not written again.
 """
 
 import json
@@ -61,6 +63,8 @@ class BadImages:
         self._noted: set[int] = set()
         self._num_images = num_images
         self._max_share = max_share
+        self._listed: set[str] = set()  # names in the first so many bytes of the list
+        self._read_bytes = 0
         self._path = None
         if workdir is not None:
             which = f".process_{process_index}" if process_index else ""
@@ -94,7 +98,25 @@ class BadImages:
 
     def _note(self, image: Bad) -> None:
         logging.warning("Replaced an image that cannot be decoded: %s", image.reason)
-        if self._path is not None:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(image._asdict()) + "\n")
+        if self._path is None:
+            return
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        with open(self._path, "a+b") as file:
+            # Read anew: training and evaluations write into it by turns.
+            file.seek(self._read_bytes)
+            lines = file.read().splitlines(keepends=True)
+            self._listed.update(map(_name, lines))
+            if image.name not in self._listed:
+                if lines and not lines[-1].endswith(b"\n"):
+                    file.write(b"\n")
+                file.write(json.dumps(image._asdict()).encode() + b"\n")
+                self._listed.add(image.name)
+            self._read_bytes = file.tell()
+
+
+def _name(line: bytes) -> str | None:
+    """Returns whose line of the list it is; None of one that a killed run cut short."""
+    try:
+        return json.loads(line)["name"]
+    except ValueError:
+        return None
