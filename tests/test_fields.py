@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crossmae_jax.data import crops
 from crossmae_jax.data.fields import Field, View
 from tests.image_files import pixels
 
@@ -149,6 +150,82 @@ def test_of_a_larger_image_a_canvas_shows_the_centre():
     np.testing.assert_array_equal(
         _view(canvas=(2, 2)).boxes(np.array([[0.0, 0.0, 3.0, 4.0]])), [[0, 0, 1, 2]]
     )
+
+
+# What the canvas does not show is not made.
+
+
+def _whole_then_cut(image, view):
+    """What is seen, by a resize of all of the image."""
+    resized = Image.fromarray(image).resize(view.size[::-1], Image.Resampling.BICUBIC)
+    made = np.asarray(resized)
+    made = made[:, ::-1] if view.mirrored else made
+    top, left = (round((s - c) / 2) for s, c in zip(view.size, view.canvas))
+    return made[top : top + view.canvas[0], left : left + view.canvas[1]].astype(int)
+
+
+def _harsh(height, width):
+    """Noise and stripes of black and white: what resizing can make the most of."""
+    noise = np.random.default_rng(height * width).integers(0, 256, (height, width, 3))
+    yield noise.astype(np.uint8)
+    stripes = np.zeros((height, width, 3), np.uint8)
+    stripes[:, ::2] = 255
+    stripes[::3] ^= 255
+    yield stripes
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("crop_ratio", [0.875, 1.0])
+def test_evaluation_sees_what_a_resize_of_all_would_have_shown(crop_ratio, mirrored):
+    # Any size and shape, down to one pixel; every fourth is 50 to 400 times as long.
+    random, count = np.random.default_rng(0), {True: 0, False: 0}
+    for case in range(80):
+        height, width = (int(2 ** random.uniform(0, 9)) for _ in range(2))
+        if case % 4 == 0:
+            height, width = 1 + height % 9, (1 + height % 9) * (50 + width % 350)
+        if case % 8 == 0:
+            height, width = width, height
+        for target in ((16, 16), (14, 28), (33, 33)):
+            view = crops.centre_view(
+                (height, width), image_size=target, crop_ratio=crop_ratio
+            )._replace(mirrored=mirrored)
+            ordinary = np.prod(view.size) <= 32 * np.prod(target)
+            for image in _harsh(height, width):
+                old = _whole_then_cut(image, view)
+                difference = np.abs(view.pixels(_bands(image)) - old)
+                assert difference.max() <= (0 if ordinary else 2), (height, width)
+                assert (difference > 0).mean() < 0.15
+                count[bool(ordinary)] += 1
+    assert min(count.values()) > 80
+
+
+def test_a_needle_costs_what_is_seen_of_it(monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def watched(self, size, *args, **kwargs):
+        sizes.append(size)
+        return resize(self, size, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    for stored in ((1, 20_000), (20_000, 1), (3, 90_000), (300, 30_000)):
+        view = crops.centre_view(stored, image_size=(224, 224), crop_ratio=0.875)
+        image = np.full((*stored, 3), 99, np.uint8)
+        assert (view.pixels(_bands(image)) == 99).all()
+        for nearest in (True, False):
+            values = np.ones(stored, np.float32)
+            assert (view.raster(values, nearest=nearest, fill=0) == 1).all()
+    assert max(width * height for width, height in sizes) <= 32 * 224 * 224
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("nearest", [False, True])
+def test_a_raster_is_the_middle_of_the_whole_one(nearest, mirrored):
+    values = np.random.default_rng(0).random((7, 90)).astype(np.float32)
+    area = (0.5, 1.0, 89.0, 6.25)
+    view = View((7, 90), area, mirrored, (31, 600), (31, 600))
+    whole = view.raster(values, nearest=nearest, fill=0)
+    seen = view._replace(canvas=(15, 20)).raster(values, nearest=nearest, fill=0)
+    np.testing.assert_allclose(seen, whole[8:23, 290:310], rtol=1e-6)
 
 
 # Scales.

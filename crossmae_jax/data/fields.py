@@ -11,6 +11,12 @@ them all from what is stored to what is trained on:
     boxes      corners move along, and stop at the edge of the view
 
 so a crop or a flip that hits the image but not its labels cannot be written down.
+
+The work is bounded by the canvas. An image 20,000 pixels wide and one high, resized to
+256 rows, would have five million columns, of which 224 are seen. So where `size` has
+more than 32 times the canvas's pixels, only what is seen of it is made. PIL keeps the
+edges of its `box` in single precision, which moves some values by one or two of 255:
+that is why sizes below, those of all but needles, are made whole and then cut.
 """
 
 import math
@@ -21,6 +27,9 @@ from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
 Bands = tuple[Image.Image, ...]  # images of one or three channels, one after another
+Span = tuple[int, int]  # from the first row or column on, up to before the second
+
+_WHOLE = 32  # so many times the canvas's pixels are resized and then cut
 
 
 class Field(NamedTuple):
@@ -68,8 +77,8 @@ class View(NamedTuple):
         """Returns what is seen of an image, which may be stored at another scale."""
         arrays = [np.asarray(self._resized(band)) for band in bands]
         arrays = [a if a.ndim == 3 else a[..., None] for a in arrays]
-        whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
-        return self._placed(whole, fill)
+        seen = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+        return self._placed(seen, fill)
 
     def raster(
         self,
@@ -88,9 +97,8 @@ class View(NamedTuple):
         """
         left, top, right, bottom = self._area_of(values.shape)
         sample = _nearest if nearest else _means
-        return self._placed(
-            sample(values, (top, bottom), (left, right), self.size), fill
-        )
+        made = sample(values, (top, bottom), (left, right), self.size, self._seen())
+        return self._placed(made, fill)
 
     def boxes(self, boxes: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, "n 4"]:
         """Returns where boxes are seen: left, top, right, bottom on the canvas.
@@ -114,14 +122,41 @@ class View(NamedTuple):
         left, top, right, bottom = self.area
         return left * x, top * y, right * x, bottom * y
 
-    def _resized(self, band: Image.Image) -> Image.Image:
-        area = self._area_of((band.height, band.width))
-        left, top = math.floor(area[0]), math.floor(area[1])
-        outer = (left, top, math.ceil(area[2]), math.ceil(area[3]))
-        inner = (area[0] - left, area[1] - top, area[2] - left, area[3] - top)
+    def _resized(self, band: Image.Image) -> Shaped[np.ndarray, "rows columns ..."]:
+        """Returns what is seen of an image, not mirrored yet."""
+        left, top, right, bottom = self._area_of((band.height, band.width))
+        axes = (
+            _Axis(top, bottom, math.floor(top), math.ceil(bottom)),
+            _Axis(left, right, math.floor(left), math.ceil(right)),
+        )
+        seen = self._seen()
+        whole = math.prod(self.size) <= _WHOLE * math.prod(self.canvas)
+        if not whole:
+            axes = map(_Axis.part, axes, self.size, seen)
+        rows, columns = axes
         # Cut first: PIL's own `box` would let pixels from outside the area in.
+        outer = (columns.first, rows.first, columns.last, rows.last)
         cut = band if outer == (0, 0, *band.size) else band.crop(outer)
-        return cut.resize(self.size[::-1], Image.Resampling.BICUBIC, box=inner)
+        (top, bottom), (left, right) = rows.inner, columns.inner
+        bicubic = Image.Resampling.BICUBIC
+        if whole:
+            made = cut.resize(self.size[::-1], bicubic, box=(left, top, right, bottom))
+            return np.asarray(made)[slice(*seen[0]), slice(*seen[1])]
+        height, width = (last - first for first, last in seen)
+        passes = [
+            ((width, cut.height), (left, 0, right, cut.height)),
+            ((width, height), (0, top, width, bottom)),
+        ]
+        # What lies between the passes is rounded, and ends at black and white. So they
+        # come in PIL's order, which is columns first unless tall images shrink.
+        if band.height > max(band.width, self.size[0]):
+            passes = [
+                ((cut.width, height), (0, top, cut.width, bottom)),
+                ((width, height), (left, 0, right, height)),
+            ]
+        for size, box in passes:
+            cut = cut.resize(size, bicubic, box=box)
+        return np.asarray(cut)
 
     def _hidden(self) -> tuple[int, int]:
         """Returns how many rows and columns of `size` lie before the canvas begins."""
@@ -130,40 +165,79 @@ class View(NamedTuple):
             for size, canvas in zip(self.size, self.canvas)
         )
 
-    def _placed(self, values: np.ndarray, fill: int | float) -> np.ndarray:
+    def _seen(self) -> tuple[Span, Span]:
+        """Returns which rows and columns of `size` are seen, before they are mirrored.
+        """
+        (top, left), (height, width) = self._hidden(), self.size
+        bottom = min(height, top + self.canvas[0])
+        right = min(width, left + self.canvas[1])
         if self.mirrored:
-            values = values[:, ::-1]
-        top, left = self._hidden()
-        height, width = self.canvas
-        seen = values[top : top + height, left : left + width]
+            left, right = width - right, width - left
+        return (top, bottom), (left, right)
+
+    def _placed(self, seen: np.ndarray, fill: int | float) -> np.ndarray:
+        """Mirrors what is seen, and puts it onto the canvas."""
+        if self.mirrored:
+            seen = seen[:, ::-1]
         if seen.shape[:2] == self.canvas:
             return seen
-        canvas = np.full((height, width, *seen.shape[2:]), fill, seen.dtype)
+        canvas = np.full((*self.canvas, *seen.shape[2:]), fill, seen.dtype)
         canvas[: seen.shape[0], : seen.shape[1]] = seen
         return canvas
 
 
-def _nearest(values, rows, columns, size):
-    """Returns the values at the centres of new cells."""
+class _Axis(NamedTuple):
+    """Rows or columns to resize: from edge to edge, made of whole pixels of an image.
+    """
+
+    begin: float
+    end: float
+    first: int
+    last: int
+
+    @property
+    def inner(self) -> tuple[float, float]:
+        """The edges as seen from the first pixel."""
+        return self.begin - self.first, self.end - self.first
+
+    def part(self, size: int, seen: Span) -> "_Axis":
+        """Returns which part of the axis is seen when it is resized to `size`.
+
+        A new pixel is made of what is nearer to it than two old pixels, or than two new
+        ones where these are larger. PIL's `box` is more precise in a shorter cut, too.
+        """
+        step = (self.end - self.begin) / size
+        begin, end = (self.begin + at * step for at in seen)
+        reach = 2 * max(1.0, step) + 1
+        first = max(self.first, math.floor(begin - reach))
+        return _Axis(begin, end, first, min(self.last, math.ceil(end + reach)))
+
+
+def _nearest(values, rows, columns, size, seen):
+    """Returns the values at the centres of the new cells that are seen."""
     at = []
-    for (begin, end), old, new in zip((rows, columns), values.shape, size):
-        centres = begin + (np.arange(new) + 0.5) * ((end - begin) / new)
+    axes = zip((rows, columns), values.shape, size, seen)
+    for (begin, end), old, new, visible in axes:
+        centres = begin + (np.arange(*visible) + 0.5) * ((end - begin) / new)
         at.append(np.clip(np.floor(centres).astype(int), 0, old - 1))
     return values[np.ix_(*at)]
 
 
-def _means(values, rows, columns, size):
+def _means(values, rows, columns, size, seen):
     """Returns the means of values, constant within a cell, over new cells."""
-    down = _shares(rows, values.shape[0], size[0])
-    across = _shares(columns, values.shape[1], size[1])
+    down = _shares(rows, values.shape[0], size[0], seen[0])
+    across = _shares(columns, values.shape[1], size[1], seen[1])
     return (down @ values @ across.T).astype(np.float32)
 
 
 def _shares(
-    span: tuple[float, float], old: int, new: int
-) -> Float[np.ndarray, "new old"]:
-    """Returns which share of each new cell of the span lies in each old cell."""
-    edges = np.linspace(*span, new + 1)
+    span: tuple[float, float], old: int, new: int, seen: Span
+) -> Float[np.ndarray, "rows old"]:
+    """Returns which share of each new cell that is seen lies in each old cell."""
+    begin, end = span
+    edges = begin + np.arange(seen[0], seen[1] + 1) * ((end - begin) / new)
+    if seen[1] == new:
+        edges[-1] = end  # and not beside it by a rounding error
     cells = np.arange(old)
     common = np.minimum(edges[1:, None], cells + 1) - np.maximum(
         edges[:-1, None], cells
