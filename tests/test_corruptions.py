@@ -46,6 +46,15 @@ def clean(source):
     ])
 
 
+def test_images_of_too_many_pixels_are_bad_images_here_too(photographs):
+    allowed = corrupted(photographs)
+    refusing = corrupted(photographs, max_pixels=10)
+    with pytest.raises(decoding.BadImage, match="data.max_pixels=10 is the most"):
+        refusing[0]
+    assert allowed[0]["image"].shape == (*SIZE, 3)
+    assert refusing.fingerprint == allowed.fingerprint  # it changes no image
+
+
 @pytest.mark.parametrize("name", corruptions.CORRUPTIONS)
 def test_a_higher_severity_is_farther_from_the_clean_image(name, photographs):
     target = clean(photographs).astype(float)

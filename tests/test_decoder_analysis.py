@@ -125,6 +125,16 @@ def test_the_attention_command_writes_table_and_picture(
         assert picture.size[0] > 800
 
 
+def test_the_attention_command_decodes_no_larger_images_than_it_may(
+    runs, folder, tmp_path, capsys
+):
+    status, _, err = run_command([
+        "attention", f"--checkpoint={runs['mae']}", f"--dir={folder}",
+        f"--to={tmp_path}", "--max_pixels=3",
+    ], capsys)
+    assert status == 1 and "data.max_pixels=3 is the most that is decoded" in err
+
+
 def test_a_decoder_without_self_attention_has_no_ablations(
     runs, folder, tmp_path, capsys
 ):

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image, JpegImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin
 
 from crossmae_jax.data import crops, decoding, transforms
 from crossmae_jax.data.randaug import RandAugment
@@ -317,6 +317,55 @@ def test_array_of_the_wrong_channels_is_a_mismatch():
 def test_array_of_another_type_is_an_error():
     with pytest.raises(TypeError, match="NAME.*float32.*8 bits"):
         _eval(np.zeros((16, 16, 3), np.float32))
+
+
+def _claiming(height, width, form="PNG"):
+    """A small file of one colour, of that many pixels."""
+    file = io.BytesIO()
+    Image.new("L", (width, height), 77).save(file, form)
+    return file.getvalue()
+
+
+def test_an_image_of_too_many_pixels_is_not_decoded(monkeypatch):
+    image = _claiming(30, 50)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # nothing may be decoded
+    message = (
+        r"^NAME: it has 30 x 50 pixels; data.max_pixels=1499 is the most that is "
+        "decoded. Make the image smaller, .* or raise data.max_pixels$"
+    )
+    for transform in (_train, _eval):
+        with pytest.raises(decoding.BadImage, match=message):
+            transform(image, max_pixels=1499)
+    monkeypatch.undo()
+    assert (_eval(image, max_pixels=1500) == 77).all()
+    assert (_train(image, max_pixels=1500) == 77).all()
+    with pytest.raises(ValueError, match="max_pixels=0 must be 1 or more; it is hei"):
+        _eval(image, max_pixels=0)
+
+
+def test_more_pixels_than_pil_opens_can_be_allowed(monkeypatch):
+    # As if PIL's limits, and ours with them, were those of 20 x 50 pixels.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 1000)
+    with pytest.raises(decoding.BadImage, match="PIL refuses.*raise data.max_pixels$"):
+        _eval(_claiming(30, 50), max_pixels=1000)
+    assert Image.MAX_IMAGE_PIXELS == 500  # as long as nobody asks for more
+    for transform in (_train, _eval):
+        image = transform(_claiming(30, 50), max_pixels=1500, crop_scale=(1.0, 1.0))
+        assert (image == 77).all()
+    assert Image.MAX_IMAGE_PIXELS == 1500
+
+
+def test_a_small_file_of_many_pixels_takes_the_time_of_its_crop():
+    image = _claiming(1, 20_000)
+    assert len(image) < 150
+    for size in ((224, 224), (16, 16)):
+        assert (_eval(image, image_size=size) == 77).all()
+        assert (_train(image, image_size=size) == 77).all()
+        whole = transforms.whole_images(
+            [np.full((20_000, 1, 3), 77, np.uint8)], image_size=size, channels=3
+        )
+        assert (whole == 77).all()
 
 
 def test_camera_rotation_is_not_applied():

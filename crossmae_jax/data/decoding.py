@@ -6,6 +6,10 @@ where the crop still keeps twice the target's resolution. A 12-megapixel photo d
 about three times as fast; the pixels differ by less than one grey level on average.
 Images of ImageNet's usual size are decoded in full.
 
+How much memory a file can take is known from its header: a few bytes may stand for
+gigabytes. An image of more than `max_pixels` is not decoded. PIL has a limit of its
+own, one for the whole process, which is raised where more are asked for.
+
 The rotation that a camera notes in EXIF is not applied, as in the references. 16-bit
 grey keeps its high byte. Transparency is dropped, not blended. Grey images in a set of
 colour images are repeated to three channels; every other mismatch is an error. Four or
@@ -40,6 +44,7 @@ _PIL_ERRORS = (
     Image.DecompressionBombError,
 )
 _GREY_MODES = ("1", "L", "LA", "La")
+MAX_PIXELS = 178_956_970  # what PIL opens at most by default; 0.7 GB as colour
 _KEEP = 2  # a crop of a reduced JPEG has at least this many pixels per target pixel
 
 
@@ -91,11 +96,16 @@ class Picture:
         return _decode(self.content, channels, self.name)
 
 
-def open_image(image: bytes | np.ndarray, *, name: str) -> Picture:
+def open_image(
+    image: bytes | np.ndarray, *, name: str, max_pixels: int = MAX_PIXELS
+) -> Picture:
     """Reads the header of an encoded file, or takes uint8 [height width c] as it is.
 
+    Args:
+      max_pixels: height times width of the largest file that may be decoded.
+
     Raises:
-      BadImage: if it is no image.
+      BadImage: if it is no image, or one of more pixels.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3:
@@ -105,8 +115,12 @@ def open_image(image: bytes | np.ndarray, *, name: str) -> Picture:
                 "data set to 8 bits."
             )
         return Picture(image, name, image.shape[:2])
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
         opened = Image.open(io.BytesIO(image))
+    except Image.DecompressionBombError as error:  # above twice PIL's own limit
+        raise _too_large(name, f"PIL refuses it ({error})", max_pixels) from None
     except _PIL_ERRORS as error:
         reason = "not a known image format or damaged at the start"
         if not isinstance(error, Image.UnidentifiedImageError):
@@ -114,7 +128,10 @@ def open_image(image: bytes | np.ndarray, *, name: str) -> Picture:
         elif not image:
             reason = "the file is empty"
         raise BadImage(f"{name}: {reason}") from None
-    return Picture(opened, name, (opened.height, opened.width))
+    height, width = opened.height, opened.width
+    if height * width > max_pixels:
+        raise _too_large(name, f"it has {height} x {width} pixels", max_pixels)
+    return Picture(opened, name, (height, width))
 
 
 def _split(pixels: np.ndarray, channels: int, name: str) -> Bands:
@@ -163,6 +180,13 @@ def _high_byte(image: Image.Image) -> Image.Image:
             f"values from {values.min()} to {values.max()} do not fit 16 bits"
         )
     return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _too_large(name: str, what: str, max_pixels: int) -> BadImage:
+    return BadImage(
+        f"{name}: {what}; data.max_pixels={max_pixels} is the most that is decoded. "
+        "Make the image smaller, give its pixels as an array, or raise data.max_pixels"
+    )
 
 
 def _mismatch(name: str, stored: int, mode: str, channels: int) -> ChannelMismatch:

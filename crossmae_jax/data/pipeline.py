@@ -368,10 +368,12 @@ class _Loader:
             except OSError as error:
                 reason = f"{self.source.name(at)}: {type(error).__name__}: {error}"
             bad.append(Bad(self.source.name(at), reason, at, sample))
-        raise TooManyBadImages(
+        error = TooManyBadImages(
             f"{attempt + 1} images in a row cannot be decoded. The last one is "
             f"{reason}. Check the data set: {self.source!r}."
         )
+        error.reason = reason
+        raise error
 
     def _checked(self, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Refuses what NumPy would fit into arrays by repeating or rounding it."""

@@ -64,9 +64,10 @@ class Classification:
       flip: half of the images are mirrored.
       randaug: changes the cropped images, if anything does.
       eval_crop_ratio: share of the resized image's sides that evaluation sees.
+      max_pixels: larger files are bad images.
 
     Raises:
-      ValueError: if a crop is unknown or a ratio is none.
+      ValueError: if a crop is unknown, a ratio is none, or no image is small enough.
     """
 
     image_size: tuple[int, int]
@@ -76,6 +77,7 @@ class Classification:
     flip: bool
     randaug: RandAugment | None
     eval_crop_ratio: float
+    max_pixels: int = decoding.MAX_PIXELS
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -89,6 +91,11 @@ class Classification:
                 f"config.data.eval_crop_ratio={self.eval_crop_ratio} must lie between "
                 "0 and 1; it is the share of the resized image's side that is kept."
             )
+        if self.max_pixels < 1:
+            raise ValueError(
+                f"config.data.max_pixels={self.max_pixels} must be 1 or more; it is "
+                "height times width of the largest image that is decoded."
+            )
 
     @classmethod
     def from_config(cls, data: ConfigDict) -> "Classification":
@@ -101,6 +108,7 @@ class Classification:
             flip=data.flip,
             randaug=randaug.from_config(data),
             eval_crop_ratio=data.eval_crop_ratio,
+            max_pixels=data.max_pixels,
         )
 
     @property
@@ -115,7 +123,9 @@ class Classification:
         self, record: Record, rng: np.random.Generator | None
     ) -> dict[str, np.ndarray]:
         """Returns uint8 pixels [height width c] and an int32 label []."""
-        picture = decoding.open_image(record["image"], name=record["name"])
+        picture = decoding.open_image(
+            record["image"], name=record["name"], max_pixels=self.max_pixels
+        )
         if rng is None:
             view = crops.centre_view(
                 picture.size, image_size=self.image_size,
@@ -163,14 +173,19 @@ def eval_image(
     channels: int,
     crop_ratio: float,
     name: str,
+    max_pixels: int = decoding.MAX_PIXELS,
 ) -> UInt8[np.ndarray, "height width c"]:
     """Returns the pixels of an image as evaluation sees them, see `crops.centre_view`.
 
     Args:
       image: an encoded file, or uint8 [height width c].
       name: what errors call the image.
+      max_pixels: height times width of the largest file that may be decoded.
+
+    Raises:
+      BadImage: if it cannot be decoded.
     """
-    picture = decoding.open_image(image, name=name)
+    picture = decoding.open_image(image, name=name, max_pixels=max_pixels)
     view = crops.centre_view(picture.size, image_size=image_size, crop_ratio=crop_ratio)
     return view.pixels(picture.decode(channels))
 
@@ -185,7 +200,8 @@ def whole_images(
         [height width c] of any size, which are resized and cropped by `eval_image`.
 
     Raises:
-      ValueError: if they are no uint8 images, or an array of another size.
+      ValueError: if they are no uint8 images, an array of another size, or files of
+        more than `decoding.MAX_PIXELS`.
     """
     if isinstance(images, (str, Path)):
         raise ValueError(f"images={str(images)!r} is one file; give a list: [path].")

@@ -13,7 +13,7 @@ import tqdm
 
 from crossmae_jax import errors, tables
 from crossmae_jax.convert import structure
-from crossmae_jax.data import bad_images, crops, pipeline, sources
+from crossmae_jax.data import bad_images, crops, decoding, pipeline, sources
 from crossmae_jax.evals import reconstruction
 from crossmae_jax.probing import attention_weights
 from crossmae_jax.probing.pretrained import Pretrained
@@ -37,7 +37,7 @@ class Score(NamedTuple):
 def attention(
     model: Pretrained, source: sources.Source, *, num_images: int | None = None,
     batch_size: int = 32, mask_ratio: float | None = None, seed: int = 0,
-    workers: int = 0, progress: bool = True,
+    workers: int = 0, max_pixels: int = decoding.MAX_PIXELS, progress: bool = True,
 ) -> attention_weights.Magnitudes:
     """Measures how much masked patches attend to visible and to masked ones.
 
@@ -47,6 +47,7 @@ def attention(
       source: images, such as `data.sources.FolderSource(directory)`.
       num_images: only so many, spread evenly over the source.
       workers: processes that decode images; 0 for threads of this one.
+      max_pixels: height times width of the largest image that may be decoded.
       progress: draws a bar.
 
     Raises:
@@ -56,7 +57,8 @@ def attention(
     total, seen = None, 0
     magnitudes = None
     for images, numbers in _stream(
-        model, source, num_images, batch_size, workers, progress, "attention"
+        model, source, num_images, batch_size, workers, max_pixels, progress,
+        "attention",
     ):
         magnitudes = model.attention_magnitudes(
             images, mask_ratio=mask_ratio, seed=seed, numbers=numbers
@@ -72,7 +74,7 @@ def attention(
 def ablations(
     model: Pretrained, source: sources.Source, *, num_images: int | None = None,
     batch_size: int = 32, mask_ratio: float | None = None, seed: int = 0,
-    workers: int = 0, progress: bool = True,
+    workers: int = 0, max_pixels: int = decoding.MAX_PIXELS, progress: bool = True,
 ) -> dict[str, Score]:
     """Scores an MAE as it is and without either attention of its masked patches.
 
@@ -89,7 +91,8 @@ def ablations(
     sums = {name: np.zeros(3) for name in kinds}  # of errors, of ratios; finite ones
     seen = 0
     for images, numbers in _stream(
-        model, source, num_images, batch_size, workers, progress, "ablations"
+        model, source, num_images, batch_size, workers, max_pixels, progress,
+        "ablations",
     ):
         for name, kind in kinds.items():
             pictures = model.reconstruct(
@@ -109,7 +112,7 @@ def ablations(
 
 def _stream(
     model: Pretrained, source: Any, num_images: int | None, batch_size: int,
-    workers: int, progress: bool, title: str,
+    workers: int, max_pixels: int, progress: bool, title: str,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields the images of a source, and their numbers in it."""
     for name, value in (("num_images", num_images), ("batch_size", batch_size)):
@@ -118,6 +121,7 @@ def _stream(
     data = structure.config_of(model.card).data
     data.update(
         eval_crop_ratio=crops.EVAL_CROP_RATIO, workers=workers, max_bad_share=0.0,
+        max_pixels=max_pixels,
         # Of training, which does not take place.
         transform="classification", crop="ten_tries", crop_scale=(1.0, 1.0), flip=False,
         randaug_ops=0,

@@ -36,11 +36,13 @@ from crossmae_jax.runs import settings
 
 _PICTURES_BYTES = 50_000_000  # panels, curves, the page
 
-# Keys that may differ when a run is resumed: where things lie, how often to look.
+# Keys that may differ when a run is resumed: where things lie, how often to look, and
+# which files are good enough: who has stopped at a bad one may repair it, or allow it.
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
-    "data.eval_crop_ratio", "data.max_bad_share", "model.remat", "mesh",
+    "data.eval_crop_ratio", "data.max_bad_share", "data.max_pixels", "model.remat",
+    "mesh",
 )
 
 

@@ -57,7 +57,7 @@ class Corrupted:
     because threads share NumPy's random state, which is put back after each.
 
     Args:
-      data: image_size, channels and eval_crop_ratio are used.
+      data: image_size, channels, eval_crop_ratio and max_pixels are used.
       corruption: one of `CORRUPTIONS`.
       severity: one of `SEVERITIES`.
 
@@ -97,6 +97,7 @@ class Corrupted:
         # What else has a place in the image would not be cropped with it.
         self.kinds = source.kinds & {"label"}
         self.classes = source.classes
+        self._max_pixels = data.max_pixels  # changes no image, so no fingerprint
         self._view = {
             "image_size": (height, width),
             "channels": data.channels,
@@ -109,7 +110,8 @@ class Corrupted:
     def __getitem__(self, index: int) -> Record:
         record = self.source[index]
         clean = transforms.eval_image(
-            record["image"], name=record["name"], **self._view
+            record["image"], name=record["name"], max_pixels=self._max_pixels,
+            **self._view,
         )
         kept = {kind: record[kind] for kind in self.kinds}
         return kept | {"name": record["name"], "image": self._corrupt(clean, index)}
