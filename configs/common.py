@@ -217,6 +217,7 @@ def images(
         randaug_magnitude=9.0,
         eval_crop_ratio=0.875,  # 224 / 256
         workers=-1,  # -1: chosen from the CPU count; 0: threads of this process
+        max_skipped_share=0.05,  # folder: of images of a kind that is not read
         max_bad_share=0.001,  # of images that cannot be decoded and are replaced
         max_pixels=178_956_970,  # of an image that is decoded: PIL's own limit
     )

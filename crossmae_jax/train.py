@@ -252,6 +252,10 @@ def begin(job: Job) -> tuple[TrainState, bool]:
             state = state.replace(variables=start.apply(state.variables))
     environment.write_environment(job.home.local)
     config = job.config
+    described = [
+        f"{split}: {sources.described(source)}" for split, source in job.images.items()
+    ]
+    parallel.say("\n".join(described))
     parallel.say(
         f"mesh: {job.mesh_line}\n"
         f"{len(job.images['train'])} images, {config.epochs:g} epochs, {job.total} "

@@ -103,6 +103,7 @@ def test_a_head_for_other_classes_is_not_started_from(trained, tmp_path, capsys)
     config = folder_config(data, data, epochs=1.0, init_from=str(run))
     train.run(config, tmp_path / "next")
     out = capsys.readouterr().out
+    assert f"\ntrain: 18 images, 3 classes, in {data}\neval: 18 images" in out
     assert "the head is for other classes, ant, bee, cat, ...; the data has" in out
     assert "new      head" in out
 

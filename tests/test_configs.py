@@ -64,7 +64,7 @@ KEYS = {
         "mean": tuple, "std": tuple, "batch_size": int, "transform": str,
         "crop": str, "crop_scale": tuple, "flip": bool, "randaug_ops": int,
         "randaug_magnitude": float, "eval_crop_ratio": float, "workers": int,
-        "max_bad_share": float, "max_pixels": int,
+        "max_bad_share": float, "max_pixels": int, "max_skipped_share": float,
     },
     "checkpoint": {"every_epochs": float, "keep": int, "best": str},
     "mesh": {"fsdp": int},

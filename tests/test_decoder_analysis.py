@@ -1,6 +1,7 @@
 """Analyses over a data set, and the commands that run them, on files of images."""
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -133,6 +134,27 @@ def test_the_attention_command_decodes_no_larger_images_than_it_may(
         f"--to={tmp_path}", "--max_pixels=3",
     ], capsys)
     assert status == 1 and "data.max_pixels=3 is the most that is decoded" in err
+
+
+def test_the_attention_command_says_and_limits_what_it_skips(
+    runs, folder, tmp_path, capsys
+):
+    images = shutil.copytree(folder, tmp_path / "images")
+    for number in range(3):
+        (images / f"{number}.heic").write_bytes(b"")
+    command = [
+        "attention", f"--checkpoint={runs['cross']}", f"--dir={images}",
+        f"--to={tmp_path / 'out'}",
+    ]
+    status, _, err = run_command(command, capsys)
+    assert status == 1 and "3 of 10 images are of a kind that is not read" in err
+    status, out, _ = run_command([*command, "--max_skipped_share=0.3"], capsys)
+    assert status == 0 and "Images: 7 images, no labels, in" in out
+    assert "; skipped: 3 .heic (no kind" in (tmp_path / "out/attention.md").read_text()
+    command[2] = "--tfds=sklearn_digits"
+    with pytest.raises(SystemExit):
+        front_door.main([*command, "--max_skipped_share=0.3"])
+    assert "is of --dir, and not of --tfds" in capsys.readouterr().err
 
 
 def test_a_decoder_without_self_attention_has_no_ablations(

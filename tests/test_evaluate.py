@@ -259,7 +259,7 @@ def test_data_of_other_classes_and_images_too_small_to_corrupt_are_refused(
         command.main([f"--checkpoint={tmp_path / 'tiny'}", "--suite=robustness"])
 
 
-def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path):
+def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path, capsys):
     run, _ = classifier
     folder = tmp_path / "images"
     for number in range(20):
@@ -273,6 +273,7 @@ def test_an_image_that_cannot_be_decoded_is_in_the_report(classifier, tmp_path):
     made = of_checkpoint.open_checkpoint(run, config)
     (note,) = of_checkpoint.run(made, ["accuracy"], tmp_path / "report").notes
     assert note.startswith("1 images of eval could not be decoded")
+    assert f"eval: 20 images, 10 classes, in {folder}\n" in capsys.readouterr().out
     (line,) = (tmp_path / "report" / "bad_images.jsonl").read_text().splitlines()
     assert "3/7.png" in line
 

@@ -304,6 +304,9 @@ def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
         assert ours["name"] == theirs["name"].replace(
             str(tmp_path), f"gs://{buckets.NAME}/sets"
         )
+    assert source.skipped == (
+        "1 .txt (no kind of image that is read), 2 whose names begin with a dot"
+    )
     assert len(pickle.dumps(source)) < 2000
     data = settings(batch_size=10, image_size=(16, 16))
     batches = []

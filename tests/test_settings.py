@@ -98,10 +98,10 @@ def test_the_settings_of_a_shipped_run_are_those_of_its_config():
     assert workdir.differing(settings.completed(stored), ours) == {}
 
 
-def test_a_run_may_go_on_with_other_limits_of_bad_images():
+def test_a_run_may_go_on_with_other_limits_of_bad_and_skipped_images():
     ours = digits_cross.get_config()
     other = digits_cross.get_config()
-    other.data.update(max_pixels=1, max_bad_share=0.5)
+    other.data.update(max_pixels=1, max_bad_share=0.5, max_skipped_share=1.0)
     assert workdir.differing(ours.to_dict(), other.to_dict()) == {}
     other.data.flip = not ours.data.flip
     assert list(workdir.differing(ours.to_dict(), other.to_dict())) == ["data.flip"]

@@ -119,8 +119,8 @@ def test_empty_folder_says_what_was_found(tmp_path):
     with pytest.raises(ValueError) as caught:
         _folder(tmp_path)
     assert str(caught.value) == (
-        f"No images under {tmp_path}. Looked for .jpg .jpeg .png .webp .tif .tiff "
-        ".bmp. Found instead: 12 .heic, 3 .txt."
+        f"No images under {tmp_path}. Looked for .jpg .jpeg .jpe .jfif .png .webp .tif "
+        ".tiff .bmp .ppm .pgm .pbm .pnm. Found instead: 12 .heic, 3 .txt."
     )
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="Found instead: no files at all"):

@@ -34,6 +34,10 @@ _HOW = {
 _FLAGS = {
     "to": Flag(str, "the folder to write to", required=True),
     "dir": Flag(str, "a folder of images"),
+    "max_skipped_share": Flag(
+        float, "share of its images that may be of a kind that is not read; default: "
+        "0.05",
+    ),
     "tfds": Flag(str, "instead of it a TFDS data set in ArrayRecord form"),
     "data_dir": Flag(str, "where TFDS sets are"),
     "split": Flag(str, "of the TFDS set; default: validation"),
@@ -50,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
         flags.stop("Give images, by one of --dir=FOLDER and --tfds=NAME.")
     if given.dir is not None and (given.data_dir or given.split):
         flags.stop("--data_dir and --split are of --tfds, and not of --dir.")
+    if given.tfds is not None and given.max_skipped_share is not None:
+        flags.stop("--max_skipped_share is of --dir, and not of --tfds.")
 
     import crossmae_jax
     from crossmae_jax import visualize
@@ -59,7 +65,9 @@ def main(argv: Sequence[str]) -> None:
     with errors.setting_up():
         model = crossmae_jax.load(given.checkpoint, **convert.facts(given))
         if given.dir is not None:
-            source = sources.FolderSource(given.dir)
+            share = given.max_skipped_share
+            accepted = {} if share is None else {"max_skipped_share": share}
+            source = sources.FolderSource(given.dir, **accepted)
         else:
             source = sources.TfdsSource(
                 given.tfds, data_dir=given.data_dir, split=given.split or "validation"
@@ -68,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         to.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     how = {name: getattr(given, name) for name in _HOW}
     magnitudes = decoder_analysis.attention(model, source, **how)
-    parts = [magnitudes.table()]
+    parts = [f"Images: {sources.described(source)}.", magnitudes.table()]
     # One self-attention over visible and masked patches, as MAE has it.
     if model.model.decoder.gives_visible and not model.model.aggregators:
         scores = decoder_analysis.ablations(model, source, **how)

@@ -3,7 +3,6 @@
 A directory may be `gs://bucket/folder`; each image is then one request.
 """
 
-import collections
 import functools
 import hashlib
 import os
@@ -12,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from crossmae_jax import paths
+from crossmae_jax.data import listing
 from crossmae_jax.data.classes import numbers
 from crossmae_jax.data.transforms import Record
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
-_ENDINGS = tuple(os.fsencode(extension) for extension in EXTENSIONS)
+MAX_SKIPPED_SHARE = 0.05
 
 
 class FolderSource:
@@ -31,17 +30,30 @@ class FolderSource:
     Args:
       classes: names of which labels shall be numbers; the folders' own if not given,
         and if empty labels are not wanted.
+      max_skipped_share: share of the images that may be of a kind that is not read, of
+        all and of those of a class folder.
+
+    Attributes:
+      skipped: what is left aside, and why; "" if nothing is.
+
+    Raises:
+      ValueError: if there are no images, or what `listing.check` refuses.
     """
 
-    def __init__(self, directory: str, *, classes: tuple[str, ...] | None = None):
+    def __init__(
+        self,
+        directory: str,
+        *,
+        classes: tuple[str, ...] | None = None,
+        max_skipped_share: float = MAX_SKIPPED_SHARE,
+    ):
         if paths.is_remote(directory):
             self.directory = str(paths.path(directory))
-            images, others = _list(self.directory)
         else:
             self.directory = os.path.abspath(os.path.expanduser(directory))
-            images, others = _walk(self.directory)
-        if not images:
-            raise ValueError(_nothing_found(self.directory, others))
+        content = listing.listed(self.directory)
+        listing.check(self.directory, content, max_skipped_share=max_skipped_share)
+        self.skipped, images = listing.skipped(content), content.images
         # One blob and offsets instead of a list: a million paths travel to each worker.
         self._blob = b"".join(images)
         self._ends = np.cumsum([len(path) for path in images], dtype=np.int64)
@@ -102,71 +114,3 @@ class FolderSource:
             f"{len(self.classes)} classes)"
         )
 
-
-def _is_image(name: bytes) -> bool:
-    return name.lower().endswith(_ENDINGS)
-
-
-def _list(directory: str) -> tuple[list[bytes], collections.Counter]:
-    """Returns what `_walk` returns, of a folder in a bucket."""
-    bucket = paths.system(directory)
-    root = directory.removeprefix("gs://") + "/"
-    images, others = [], collections.Counter()
-    names = bucket.find(directory)
-    if not names or names == [root[:-1]]:
-        what = "is an object" if names else "does not exist"
-        raise ValueError(f"{directory} {what}; expected a folder of images.")
-    for name in names:
-        below = os.fsencode(name.removeprefix(root))
-        if any(part.startswith(b".") for part in below.split(b"/")):
-            continue
-        if _is_image(below):
-            images.append(below)
-        else:
-            others[os.path.splitext(os.fsdecode(below))[1].lower()] += 1
-    return sorted(images), others
-
-
-def _walk(directory: str) -> tuple[list[bytes], collections.Counter]:
-    """Returns the sorted image paths below a directory, and what else there is."""
-    if not os.path.isdir(directory):
-        what = "is a file" if os.path.exists(directory) else "does not exist"
-        raise ValueError(f"{directory} {what}; expected a directory of images.")
-    root = os.fsencode(directory)
-    images, others = [], collections.Counter()
-    seen: set[tuple[int, int]] = set()
-    pending, links = [b""], []
-    while pending or links:
-        # Links wait until everything real is read, so that a real path wins.
-        below = pending.pop() if pending else links.pop(0)
-        here = os.path.join(root, below)
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(here) as scanned:
-            entries = sorted(scanned, key=lambda entry: entry.name)
-        for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
-            path = os.path.join(below, entry.name)
-            if entry.is_dir():
-                (links if entry.is_symlink() else pending).append(path)
-            elif _is_image(entry.name):
-                images.append(path)
-            else:
-                others[os.fsdecode(os.path.splitext(entry.name)[1].lower())] += 1
-    return sorted(images), others
-
-
-def _nothing_found(directory: str, others: collections.Counter) -> str:
-    counts = [
-        f"{count} {extension or 'without extension'}"
-        for extension, count in others.most_common(5)
-    ]
-    if len(others) > 5:
-        counts.append(f"{sum(others.values())} files in all")
-    return (
-        f"No images under {directory}. Looked for {' '.join(EXTENSIONS)}. "
-        f"Found instead: {', '.join(counts) or 'no files at all'}."
-    )

@@ -90,6 +90,15 @@ def make_source(
     return source
 
 
+def described(source: Source) -> str:
+    """Returns a line on what a source has and, of a folder, what it leaves aside."""
+    labels = f"{len(source.classes)} classes" if source.classes else "no labels"
+    if not isinstance(source, FolderSource):
+        return f"{len(source)} images, {labels}, of {source!r}"
+    skipped = f"; skipped: {source.skipped}" if source.skipped else ""
+    return f"{len(source)} images, {labels}, in {source.directory}{skipped}"
+
+
 def transform_for(source: Source, data: ConfigDict) -> Transform:
     """Returns the transform that `config.data` asks for.
 
@@ -114,10 +123,14 @@ def _folder(data: ConfigDict, split: str, classes: Classes) -> FolderSource | No
             raise ValueError(
                 "data.source='folder' needs data.dir; pass --config.data.dir=DIR."
             )
-        return FolderSource(data.dir, classes=classes)
-    if not data.eval_dir:
-        return None
-    return FolderSource(data.eval_dir, classes=classes)
+        return _opened(data.dir, data, classes)
+    return _opened(data.eval_dir, data, classes) if data.eval_dir else None
+
+
+def _opened(directory: str, data: ConfigDict, classes: Classes) -> FolderSource:
+    return FolderSource(
+        directory, classes=classes, max_skipped_share=data.max_skipped_share
+    )
 
 
 def _tfds(data: ConfigDict, split: str, classes: Classes) -> TfdsSource | None:

@@ -234,6 +234,7 @@ def _open(
                 f"{source} has {len(source.classes)} classes, the head {head}: their "
                 "numbers do not mean the same. Give the data that it was trained for."
             )
+        parallel.say(f"{split}: {sources.described(source)}")
         opened[split] = source
         classes = source.classes if classes is None else classes
     return opened

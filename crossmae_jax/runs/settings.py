@@ -40,6 +40,7 @@ _IGNORED = {
 # Settings that are younger than some runs, with what those runs did: of any objective,
 _BEFORE = {
     "data.max_pixels": 178_956_970,
+    "data.max_skipped_share": 1.0,
     "data.transform": "classification",
     "mesh.fsdp": 0,
     "optim.trust_coefficient": 0.001,

@@ -41,8 +41,8 @@ _PICTURES_BYTES = 50_000_000  # panels, curves, the page
 _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
-    "data.eval_crop_ratio", "data.max_bad_share", "data.max_pixels", "model.remat",
-    "mesh",
+    "data.eval_crop_ratio", "data.max_bad_share", "data.max_pixels",
+    "data.max_skipped_share", "model.remat", "mesh",
 )
 
 

@@ -128,7 +128,8 @@ def _open(directory: str, whole: _Whole) -> FolderSource:
             f"expected {_described(*whole[2:])}. The download is incomplete, or this "
             "is another set."
         )
-    source = FolderSource(directory, classes=wordnet_ids())
+    # What is missing is counted below.
+    source = FolderSource(directory, classes=wordnet_ids(), max_skipped_share=1.0)
     if len(source) != whole.num_images or not source.classes:
         place = "" if source.classes else ", some of them outside of its classes"
         raise ValueError(

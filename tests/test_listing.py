@@ -1,0 +1,116 @@
+"""What a folder of images leaves aside: read, said, or refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from crossmae_jax.data import sources, transforms
+from tests.image_files import config, encode, pixels, write
+
+PNG = encode(pixels(0, 16, 16))
+
+
+def _folder(root, *names):
+    for name in names:
+        write(root / name, PNG)
+    return sources.make_source(config(dir=str(root)), "train")
+
+
+@pytest.mark.parametrize("form,endings", [
+    ("JPEG", ".jpg .jpeg .jpe .jfif .JPG .Jfif"), ("TIFF", ".tif .tiff"),
+    ("PPM", ".ppm .pgm .pbm .pnm"), ("PNG", ".png"), ("BMP", ".bmp"), ("WEBP", ".webp"),
+])
+def test_every_ending_of_a_kind_that_is_read_is_read(tmp_path, form, endings):
+    image = encode(np.full((16, 16, 3), 99, np.uint8), form)
+    for ending in endings.split():
+        write(tmp_path / f"image{ending}", image)
+    source = sources.FolderSource(str(tmp_path))
+    assert len(source) == len(endings.split())
+    for record in map(source.__getitem__, range(len(source))):
+        seen = transforms.eval_image(
+            record["image"], image_size=(8, 8), channels=3, crop_ratio=1.0, name=""
+        )
+        assert np.abs(seen.astype(int) - 99).max() <= 1
+
+
+# Of 14 pictures 10 are read, of three folders one is a class.
+_MIXED = (
+    "ant/0.jpg", "ant/1.JPG", "ant/2.jpe", "ant/3.jfif", "ant/4.ppm", "ant/5.pgm",
+    "ant/6", "bee/0.heic", "bee/1.HEIC", "bee/2.gif", "cat/0.png", "cat/1.png",
+    "cat/2.png", "cat/3.png", "cat/notes.txt", "cat/.DS_Store", ".trash/0.png",
+)
+
+
+def test_what_a_folder_leaves_aside_is_said_in_one_line(tmp_path):
+    for name in _MIXED:
+        write(tmp_path / name, PNG)
+    (tmp_path / "dog").mkdir()
+    source = sources.make_source(
+        config(dir=str(tmp_path), max_skipped_share=1.0), "train"
+    )
+    assert source.classes == ("ant", "cat")
+    assert sources.described(source) == (
+        f"10 images, 2 classes, in {tmp_path}; skipped: 2 .heic, 1 without extension, "
+        "1 .gif, 1 .txt (no kind of image that is read), 2 whose names begin with a "
+        "dot, no class of 'bee', 'dog', without an image that is read"
+    )
+    whole = _folder(tmp_path / "whole", "a.png", "b.png")
+    assert sources.described(whole) == f"2 images, no labels, in {tmp_path / 'whole'}"
+
+
+def test_images_of_kinds_that_are_not_read_are_refused_beyond_a_share(tmp_path):
+    for name in _MIXED:
+        write(tmp_path / name, PNG)
+    with pytest.raises(ValueError) as caught:
+        sources.make_source(config(dir=str(tmp_path)), "train")
+    assert str(caught.value) == (
+        f"{tmp_path}: 4 of 14 images and all images of 'bee', which would be no class "
+        "then, are of a kind that is not read (2 .heic, 1 without extension, 1 .gif), "
+        "more than max_skipped_share=0.05. Read are .jpg .jpeg .jpe .jfif .png .webp "
+        ".tif .tiff .bmp .ppm .pgm .pbm .pnm. Convert or rename them, or accept it: "
+        "--config.data.max_skipped_share=1 (a command without --config: "
+        "--max_skipped_share)."
+    )
+    # All of a class is too much, whatever its share of the whole.
+    with pytest.raises(ValueError, match=f"{tmp_path}: all images of 'bee', which"):
+        sources.make_source(config(dir=str(tmp_path), max_skipped_share=0.5), "train")
+    shutil.rmtree(tmp_path / "bee")
+    assert len(_folder(tmp_path)) == 10  # one file alone is not too much
+    with pytest.raises(ValueError, match="1 of 11 images .*max_skipped_share=0.1 "):
+        sources.make_source(config(dir=str(tmp_path), max_skipped_share=0.0), "train")
+    for k in range(2):
+        write(tmp_path / f"ant/{k}.dng", PNG)
+    for share, refused in ((3 / 13 - 0.01, True), (3 / 13, False)):
+        data = config(dir=str(tmp_path), eval_dir=str(tmp_path))
+        data.max_skipped_share = share
+        if refused:
+            with pytest.raises(ValueError, match="3 of 13 images are of.*share=0.24 "):
+                sources.make_source(data, "eval")
+        else:
+            assert len(sources.make_source(data, "eval")) == 10
+    with pytest.raises(ValueError, match="max_skipped_share=1.5 must lie between"):
+        sources.FolderSource(str(tmp_path), max_skipped_share=1.5)
+
+
+def test_files_beside_the_images_that_are_no_pictures_are_not_too_many(tmp_path):
+    names = [f"{k}.{end}" for k in range(3) for end in ("png", "png.npz", "txt", "xml")]
+    source = _folder(tmp_path, *names)
+    assert len(source) == 3
+    assert source.skipped.startswith("3 .npz, 3 .txt, 3 .xml (no kind of")
+
+
+@pytest.mark.parametrize("train,held_out", [
+    ("train", "val"), ("Training", "test"), ("train", "validation"),
+])
+def test_the_directory_above_the_splits_is_refused_with_the_flags_for_it(
+    tmp_path, train, held_out
+):
+    names = [f"{split}/{name}.png" for split in (train, held_out) for name in "ab"]
+    with pytest.raises(ValueError) as caught:
+        _folder(tmp_path, *names, "labels/0.png")
+    flags = f"--config.data.dir={tmp_path}/{train}"
+    flags += f" --config.data.eval_dir={tmp_path}/{held_out}."
+    assert str(caught.value).endswith(f"Give each by itself: {flags}")
+    # A class may be called so, where the other is none.
+    assert _folder(tmp_path / "x", "train/0.png", "tram/0.png").classes[0] == "train"
