@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import crossmae_jax
-from crossmae_jax import errors, losses, masking, targets, train
+from crossmae_jax import convert, errors, losses, masking, targets, train
 from crossmae_jax.convert import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.targets.pixels import Pixels
@@ -231,6 +231,8 @@ def test_a_new_target_needs_a_row_and_a_config_and_nothing_else(
     assert model(images).shape == (2, 32) and model.targets(images).shape == (2, 16, 1)
     with pytest.raises(ConversionError, match="no pictures"):
         model.reconstruct(images)
+    with pytest.raises(ConversionError, match="predicts steepness, which the format"):
+        convert.export_weights(tmp_path / "run", tmp_path / "out.pth", format="mae")
     config.evals = {"reconstruction": dict(every_epochs=0.0, num_images=2)}
     with pytest.raises(errors.SetupError, match="needs the output reconstruction"):
         train.run(config, tmp_path / "other")

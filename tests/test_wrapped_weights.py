@@ -241,6 +241,17 @@ def test_a_classifier_of_transformers_is_one_here(tmp_path):
     assert any(
         line.startswith(CHECKED) and "logits" in line for line in done.lines
     )
+    back = convert.export_weights(
+        tmp_path / "in", tmp_path / "out", format="huggingface"
+    )
+    assert any(line.startswith(CHECKED) and "logits" in line for line in back.lines)
+    again = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out")
+    with pytest.raises(ConversionError, match="this model has pool='mean'"):
+        convert.export_weights(
+            GOLDEN / "ckpt_finetuned.pth", tmp_path / "mean", format="huggingface",
+            num_heads=2,
+        )
+    assert again.config.id2label == names and again.config.label2id["owl"] == 2
     weights = convert.open_weights(tmp_path / "hf", parts="encoder")
     assert weights.card.kind == "encoder" and "encoder/norm/scale" in weights.tensors
     done = convert.import_weights(tmp_path / "hf", tmp_path / "alone", parts="encoder")

@@ -1,7 +1,8 @@
 """Writes weights as other libraries read them.
 
     timm          a folder: timm.create_model("local-dir:PATH", pretrained=True)
-    huggingface   a folder: ViTMAEForPreTraining.from_pretrained(PATH), or ViTModel
+    huggingface   a folder: ViTMAEForPreTraining.from_pretrained(PATH), ViTModel or
+                  ViTForImageClassification
     mae           a .pth file with the names of facebookresearch/mae or CrossMAE
     safetensors   a .safetensors file with our names and a card
 """
@@ -43,9 +44,10 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
             "the decoder is another model; export the encoder with parts='encoder', or "
             "everything with format 'safetensors'."
         )
-    if format == "huggingface" and card.kind == "classifier":
+    if format == "huggingface" and card.model.get("pool", "cls") != "cls":
         raise ConversionError(
-            "Classifiers are not exported to transformers; take format 'timm', or the "
+            "transformers' ViTForImageClassification classifies the normed class token,"
+            f" this model has pool={card.model['pool']!r}; take format 'timm', or the "
             "encoder with parts='encoder'."
         )
     if card.kind == "pretrain" and (
@@ -56,6 +58,14 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         return opened.encoder_of(weights), [
             f"left out: {left_out} ({format} has no place for them)"
         ]
+    if format != "safetensors" and card.target and (
+        card.target["kind"] != "pixels"
+    ):
+        raise ConversionError(
+            f"The decoder predicts {card.target['kind']}, which the format {format} "
+            "would call pixels; export the encoder with parts='encoder', or everything "
+            "with format 'safetensors'."
+        )
     lines = []
     if card.model.get("head_norm") == "batch" and format != "safetensors":
         weights = folded(weights)
@@ -72,8 +82,10 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
 def _table(format: str, card: Card) -> names.Table:
     """Returns the names that another library's format has for a model of this kind."""
     if format == "huggingface":
-        full = card.kind == "pretrain"
-        return names.HUGGINGFACE_MAE if full else names.HUGGINGFACE_VIT
+        return {
+            "pretrain": names.HUGGINGFACE_MAE, "encoder": names.HUGGINGFACE_VIT,
+            "classifier": names.HUGGINGFACE_CLASSIFIER,
+        }[card.kind]
     return {"mae": names.MAE, "timm": names.TIMM}[format]
 
 
@@ -146,7 +158,8 @@ def write_timm(weights: Weights, path: Path) -> None:
 
 
 def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None:
-    """Writes the folder of a ViTMAEForPreTraining, or of a ViTModel for an encoder.
+    """Writes the folder of a ViTMAEForPreTraining; of a ViTModel for an encoder, of a
+    ViTForImageClassification for a classifier.
 
     Args:
       fresh_norm: gives an encoder without a norm after its last block one of scale 1
@@ -261,6 +274,15 @@ def huggingface_config(card: Card) -> dict[str, Any]:
     )
     if card.kind == "encoder":
         return dict(architectures=["ViTModel"], model_type="vit", **config)
+    if card.kind == "classifier":
+        labels = card.classes or [
+            f"LABEL_{number}" for number in range(card.model["num_classes"])
+        ]
+        return dict(
+            architectures=["ViTForImageClassification"], model_type="vit", **config,
+            id2label=dict(enumerate(labels)),
+            label2id={name: number for number, name in enumerate(labels)},
+        )
     decoder = structure.build(card).decoder
     known = {"norm_pix_loss": card.normalize}
     if card.masking is not None:
