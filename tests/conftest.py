@@ -6,6 +6,7 @@ that they start.
 """
 
 import atexit
+import gc
 import os
 import platform
 import shutil
@@ -36,6 +37,10 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# Traced programs are many objects that live long: to look through them seldom will do.
+gc.freeze()
+gc.set_threshold(100_000, 20, 20)
 
 # The TPU's compiler exists for Linux on x86-64 only.
 collect_ignore = []

@@ -11,6 +11,7 @@ from crossmae_jax.models import aggregator, layers
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.ops import depthwise
 from crossmae_jax.tokens import Tokens, take_tokens
+from tests import drawn
 from tests.test_models import MAE, make_config
 
 GRID = (4, 6)
@@ -83,7 +84,7 @@ def test_depthwise_conv_is_flaxs_and_so_are_its_gradients(side, grid):
 def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours():
     tokens, ids, context = _inputs()
     module = make_aggregator()
-    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
+    variables = drawn.variables(module.init, tokens, ids, context)
     out = _masked(module, variables, tokens, ids, context)
     np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
 
@@ -101,7 +102,7 @@ def test_retained_patches_keep_their_token_and_thrown_ones_get_their_neighbours(
 def test_retained_places_can_be_rewritten():
     tokens, ids, context = _inputs()
     module = make_aggregator(rewrites_retained=True)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
+    variables = drawn.variables(module.init, tokens, ids, context)
     out = _masked(module, variables, tokens, ids, context)
     mixed = module.bind(variables).mixer(tokens.laid_out())
     mixed = mixed.reshape(2, 24, 8)
@@ -116,7 +117,7 @@ def test_retained_places_can_be_rewritten():
 def test_visible_places_hold_what_was_asked_for(visible):
     tokens, ids, context = _inputs()
     module = make_aggregator(visible=visible)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
+    variables = drawn.variables(module.init, tokens, ids, context)
 
     def thrown(decoded, encoded):
         seen = tokens.replace(sequence=decoded), ids, context.replace(sequence=encoded)
@@ -137,7 +138,7 @@ def test_every_thrown_place_is_another_one_to_the_transformer():
     """Zeros without a position would all give one token."""
     tokens, ids, context = _inputs()
     module = make_aggregator("transformer")
-    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
+    variables = drawn.variables(module.init, tokens, ids, context)
     thrown = np.asarray(_masked(module, variables, tokens, ids, context)[0, 6:])
     assert np.unique(thrown.round(4), axis=0).shape[0] == 12
 
@@ -152,7 +153,7 @@ def test_every_thrown_place_is_another_one_to_the_transformer():
 ], ids=str)
 def test_every_masked_patch_is_predicted_and_everything_learns(changes):
     objective = Pretrain(make_config(**changes))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     if changes["model__aggregator__kind"] != "pool":  # which has no parameters
         assert "mixer" in variables["params"]["aggregator"]
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
@@ -188,7 +189,7 @@ def test_pooling_is_the_mean_of_the_window_with_its_zeros():
 def test_convnext_adds_its_branch_to_what_was_there():
     tokens, ids, context = _inputs()
     module = make_aggregator("convnext", rewrites_retained=True)
-    variables = jax.jit(module.init)(jax.random.key(0), tokens, ids, context)
+    variables = drawn.variables(module.init, tokens, ids, context)
     silent = jax.tree.map(jnp.zeros_like, variables)
     out = _masked(module, silent, tokens, ids, context)
     np.testing.assert_array_equal(out[:, :6], tokens.values[:, 6:])
@@ -207,7 +208,7 @@ def test_convnext_adds_its_branch_to_what_was_there():
 
 def test_crossmaes_visible_neighbours_are_what_the_last_block_attends_to():
     objective = Pretrain(make_config(**CROSS))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), BATCH)
     seen = []
@@ -244,7 +245,7 @@ def test_reconstruction_also_shows_what_training_skips():
     changes = dict(CROSS, masking__pred_ratio=0.5, masking__throw_ratio=0.2)
     objective = Pretrain(make_config(**changes))
     assert objective.counts == (6, 7, 5)
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
     found = jax.jit(objective.outputs["reconstruction"].function)(
@@ -273,7 +274,7 @@ def test_the_loss_weighs_the_groups():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     for weight in (1.0, 0.25):
         objective = Pretrain(make_config(**CROSS, loss__thrown_weight=weight))
-        variables = jax.jit(objective.init)(jax.random.key(0))
+        variables = drawn.variables(objective.init)
         ids = objective.sample(jax.random.key(1), BATCH)
         loss, aux = jax.jit(objective.masked_loss)(variables, images, ids)
         retained, thrown = (aux.metrics[f"loss_{x}"] for x in ("retained", "thrown"))
@@ -293,7 +294,7 @@ def test_the_loss_weighs_the_groups():
 
 def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
     objective = Pretrain(make_config(**dict(MAE, masking__throw_ratio=0.5)))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 24, 3)), "f4")
     ids = objective.sample(jax.random.key(1), BATCH)
     apply = jax.jit(objective.model.apply)
@@ -311,7 +312,7 @@ def test_plain_throwing_keeps_thrown_patches_out_of_the_mae_decoder():
 
 def test_reconstruction_throws_as_many_as_training_does_and_says_which():
     objective = Pretrain(make_config(**dict(CROSS, masking__retain="furthest")))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     images = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(images), "sample": jnp.arange(2, dtype=jnp.uint32)}
     found = jax.jit(objective.outputs["reconstruction"].function)(

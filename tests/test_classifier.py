@@ -8,6 +8,7 @@ import pytest
 from crossmae_jax import losses
 from crossmae_jax.distributed import parallel
 from crossmae_jax.models import layers, vit
+from tests import drawn
 from tests.test_layerwise import make_classifier
 
 RATE = 0.5
@@ -21,7 +22,7 @@ def _dropping(remat="none", dtype=jnp.float32):
     model = make_classifier(
         encoder=dict(drop_path=RATE, remat=remat, dtype=dtype), head_std=1.0
     )
-    return model, model.init(jax.random.key(0), _images(1))
+    return model, drawn.variables(model.init, _images(1))
 
 
 def _apply(model, variables, key=None, num=4, **kwargs):
@@ -42,7 +43,7 @@ def test_a_branch_is_left_out_or_divided_by_its_share_of_samples():
     """All four combinations of two branches occur, and nothing else."""
     block = layers.Block(8, 2, 2.0, drop_path=0.25)
     x = jax.random.normal(jax.random.key(0), (256, 3, 8))
-    variables = block.init(jax.random.key(1), x)
+    variables = drawn.variables(block.init, x)
     out = block.apply(variables, x, rngs={"drop_path": jax.random.key(2)})
 
     bound = block.bind(variables)
@@ -165,7 +166,7 @@ def test_a_batch_norm_learns_its_statistics_in_training_only():
 
 def test_a_batch_norm_sees_the_batches_of_all_devices():
     model = make_classifier(head_norm="batch", head_std=1.0)
-    variables = model.init(jax.random.key(0), _images(1))
+    variables = drawn.variables(model.init, _images(1))
     mesh = parallel.make_mesh()
 
     @jax.jit
@@ -185,7 +186,7 @@ def test_a_batch_norm_sees_the_batches_of_all_devices():
 
 def test_a_training_batch_of_one_image_is_refused():
     model = make_classifier(head_norm="batch")
-    variables = model.init(jax.random.key(0), _images(1))
+    variables = drawn.variables(model.init, _images(1))
     with pytest.raises(ValueError, match="A batch of 1 has no variance"):
         model.apply(variables, _images(1), train=True, mutable=["batch_stats"])
 

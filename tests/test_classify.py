@@ -15,7 +15,7 @@ from crossmae_jax.evals import of_checkpoint
 from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.optim import optimizers
 from crossmae_jax.runs.workdir import read_config
-from tests import image_files
+from tests import drawn, image_files
 
 TINY = {
     "epochs": 2.0, "log_every_steps": 4, "model.encoder.size": "W16-D2-H2/4",
@@ -218,10 +218,11 @@ def test_blocks_are_left_out_in_training_only():
     objective, config = objective_of(
         model__encoder__drop_path=0.9, augment__erasing=0.0, model__head_std=1.0
     )
-    variables = objective.init(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     batch = batch_of(96, config)
     first, second = (
-        objective.loss(variables, batch, jax.random.key(seed))[0] for seed in (0, 1)
+        jax.jit(objective.loss)(variables, batch, jax.random.key(seed))[0]
+        for seed in (0, 1)
     )
     assert first != second
     predicted = [objective.outputs["logits"](variables, batch) for _ in range(2)]
@@ -231,7 +232,7 @@ def test_blocks_are_left_out_in_training_only():
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_the_class_token_is_told_beside_what_the_head_sees(pool):
     objective, config = objective_of(model__pool=pool)
-    batch, variables = batch_of(8, config), objective.init(jax.random.key(0))
+    batch, variables = batch_of(8, config), drawn.variables(objective.init)
     found = objective.outputs.together(objective.outputs)(variables, batch)
     tokens = objective.model.apply(variables, objective.normalize(batch)).tokens
     np.testing.assert_array_equal(found["class_token"], tokens.cls[:, 0])

@@ -10,6 +10,7 @@ import pytest
 
 from crossmae_jax.models import layers
 from crossmae_jax.ops import gelu
+from tests import drawn
 
 
 def with_gradients(function, *arrays):
@@ -86,7 +87,7 @@ def residual_bytes(remat):
     """Returns how much a block keeps for its gradient."""
     block = layers.Block(64, 2, 4.0, remat=remat)
     x = jnp.zeros((4, 9, 64))
-    params = block.init(jax.random.key(0), x)
+    params = drawn.variables(block.init, x)
     _, transposed = jax.eval_shape(lambda x: jax.vjp(block.apply, params, x), x)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(transposed))
 

@@ -12,6 +12,7 @@ from crossmae_jax import convert, visualize
 from crossmae_jax.models import fusion
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Encoded, Tokens
+from tests import drawn
 from tests.saved_runs import save_run
 from tests.test_models import make_config
 
@@ -55,7 +56,7 @@ def test_the_blocks_are_a_choice_that_nobody_makes_in_silence():
 ], ids=["MFF", "PR-MIM on MFF"])
 def test_every_part_that_it_trains_learns(changes):
     objective = Pretrain(make_config(**(MFF | changes)))
-    variables = objective.init(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     image = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
     batch = {"image": jnp.asarray(image), "sample": jnp.arange(2, dtype=jnp.uint32)}
 
@@ -63,7 +64,7 @@ def test_every_part_that_it_trains_learns(changes):
         variables_of_step = {**variables, "params": params}
         return objective.loss(variables_of_step, batch, jax.random.key(1))[0]
 
-    value, gradients = jax.value_and_grad(loss)(variables["params"])
+    value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
     assert np.isfinite(value)
     for part in ("encoder", "fusion", "decoder", *(["aggregator"] if changes else [])):
         for leaf in jax.tree.leaves(gradients[part]):

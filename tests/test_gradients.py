@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import gradient_deviation
 from crossmae_jax.objectives.pretrain import Pretrain
+from tests import drawn
 from tests.test_models import MAE, make_config
 
 PROGRESSIVE = dict(
@@ -24,7 +25,7 @@ def trained():
         {"image": jnp.asarray(part), "sample": jnp.arange(4, dtype=jnp.uint32) + 4 * i}
         for i, part in enumerate(images)
     ]
-    return jax.jit(Pretrain(config).init)(jax.random.key(0)), batches
+    return drawn.variables(Pretrain(config).init), batches
 
 
 def test_the_same_objective_does_not_deviate_but_another_mask_does(trained):

@@ -11,6 +11,7 @@ from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import parallel
 from crossmae_jax.models import classifier, vit
 from crossmae_jax.optim import layerwise, optimizers
+from tests import drawn
 from tests.test_optim import make_config
 
 DEPTH = 3
@@ -30,7 +31,7 @@ def make_classifier(**changes):
 
 def params_of(**changes):
     model = make_classifier(**changes)
-    return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return drawn.variables(model.init, jnp.zeros((1, 8, 8, 3)))["params"]
 
 
 def config_of(**changes):

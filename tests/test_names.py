@@ -8,6 +8,7 @@ from crossmae_jax.convert import names
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
+from tests import drawn
 from tests.test_models import MAE, make_config
 
 MODELS = {
@@ -20,7 +21,7 @@ MODELS = {
 
 def _variables(**changes):
     objective = Pretrain(make_config(**changes))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     # Nothing is zero or one, so that nothing can be exchanged unseen.
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), variables)

@@ -1,5 +1,7 @@
 """The objective: loss, features of whole images, reconstructions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from crossmae_jax import losses
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Tokens, patchify, take_tokens
+from tests import drawn
 from tests.test_models import MAE, make_config
 
 
@@ -21,17 +24,25 @@ def _batch(config, num=3):
 
 def _objective(**changes):
     objective = Pretrain(make_config(**changes))
-    variables = jax.jit(objective.init)(jax.random.key(0))
+    variables = drawn.variables(objective.init)
     return objective, variables, _batch(objective.config)
+
+
+def _encoded(objective, variables, batch):
+    encode = functools.partial(objective.model.apply, method="encode")
+    return jax.jit(encode)(variables, objective.normalize(batch))
+
+
+def _reconstructed(objective, variables, batch, key):
+    output = objective.outputs["reconstruction"]
+    return jax.jit(output.__call__)(variables, batch, key)
 
 
 def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
     objective, variables, batch = _objective(**MAE)
-    encoded = objective.model.apply(
-        variables, objective.normalize(batch), method="encode"
-    )
+    encoded = _encoded(objective, variables, batch)
     assert encoded.last.sequence.shape == (3, 1 + 24, 16)
-    features = objective.outputs.together(("features", "class_token"))
+    features = jax.jit(objective.outputs.together(("features", "class_token")))
     found = features(variables, batch)["features"]
     np.testing.assert_allclose(found, encoded.last.values.mean(1), atol=1e-6)
     again = features(variables, batch)
@@ -41,11 +52,9 @@ def test_features_are_the_mean_of_patch_tokens_without_the_class_token():
 
 def test_features_come_from_the_last_block_that_is_trained():
     objective, variables, batch = _objective(model__fusion__maps=(0, 1))
-    encoded = objective.model.apply(
-        variables, objective.normalize(batch), method="encode"
-    )
+    encoded = _encoded(objective, variables, batch)
     expected = encoded.maps[2].values.mean(1)
-    features = objective.outputs.together(("features", "class_token"))
+    features = jax.jit(objective.outputs.together(("features", "class_token")))
     found = features(variables, batch)
     np.testing.assert_allclose(found["features"], expected, atol=1e-6)
     np.testing.assert_allclose(
@@ -70,7 +79,7 @@ def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
         target__normalize=normalize, masking__pred_ratio=0.75
     )
     images, key = objective.normalize(batch), jax.random.key(1)
-    _, aux = objective.loss(variables, batch, key)
+    _, aux = jax.jit(objective.loss)(variables, batch, key)
     values = patchify(images, patch_size=4)
     ids = objective.sample(key, batch)
     chosen = take_tokens(values, ids.pred)
@@ -83,12 +92,12 @@ def test_the_trivial_predictor_is_the_mean_of_each_patch(normalize):
 def test_reconstruction_decodes_every_masked_patch_and_shows_the_others(changes):
     objective, variables, batch = _objective(**changes)
     key = jax.random.key(1)
-    found = objective.outputs["reconstruction"](variables, batch, key)
+    found = _reconstructed(objective, variables, batch, key)
     assert (found.mask.sum(1) == 24 - 6).all()
 
     images = objective.normalize(batch)
     ids = objective.masked_ids(key, batch)
-    pred = objective.model.apply(variables, images, ids)["pixels"]
+    pred = jax.jit(objective.model.apply)(variables, images, ids)["pixels"]
     target = objective.target(variables, images)["pixels"].at(pred.ids)
     error = found.error.sum(1) / 18
     expected = losses.mean(losses.mse(pred.values, target))
@@ -120,7 +129,7 @@ def test_a_perfect_prediction_is_the_image():
             return {"pixels": Tokens(target.at(ids.pred), ids.pred, target.grid)}
 
     objective.model = Oracle()
-    found = objective.outputs["reconstruction"](variables, batch, jax.random.key(1))
+    found = _reconstructed(objective, variables, batch, jax.random.key(1))
     np.testing.assert_allclose(found.error, 0.0, atol=1e-10)
     np.testing.assert_allclose(found.pasted, found.image, atol=1e-5)
 
@@ -140,7 +149,7 @@ def test_any_masking_trains_any_model(changes):
         lambda p: objective.loss({**variables, "params": p}, batch, key)[0]
     ))(variables["params"])
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
-    assert objective.outputs["reconstruction"](variables, batch, key).mask.any(1).all()
+    assert _reconstructed(objective, variables, batch, key).mask.any(1).all()
 
 
 def test_weighted_masks_take_their_weights_from_the_batch():

@@ -15,7 +15,7 @@ from crossmae_jax.evals import of_checkpoint
 from crossmae_jax.models import decoder_cross, decoders, layers, mim, posemb
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Tokens, patchify
-from tests import saved_runs
+from tests import drawn, saved_runs
 from tests.saved_runs import tiny_config
 from tests.test_aggregator import BATCH, CROSS, GRID, make_aggregator
 from tests.test_models import MAE, make_config
@@ -65,7 +65,7 @@ def test_every_target_has_an_aggregator_of_its_own_unless_it_is_asked_for():
     ids = objective.sample(jax.random.key(1), BATCH)
     images = jnp.zeros((2, 16, 24, 3))
     asked = {"far": jnp.array([[3, 1], [2, 5]])}
-    variables = jax.jit(model.init)(jax.random.key(0), images, ids)
+    variables = drawn.variables(model.init, images, ids)
     for name in ("near", "far"):
         assert f"aggregator_{name}" in variables["params"]
     both = jax.jit(model.apply)(variables, images, ids)
