@@ -40,7 +40,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 # Traced programs are many objects that live long: to look through them seldom will do.
 gc.freeze()
-gc.set_threshold(100_000, 20, 20)
+gc.set_threshold(50_000, 10, 10)
 
 # The TPU's compiler exists for Linux on x86-64 only.
 collect_ignore = []

@@ -35,7 +35,7 @@ def make_classifier(ctor: dict[str, Any], **changes: Any) -> Classifier:
         encoder=vit.ViT(
             size=_size(ctor), image_size=(ctor["img_size"],) * 2,
             mlp_ratio=ctor["mlp_ratio"], final_norm=not ctor["global_pool"],
-            learned_positions=True, remat="selective",
+            learned_positions=True, remat="none",
             drop_path=ctor["drop_path_rate"],
         ),
         pool="mean" if ctor["global_pool"] else "cls",
@@ -206,13 +206,18 @@ def check_lars(_path: Path, data: Data, report: Report) -> None:
     rates = jnp.asarray(reference["lr_per_step"])
     tx = optimizers.make_optimizer(config, lambda step: rates[step])
     params = jax.tree.map(jnp.asarray, prefixed(data, "init/"))
-    gradients = jax.tree.map(jnp.asarray, prefixed(data, "grad/"))
+    gradients = prefixed(data, "grad/")
     report.exact("parameters", sorted(params), sorted(reference["param_names"]))
-    opt_state = tx.init(params)
+
+    @jax.jit
+    def update(gradients, opt_state, params):
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt_state = jax.jit(tx.init)(params)
     for step in range(len(rates)):
-        now = jax.tree.map(lambda g, step=step: g[step], gradients)
-        updates, opt_state = jax.jit(tx.update)(now, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        now = {name: gradient[step] for name, gradient in gradients.items()}
+        params, opt_state = update(now, opt_state, params)
         for name, ours in params.items():
             theirs = data[f"params/{name}"][step]
             report.output(f"{name} after update {step}", ours, theirs)

@@ -272,7 +272,13 @@ def follow(
         jax.value_and_grad(loss),
         compiler_options={"xla_backend_optimization_level": 1},
     )
-    opt_state = tx.init(params)
+
+    @jax.jit
+    def update(gradients, opt_state, params):
+        updates, opt_state = tx.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    norm, opt_state = jax.jit(optax.tree.norm), jax.jit(tx.init)(params)
     for step, expected in enumerate(data["losses"]):
         value, gradients = evaluate(params, step)
         report.loss(f"loss {step}", value, expected, allowed=5 * LOSS if step else LOSS)
@@ -280,11 +286,10 @@ def follow(
             break
         if "grad_norm" in data:
             report.loss(
-                f"gradient norm {step}", optax.tree.norm(gradients),
+                f"gradient norm {step}", norm(gradients),
                 data["grad_norm"][step], allowed=1e-5,
             )
-        updates, opt_state = tx.update(gradients, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = update(gradients, opt_state, params)
         last = step == len(rates) - 1
         _compare_parameters(params, data, step, last, report)
     decays = by_their_name(

@@ -144,10 +144,11 @@ def check_reconstruction(_path: Path, data: Data, report: Report) -> None:
 
 def check_furthest(cases: list[dict], report: Report) -> None:
     """The order in which patches are chosen; ties go to the first in the list."""
+    choose = jax.jit(masking.furthest, static_argnames=("num", "columns"))
     for number, case in enumerate(cases):
-        masked = jnp.asarray([case["masked"]], jnp.int32)
-        chosen = masking.furthest(
-            masked, jnp.asarray([case["first_position"]], jnp.int32),
+        masked = np.asarray([case["masked"]], np.int32)
+        chosen = choose(
+            masked, np.asarray([case["first_position"]], np.int32),
             num=case["K"], columns=case["W"],
         )
         what = f"case {number}: {case['K']} of {masked.shape[1]}"

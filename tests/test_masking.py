@@ -1,5 +1,7 @@
 """Which patches are seen and which are predicted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,15 @@ from crossmae_jax import masking, sampling
 COUNTS = masking.TokenCounts(num_keep=49, num_pred=49, num_thrown=0)
 
 
+@functools.partial(jax.jit, static_argnames=("counts", "n", "columns"))
+def _drawn(key, sample, counts, n, columns):
+    noise = masking.uniform(key, {"sample": sample}, num=n)
+    return masking.token_ids(noise, counts, columns=columns)
+
+
 def _ids(sample, seed=0, counts=COUNTS, n=196, columns=None):
     key = jax.random.key(seed, impl="threefry2x32")
-    batch = {"sample": jnp.asarray(sample, jnp.uint32)}
-    noise = masking.uniform(key, batch, num=n)
-    return masking.token_ids(noise, counts, columns=columns)
+    return _drawn(key, jnp.asarray(sample, jnp.uint32), counts, n, columns)
 
 
 def test_visible_and_predicted_patches_are_disjoint_and_counted():
@@ -264,7 +270,7 @@ def test_a_sampler_masks_units_and_counts_patches():
     sampler = _sampler(unit=4, throw_ratio=0.5, retain="furthest")
     assert sampler.units == (1, 2, 3) and sampler.counts == (16, 32, 48)
     batch = {"sample": jnp.arange(7, dtype=jnp.uint32)}
-    ids = sampler.draw(jax.random.key(0), batch)
+    ids = jax.jit(sampler.draw)(jax.random.key(0), batch)
     for part in ids:
         covered = masking.coverage(part, grid=(8, 12), of=(2, 3))
         assert set(np.unique(covered)) == {0.0, 1.0}
@@ -277,10 +283,11 @@ def test_a_sampler_masks_units_and_counts_patches():
 def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
     sampler, key = _sampler(**changes), jax.random.key(0)
     batch = {"sample": jnp.arange(8, dtype=jnp.uint32)}
-    ids = sampler.draw(key, batch)
+    ids = jax.jit(sampler.draw)(key, batch)
     assert tuple(part.shape[1] for part in ids) == sampler.counts
     for throw in (True, False):
-        every = sampler.draw_all(key, batch, throw=throw)
+        draw = functools.partial(sampler.draw_all, throw=throw)
+        every = jax.jit(draw)(key, batch)
         np.testing.assert_array_equal(every.keep, ids.keep)
         masked = np.concatenate([every.keep, every.pred, every.thrown], axis=1)
         np.testing.assert_array_equal(np.sort(masked), np.tile(np.arange(96), (8, 1)))
