@@ -84,6 +84,9 @@ def check_statistics(
     A model is blind to images that are normalised in other units, and says nothing.
     """
     named = {"mean": mean, "std": std}
+    for name, values in named.items():
+        if isinstance(values, numbers.Real):
+            raise ValueError(f"{name}={values}; expected a value for each channel.")
     named = {k: tuple(values) for k, values in named.items() if values is not None}
     given = ", ".join(f"{name}={values}" for name, values in named.items())
     for name, values in named.items():

@@ -30,7 +30,7 @@ def make(
     """Returns what a group of settings describes; None if its kind is that.
 
     Args:
-      group: its name in the configuration, and in errors.
+      group: where it is in the configuration, such as "model.decoder".
       options: the kind, and what its class is called with; None is unset.
       key: the option that is the kind.
       given: what the class may want of the rest of the configuration.
@@ -39,22 +39,24 @@ def make(
       ValueError: for an unknown kind or option, or one that the kind does not take and
         that is not at its default.
     """
-    chosen = choose(group, table, options, key=key)
+    chosen, name_of = choose(group, table, options, key=key), _short(group)
     if chosen is None:
         return None
     options = {name: value for name, value in options.items() if value is not None}
     kind, fields = options.pop(key), _fields(chosen)
     for name in [name for name in options if name not in fields or name in given]:
         value = options.pop(name)
-        _check_left_over(f"{group}.{name}", value, f"{group}.{key}", kind, table, given)
+        _check_left_over(
+            f"{name_of}.{name}", value, f"{name_of}.{key}", kind, table, given
+        )
     missing = [
         name for name, default in fields.items()
         if default is dataclasses.MISSING and name not in options.keys() | given.keys()
     ]
     if missing:
         raise ValueError(
-            f"{group}.{key}={kind!r} needs {', '.join(missing)}; set "
-            f"{group}.{missing[0]}."
+            f"{name_of}.{key}={kind!r} needs {', '.join(missing)}; set "
+            f"config.{group}.{missing[0]}."
         )
     if not isinstance(chosen, type):
         return chosen
@@ -67,9 +69,19 @@ def choose(group: str, table: Table, options: Group, *, key: str = "kind") -> An
     kind = options.get(key)
     if kind not in table:
         raise ValueError(
-            f"Unknown {group}.{key} {kind!r}. Known: {', '.join(sorted(table))}."
+            f"Unknown {_short(group)}.{key} {kind!r}. Known: "
+            f"{', '.join(sorted(table))}."
         )
     return table[kind]
+
+
+def options(table: Table) -> set[str]:
+    """Returns the options of all kinds together."""
+    return {name for made in table.values() if made for name in _fields(made)}
+
+
+def _short(group: str) -> str:
+    return group.rpartition(".")[2]
 
 
 def _fields(chosen: Callable[..., Any]) -> dict[str, Any]:
@@ -95,7 +107,7 @@ def _check_left_over(
     fields = {other: _fields(c) for other, c in table.items() if c is not None}
     takers = {other: taken[name] for other, taken in fields.items() if name in taken}
     if not takers:
-        known = {option for taken in fields.values() for option in taken} - set(given)
+        known = options(table) - set(given)
         raise ValueError(
             f"Unknown option {option}={value!r}. Known: "
             f"{', '.join(sorted(known)) or 'none'}."

@@ -23,6 +23,12 @@ def make(options: kinds.Group, *, grid: tuple[int, int]) -> "Sampler":
     own = {field.name for field in dataclasses.fields(Sampler)} - {"noise"}
     given = {name: value for name, value in options.items() if name in own}
     of_noise = {name: value for name, value in options.items() if name not in own}
+    known = own | {"noise"} | kinds.options(masking.NOISES)
+    if unknown := sorted(set(options) - known):
+        raise ValueError(
+            f"Unknown option masking.{unknown[0]}={options[unknown[0]]!r}. Known: "
+            f"{', '.join(sorted(known - {'grid'}))}."
+        )
     noise = kinds.make("masking", masking.NOISES, of_noise, key="noise")
     return Sampler(grid, noise=noise, **given)
 

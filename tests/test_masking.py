@@ -305,7 +305,7 @@ def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
     (dict(together=8), "masking.together=8 is an option of masking.noise='shared', an"),
     (dict(noise="shared"), "masking.together=1 with masking.noise='shared'"),
     (dict(noise="shared", together=1), "in a row share a mask; give more than 1"),
-    (dict(blocks=3), "Unknown option masking.blocks=3. Known: together"),
+    (dict(blocks=3), "Unknown option masking.blocks=3. Known: mask_ratio, no"),
     (dict(retain="all"), "Unknown masking.retain 'all'. Known: furthest, random"),
 ])
 def test_a_sampler_refuses_what_contradicts_itself(changes, message):

@@ -243,7 +243,7 @@ def test_an_option_that_was_meant_for_something_is_not_left_aside(
     ("depht", 3, "Unknown option decoder.depht=3. Known: depth, dim, mlp_ratio, "
      "num_heads, self_attention."),
     ("grid", (1, 1), "decoder.grid=(1, 1) is no option: it follows from the rest"),
-    ("dim", None, "decoder.kind='cross' needs dim; set decoder.dim."),
+    ("dim", None, "decoder.kind='cross' needs dim; set config.model.decoder.dim."),
 ])
 def test_a_group_of_a_config_file_has_known_options(option, value, message):
     config = digits_cross.get_config()

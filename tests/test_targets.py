@@ -55,7 +55,7 @@ def test_one_value_cannot_be_standardised():
 
 @pytest.mark.parametrize("options, message", [
     (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: pixels."),
-    (dict(kind="pixels"), "target.kind='pixels' needs normalize; set target.norm"),
+    (dict(kind="pixels"), "target.kind='pixels' needs normalize; set config.target."),
     (dict(kind="pixels", normalize=True, bins=9),
      "Unknown option target.bins=9. Known: normalize."),
 ])

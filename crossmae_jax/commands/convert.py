@@ -39,6 +39,9 @@ _FACTS = {
     ),
     "fusion_input": Flag(bool, "whether it sees the encoder's input"),
     "pool": Flag(flags.one_of(("cls", "mean")), "what a classifier pools"),
+    "classes": Flag(
+        lambda text: tuple(flags.words(text)), "names of a classifier's classes"
+    ),
     "under": Flag(str, "where in a file, if it holds several: teacher.backbone"),
 }
 _STEP = {"step": Flag(int, "of a run; default: the newest")}

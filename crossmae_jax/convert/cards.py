@@ -66,7 +66,7 @@ class Card:
     def encoder(self) -> encoders.Encoder:
         """The encoder that the weights are for, or are a part of."""
         return kinds.make(
-            "encoder", encoders.ENCODERS, self.model["encoder"],
+            "model.encoder", encoders.ENCODERS, self.model["encoder"],
             image_size=self.image_size, channels=self.channels,
         )
 
@@ -74,7 +74,7 @@ class Card:
     def fusion(self) -> fusion.Fusion:
         """What a decoder sees of the encoder; of a classifier there is none."""
         return kinds.make(
-            "fusion", fusion.FUSIONS, self.model["fusion"],
+            "model.fusion", fusion.FUSIONS, self.model["fusion"],
             encoder_depth=self.encoder.depth, num_contexts=1,
         )
 
@@ -88,7 +88,7 @@ class Card:
             return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
         mixes = self.fusion.used_maps is not None
         aggregates = kinds.choose(
-            "aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
+            "model.aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
         ) is not None
         return [
             "encoder", *["fusion"] * mixes, "decoder", *["aggregator"] * aggregates

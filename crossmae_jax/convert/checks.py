@@ -51,10 +51,10 @@ TOLERANCE = 1e-3
 _VIT_MAE = "transformers.models.vit_mae.modeling_vit_mae"
 _MODULES = {"timm": ("timm",), "transformers": ("transformers", _VIT_MAE)}
 _EPSILON = {"layer_norm_eps": 1e-6}  # ours; transformers' own is 1e-12
-_CLASSIFIER = "ViTForImageClassification"
+_CLASSIFIER, _PRETRAINING = "ViTForImageClassification", "ViTMAEForPreTraining"
 # Classes of transformers, and with which settings they are loaded.
 _CLASSES: dict[str | None, dict[str, Any]] = {
-    "ViTMAEForPreTraining": _EPSILON,
+    _PRETRAINING: _EPSILON,
     "ViTMAEModel": {"mask_ratio": 0.0, **_EPSILON},
     "ViTModel": {"add_pooling_layer": False, **_EPSILON},
     _CLASSIFIER: _EPSILON,
@@ -305,7 +305,7 @@ def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[st
         return {}, [f"not checked: {kind}; the classes that are: {', '.join(_CLASSES)}"]
     if place not in (None, "."):
         return {}, [f"not checked: transformers does not look under {place}"]
-    if kind == _CLASSIFIER and weights.card.kind == "encoder":
+    if weights.card.kind == "encoder" and kind in (_CLASSIFIER, _PRETRAINING):
         return {}, [f"not checked: a {kind} does not return its encoder's output"]
     model, info = getattr(transformers, kind).from_pretrained(
         path, dtype=torch.float32, local_files_only=True, output_loading_info=True,
@@ -326,7 +326,7 @@ def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[st
     with torch.inference_mode():
         outputs = model.eval()(**inputs, output_hidden_states=True)
     theirs = {}
-    if kind == "ViTMAEForPreTraining":
+    if kind == _PRETRAINING:
         masked = outputs.logits[outputs.mask.bool()]
         theirs["predictions"] = masked.unflatten(0, (NUM_IMAGES, -1))
         if weights.card.normalize is not None:

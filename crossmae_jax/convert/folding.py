@@ -42,13 +42,15 @@ def batch_norm(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def on_reading(
-    tensors: dict[str, Tensor], *, patch_size: int, image_size: Any,
+    tensors: dict[str, Tensor], *, patch_size: int, image_size: Any, wanted: Any,
     evidence: list[str],
 ) -> dict[str, Tensor]:
     """Returns tensors under our names with all of this folded, as far as there is any.
 
     Args:
-      image_size: if it is known; else it is not known that a class row lacks.
+      image_size: that the weights were trained at, if it is known.
+      wanted: that they will be used at. It tells of a missing class row only where
+        there is no square of patches beside one.
       evidence: gets a line for each kind.
     """
     if {"batch_norm/mean", "batch_norm/var", "head/kernel", "head/bias"} <= (
@@ -63,7 +65,7 @@ def on_reading(
         )
     table = tensors.get("encoder/pos_embed")
     if table is not None and len(table.shape) == 2 and _lacks_class_row(
-        table.shape[0], patch_size, image_size
+        table.shape[0], patch_size, image_size, wanted
     ):
         tensors = tensors | {"encoder/pos_embed": table.then(
             lambda x: np.concatenate([np.zeros_like(x[:1]), x])
@@ -93,7 +95,11 @@ def _layer_scale(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
     return folded, number
 
 
-def _lacks_class_row(rows: int, patch_size: int, image_size: Any) -> bool:
+def _lacks_class_row(
+    rows: int, patch_size: int, image_size: Any, wanted: Any
+) -> bool:
+    if image_size is None and math.isqrt(rows - 1) ** 2 != rows - 1:
+        image_size = wanted
     return image_size is not None and rows == math.prod(
         length // patch_size for length in image_size
     )

@@ -113,7 +113,7 @@ def open_source(
             ours, left_over = _encoder_alone(ours, left_over, evidence)
         ours = folding.on_reading(
             ours, patch_size=patch[2], evidence=evidence,
-            image_size=facts.image_size or fallback.image_size,
+            image_size=facts.image_size, wanted=fallback.image_size,
         )
         card = structure.infer(
             ours, patch, facts, fallback=fallback, origin=f"{path.name} ({format})",

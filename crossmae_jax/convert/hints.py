@@ -4,6 +4,7 @@ In a checkpoint of MAE or CrossMAE these are the arguments of the training scrip
 folder of timm or transformers its `config.json`.
 """
 
+import collections
 import dataclasses
 import json
 from pathlib import Path
@@ -21,6 +22,15 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _TIMM_ARGUMENTS = {
     "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim",
     "depth", "num_heads", "mlp_ratio", "final_norm", "fc_norm",
+    "init_values", "no_embed_class",  # see `folding`
+    # In training only.
+    "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
+    "attn_drop_rate", "drop_path_rate", "weight_init",
+}
+# Those that our models have at this value.
+_TIMM_USUAL = {
+    "qkv_bias": True, "class_token": True, "act_layer": "gelu", "pre_norm": False,
+    "qk_norm": False, "reg_tokens": 0, "pos_embed": "learn",
 }
 
 
@@ -166,7 +176,7 @@ def of_huggingface(
             f"with {name} changed to that, and convert the result."
         )
     if "ViTForImageClassification" in (config.get("architectures") or ()):
-        facts |= {"pool": "cls", "classes": _labels(config)}
+        facts |= {"pool": "cls", "classes": _labels(config, evidence)}
     if "decoder_num_attention_heads" in config:
         facts |= {
             "decoder_heads": config["decoder_num_attention_heads"],
@@ -229,16 +239,21 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
       ConversionError: if the model has settings that ours has not.
     """
     arguments, cfg = config.get("model_args", {}), config.get("pretrained_cfg", config)
-    if others := sorted(arguments.keys() - _TIMM_ARGUMENTS):
+    if others := sorted(
+        name for name, value in arguments.items() if name not in _TIMM_ARGUMENTS
+        and value not in (None, _TIMM_USUAL.get(name))
+    ):
         raise ConversionError(
             "config.json has model_args that change a ViT into another than ours: "
             + ", ".join(f"{name}={arguments[name]!r}" for name in others)
+            + ". What these weights compute cannot be had here, nor their encoder "
+            "alone; take those of a plain VisionTransformer."
         )
     pool = arguments.get("global_pool", config.get("global_pool"))
     facts: dict[str, Any] = {
         "num_heads": arguments.get("num_heads"), "pool": _POOLS.get(pool, pool)
     }
-    size = arguments.get("img_size", cfg.get("input_size", (None,))[1:])
+    size = arguments.get("img_size", (cfg.get("input_size") or (None,))[1:])
     if size:
         facts["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
     if {"mean", "std"} <= cfg.keys():
@@ -246,26 +261,37 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
         evidence.append("image size, mean and std: from config.json")
     else:
         evidence.append("mean and std: not in the file")
-    facts["classes"] = _names(config.get("label_names", cfg.get("label_names")))
+    facts["classes"] = _names(
+        config.get("label_names", cfg.get("label_names")), evidence
+    )
     return Facts(**facts)
 
 
-def _names(by_number: Any) -> tuple[str, ...] | None:
+def _names(by_number: Any, evidence: list[str]) -> tuple[str, ...] | None:
     """Returns names in the order of their numbers, as timm and transformers list them.
 
-    None if there are none, or some numbers have none.
+    Names that occur several times get their number. None if there are none, or some
+    numbers have none.
     """
     if isinstance(by_number, dict):
-        numbered = {int(number): name for number, name in by_number.items()}
-        by_number = [numbered.get(i) for i in range(len(numbered))]
+        numbered = {str(number): name for number, name in by_number.items()}
+        by_number = [numbered.get(str(i)) for i in range(len(numbered))]
     if not by_number or not all(isinstance(name, str) for name in by_number):
         return None
-    return tuple(by_number) if len(set(by_number)) == len(by_number) else None
+    counts = collections.Counter(by_number)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        evidence.append(
+            f"several classes are called {', '.join(twice)}; here with their numbers"
+        )
+    return tuple(
+        f"{name} ({number})" if counts[name] > 1 else name
+        for number, name in enumerate(by_number)
+    )
 
 
-def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
+def _labels(config: dict[str, Any], evidence: list[str]) -> tuple[str, ...] | None:
     """Returns the classes of a classifier of transformers, if somebody named them."""
-    labels = _names(config.get("id2label"))
+    labels = _names(config.get("id2label"), evidence)
     unnamed = labels and all(label == f"LABEL_{i}" for i, label in enumerate(labels))
     return None if unnamed else labels
 

@@ -14,7 +14,7 @@ resized to the model's grid. Anything else is an error.
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import einops
@@ -28,6 +28,7 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.opened import Weights
 from crossmae_jax.models import encoders, mim, posemb
 from crossmae_jax.runs import workdir
 
@@ -133,6 +134,7 @@ def plan(
         _line("unused", [name for name in theirs if name not in loaded]),
         f"  resized  {'; '.join(changed) or 'nothing'}",
         *(f"  assumed  {line}" for line in _assumed(card, config, parts)),
+        *_notes(weights, config),
     ]
     normalize = config.get("target", {}).get("normalize")
     if "decoder" in parts and None not in (card.normalize, normalize) and (
@@ -146,10 +148,32 @@ def plan(
             f"  note     the head is for other classes, {', '.join(card.classes[:3])}, "
             f"...; the data has {', '.join(classes[:3])}, ..."
         )
+    if "head" in parts and classes and not card.classes:
+        report.append(
+            "  note     the names of the head's classes are not known; taken to be the "
+            f"data's, in their order: {', '.join(classes[:3])}, ..."
+        )
     return Start(
         frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
         classes=card.classes if "head" in parts else None,
     )
+
+
+def _notes(weights: Weights, config: ConfigDict) -> Iterator[str]:
+    """Yields what was done to the tensors, and how their images were normalised."""
+    for line in weights.evidence:
+        if line.startswith(("taken off", "folded", "positions")):
+            yield f"  note     {line}"
+    card = weights.card
+    for name in ("mean", "std"):
+        theirs, ours = getattr(card, name), tuple(config.data[name])
+        if theirs is not None and card.channels == len(ours) and (
+            not np.allclose(theirs, ours, atol=1e-3)
+        ):
+            yield (
+                f"  note     the weights are of images with {name}={tuple(theirs)}; "
+                f"config.data.{name}={ours}"
+            )
 
 
 def _assumed(card: Card, config: ConfigDict, parts: set[str]) -> list[str]:

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from crossmae_jax import errors
 from crossmae_jax.evals import evaluator
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
@@ -57,11 +58,11 @@ def evaluate(
 
 
 def check_range(labels: Int[np.ndarray, "n"], num_classes: int) -> None:
-    """Raises ValueError if a label is not one of the classes."""
+    """Raises SetupError if a label is not one of the classes."""
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         first = int(np.argmax(outside))
-        raise ValueError(
+        raise errors.SetupError(
             f"{outside.sum()} of {len(labels)} images have labels outside of the "
             f"head's 0 to {num_classes - 1}, first image {first} with {labels[first]}; "
             "evaluate on images of the classes that the head was trained for."

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
-from crossmae_jax import augment
+from crossmae_jax import augment, errors
 
 Batch = Mapping[str, Any]
 Predict = Callable[[Batch], Mapping[str, jax.Array]]
@@ -169,17 +169,21 @@ def check_labelled(train: Features, test: Features) -> int:
     """Returns the number of classes, or says why the two sets cannot be compared.
 
     Raises:
-      ValueError: if a set is empty or has unlabelled images, or widths differ.
+      SetupError: if a set is empty or has unlabelled images.
+      ValueError: if widths differ.
     """
     for name, features in (("train", train), ("test", test)):
         if len(features.values) == 0:
-            raise ValueError(f"The {name} set holds no images; give it at least one.")
+            raise errors.SetupError(
+                f"The {name} set holds no images; give it at least one."
+            )
         missing = int(np.sum(features.labels < 0))
         if missing:
-            raise ValueError(
-                f"{missing} of {len(features.labels)} {name} images have no label; "
-                "k-NN and the linear probe need labels. Use a labelled data set or "
-                "split, or drop these evaluators from config.evals."
+            raise errors.SetupError(
+                f"{missing} of {len(features.labels)} {name} images have no label, the "
+                f"first is number {int(np.argmax(features.labels < 0))}; k-NN and the "
+                "linear probe need labels. Use a labelled data set or split, or drop "
+                "these evaluators from config.evals."
             )
     if train.values.shape[1] != test.values.shape[1]:
         raise ValueError(

@@ -52,7 +52,7 @@ def build_encoder(
       ValueError: for an unknown choice, or choices that do not fit each other.
     """
     return kinds.make(
-        "encoder", ENCODERS, config.model.encoder,
+        "model.encoder", ENCODERS, config.model.encoder,
         image_size=tuple(config.data.image_size), channels=config.data.channels,
         final_norm=final_norm, learned_positions=learned_positions,
         **parts.computing(config.model),

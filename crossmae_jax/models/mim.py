@@ -126,12 +126,12 @@ def build(config: ConfigDict) -> MaskedImageModel:
     model, computing = config.model, parts.computing(config.model)
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
     decoder = kinds.make(
-        "decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
+        "model.decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
         widths=targets.make(config, patch_size=encoder.patch_size).widths, **computing,
     )
     aggregators = {}
     made = kinds.make(
-        "aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
+        "model.aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
         grid=encoder.grid, num_heads=decoder.num_heads, mlp_ratio=decoder.mlp_ratio,
         **computing,
     )
@@ -153,7 +153,7 @@ def build_fusion(
 ) -> fusion.Fusion:
     """Makes the fusion that `config.model` describes, for an encoder."""
     return kinds.make(
-        "fusion", FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
+        "model.fusion", FUSIONS, config.model.fusion, encoder_depth=encoder.depth,
         num_contexts=num_contexts, **parts.computing(config.model),
     )
 
@@ -180,7 +180,7 @@ def ends_in_norm(model: kinds.Group) -> bool:
     Raises:
       ValueError: for an unknown kind of fusion, which decides over it.
     """
-    return kinds.choose("fusion", FUSIONS, model["fusion"]).final_norm
+    return kinds.choose("model.fusion", FUSIONS, model["fusion"]).final_norm
 
 
 def method(*, fusion: str, decoder: str, aggregator: str) -> str:
