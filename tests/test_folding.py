@@ -1,7 +1,10 @@
 """What other models keep apart is computed into our tensors: the model is the same."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors.torch
 
 import crossmae_jax
 from crossmae_jax import convert
@@ -120,6 +123,33 @@ def test_a_row_for_the_class_token_is_not_taken_for_one_that_lacks(tmp_path):
     )
 
 
+def test_a_size_to_work_at_tells_nothing_of_a_table_that_is_whole(tmp_path):
+    """10 rows: of 3 x 3 patches and the class token, not of the 2 x 5 that are wanted.
+    """
+    model, path = _deit3(no_embed_class=False, img_size=24), tmp_path / "vit.pth"
+    torch.save(model.state_dict(), path)
+    loaded = crossmae_jax.load(path, num_heads=2, image_size=(16, 40), **HALF)
+    table = np.asarray(loaded.variables["params"]["encoder"]["pos_embed"]).squeeze()
+    theirs = model.pos_embed.detach().numpy()[0]
+    assert table.shape == (11, 32)
+    np.testing.assert_allclose(table[0], theirs[0], atol=1e-6)
+
+
+def test_timms_folder_of_a_deit_iii_is_read(tmp_path):
+    model = _deit3()
+    (tmp_path / "config.json").write_text(json.dumps(dict(
+        architecture="vit_tiny_patch16_224", num_classes=5,
+        model_args=interop.SMALL | dict(
+            img_size=32, no_embed_class=True, init_values=0.1, qkv_bias=True,
+            drop_path_rate=0.1, num_classes=5,
+        ),
+        pretrained_cfg=dict(input_size=None) | {k: list(v) for k, v in HALF.items()},
+    )))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = crossmae_jax.load(tmp_path)
+    _agree(loaded.logits(IMAGES), _outputs(model)[1])
+
+
 def test_training_starts_from_a_table_without_a_class_row(tmp_path):
     path = tmp_path / "deit_3.pth"
     model = _deit3(num_classes=0)
@@ -130,3 +160,5 @@ def test_training_starts_from_a_table_without_a_class_row(tmp_path):
     table = plan.tensors["encoder/pos_embed"].read()
     np.testing.assert_array_equal(table[0], 0)
     np.testing.assert_array_equal(table[1:], model.pos_embed.detach().numpy()[0])
+    notes = [line.split("note")[1].strip() for line in plan.report if "note" in line]
+    assert [line.split(":")[0] for line in notes] == ["folded", "positions"]

@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import safetensors.torch
 
 import crossmae_jax
+from configs import finetune_digits
 from crossmae_jax import convert
+from crossmae_jax.convert import starting
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.objectives.classify import Classify
 from tests import interop
 from tests.interop import timm, torch, transformers
 from tests.test_convert import GOLDEN, HEADS, _main, _same
@@ -256,6 +260,51 @@ def test_a_classifier_of_transformers_is_one_here(tmp_path):
     assert weights.card.kind == "encoder" and "encoder/norm/scale" in weights.tensors
     done = convert.import_weights(tmp_path / "hf", tmp_path / "alone", parts="encoder")
     assert any("does not return its encoder's output" in line for line in done.lines)
+
+
+def test_classes_of_one_name_keep_it_with_their_numbers(tmp_path):
+    config = interop.vit_model().config
+    config.id2label = {0: "crane", 1: "dog", 2: "crane"}
+    interop._randomise(transformers.ViTForImageClassification(config)).save_pretrained(
+        tmp_path
+    )
+    weights = convert.open_weights(tmp_path)
+    assert weights.card.classes == ("crane (0)", "dog", "crane (2)")
+    assert any("several classes are called crane" in x for x in weights.evidence)
+
+
+def test_the_encoder_of_a_mae_of_transformers_is_taken_alone(tmp_path):
+    interop.hf_model().save_pretrained(tmp_path / "hf")
+    done = convert.import_weights(tmp_path / "hf", tmp_path / "in", parts="encoder")
+    assert done.card.kind == "encoder"
+    assert any("does not return its encoder's output" in line for line in done.lines)
+
+
+def test_names_of_classes_can_be_given_and_unknown_ones_are_noted(tmp_path, state):
+    path = _saved(tmp_path, state)
+    assert not _main(
+        "import", path, f"--to={tmp_path / 'in'}", "--num_heads=2",
+        "--mean=0.1,0.1,0.1", "--std=0.5,0.5,0.5",
+        "--classes=" + ",".join("abcdefghij"[:state["head.weight"].shape[0]]),
+    )
+    named = convert.open_weights(tmp_path / "in").card.classes
+    assert named[:2] == ("a", "b")
+    config = finetune_digits.get_config()
+    config.update_from_flattened_dict({
+        "model.encoder.size": "W32-D2-H2/8", "data.image_size": (32, 32),
+        "data.channels": 3, "data.mean": (0.4,) * 3, "data.std": (0.5,) * 3,
+        "data.num_classes": len(named), "model.pool": "cls",
+    })
+    like = jax.eval_shape(Classify(config).init, jax.random.key(0))
+    others = tuple("zyxwvutsrq"[:len(named)])
+    for source, notes in (
+        (path, ["names of the head's classes are not known"]),
+        (tmp_path / "in", [
+            "the head is for other classes, a, b", "images with mean=(0.1, 0.1, 0.1); c"
+        ]),
+    ):
+        report = starting.plan(str(source), like, config, classes=others).report
+        assert all(any(note in line for line in report) for note in notes), report
 
 
 def test_other_heads_of_transformers_can_be_left_out(tmp_path):
