@@ -93,6 +93,14 @@ def test_images_of_kinds_that_are_not_read_are_refused_beyond_a_share(tmp_path):
         sources.FolderSource(str(tmp_path), max_skipped_share=1.5)
 
 
+@pytest.mark.parametrize("ending", [".jpg_large", ".jpg?w=640", ".jpeg~"])
+def test_endings_that_downloads_leave_behind_are_those_of_images(tmp_path, ending):
+    names = [f"{folder}/{k}.jpg" for folder in "ac" for k in range(20)]
+    names += [f"b/{k}{ending}" for k in range(2)]
+    with pytest.raises(ValueError, match="all images of 'b', which would be no class"):
+        _folder(tmp_path, *names)
+
+
 def test_files_beside_the_images_that_are_no_pictures_are_not_too_many(tmp_path):
     names = [f"{k}.{end}" for k in range(3) for end in ("png", "png.npz", "txt", "xml")]
     source = _folder(tmp_path, *names)

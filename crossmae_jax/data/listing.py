@@ -92,7 +92,9 @@ def check(directory: str, listing: Listing, *, max_skipped_share: float) -> None
         )
     _check_splits(directory, listing)
     unread = collections.Counter({
-        where: count for where, count in listing.others.items() if where[1] in _UNREAD
+        where: count for where, count in listing.others.items()
+        # Downloads leave .jpg_large, .jpg?w=640 and .jpg~ behind.
+        if where[1] in _UNREAD or where[1].startswith(EXTENSIONS)
     })
     least = 1 if max_skipped_share else 0
     total = unread.total() + len(listing.images)
