@@ -51,6 +51,28 @@ def test_a_second_run_is_refused_and_touches_nothing(holder, tmp_path, digits_di
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
+def test_of_two_that_take_over_at_once_one_is_refused(holder, tmp_path, monkeypatch):
+    """The other one writes its own lock after this one has judged the stale one."""
+    run, lives = tmp_path / "run", lock._lives
+    living = json.loads((run / lock.FILE).read_text())
+    stale = living | {"process": 2**22 + 1, "started": "long ago"}
+    (run / lock.FILE).write_text(json.dumps(stale))
+
+    def judged(file, found, *others):
+        alive = lives(file, found, *others)
+        if found == stale:
+            assert not alive
+            file.write_text(json.dumps(living))
+        return alive
+
+    monkeypatch.setattr(lock, "_lives", judged)
+    with pytest.raises(errors.SetupError, match=f"process {holder.pid}, since 2"):
+        with lock.held(run):
+            pass
+    assert json.loads((run / lock.FILE).read_text()) == living
+    assert [path.name for path in run.iterdir()] == [lock.FILE]
+
+
 def test_what_a_killed_run_left_is_taken_over_at_once(holder, tmp_path, capsys):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

@@ -16,6 +16,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _take(file: AnyPath, mine: dict[str, Any]) -> None:
                 "stop it, or give a new --workdir."
             )
         parallel.say(f"{file} was left by a run that is no more ({who}); taking over.")
-        file.unlink(missing_ok=True)
+        _remove(file, holder)
     if isinstance(file, Path):
         try:
             with open(file, "x") as new:
@@ -121,6 +122,25 @@ def _take(file: AnyPath, mine: dict[str, Any]) -> None:
         except FileExistsError:  # another one was faster
             return _take(file, mine)
     file.write_text(json.dumps(mine))
+
+
+def _remove(file: AnyPath, stale: dict[str, Any]) -> None:
+    """Removes what a dead run left, and not what another start has put there since.
+
+    A bucket cannot rename: there, two that start at once find out when they write.
+    """
+    if not isinstance(file, Path):
+        file.unlink(missing_ok=True)
+        return
+    aside = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        file.rename(aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != stale:
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, file)
+    aside.unlink()
 
 
 def _lives(
