@@ -138,7 +138,7 @@ def test_no_heads_are_none(facts):
 
 def test_pooling_that_a_bare_file_does_not_tell_is_assumed_or_said():
     weights = convert.open_weights(TINY, num_heads=3)
-    said = "assumed: the class token is pooled, as is usual without an fc_norm"
+    said = "assumed: the class token is pooled, as usual without an fc_norm"
     assert any(line.startswith(said) for line in weights.evidence)
     weights = convert.open_weights(TINY, num_heads=3, pool="cls")
     assert "pool" not in weights.card.assumed

@@ -215,7 +215,7 @@ def _head_settings(
             "parts='encoder', or --parts=encoder."
         )
     if facts.pool is None:
-        assumed["pool"] = f"{title} is pooled, as is usual {norm}; give pool if not"
+        assumed["pool"] = f"{title} is pooled, as usual {norm}; if not: parts=encoder"
     evidence.append(f"classifier: {num_classes} classes from {title}, {norm}")
     return {"pool": usual, "num_classes": num_classes}
 

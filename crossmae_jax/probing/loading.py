@@ -69,7 +69,11 @@ def load(
         card = resized
     card = dataclasses.replace(card, mean=mean or card.mean, std=std or card.std)
     if card.assumed:  # which nothing else would show, if it is wrong
-        logging.warning("%s: assumed: %s.", path, "; ".join(card.assumed.values()))
+        advice = " image_size of load is to work at: import the file with its own."
+        logging.warning(
+            "%s: assumed: %s.%s", path, "; ".join(card.assumed.values()),
+            advice if "image_size" in card.assumed else "",
+        )
     like = structure.abstract_variables(card)
     variables = jax.tree.map(jnp.asarray, names.variables_of(tensors, like))
     if card.kind == "encoder":  # a ViT by itself has no level per part
