@@ -39,23 +39,21 @@ def make(
       ValueError: for an unknown kind or option, or one that the kind does not take and
         that is not at its default.
     """
-    chosen, name_of = choose(group, table, options, key=key), _short(group)
+    chosen, short = choose(group, table, options, key=key), _short(group)
     if chosen is None:
         return None
     options = {name: value for name, value in options.items() if value is not None}
     kind, fields = options.pop(key), _fields(chosen)
     for name in [name for name in options if name not in fields or name in given]:
         value = options.pop(name)
-        _check_left_over(
-            f"{name_of}.{name}", value, f"{name_of}.{key}", kind, table, given
-        )
+        _check_left_over(f"{short}.{name}", value, f"{short}.{key}", kind, table, given)
     missing = [
         name for name, default in fields.items()
         if default is dataclasses.MISSING and name not in options.keys() | given.keys()
     ]
     if missing:
         raise ValueError(
-            f"{name_of}.{key}={kind!r} needs {', '.join(missing)}; set "
+            f"{short}.{key}={kind!r} needs {', '.join(missing)}; set "
             f"config.{group}.{missing[0]}."
         )
     if not isinstance(chosen, type):
@@ -75,7 +73,7 @@ def choose(group: str, table: Table, options: Group, *, key: str = "kind") -> An
     return table[kind]
 
 
-def options(table: Table) -> set[str]:
+def known_options(table: Table) -> set[str]:
     """Returns the options of all kinds together."""
     return {name for made in table.values() if made for name in _fields(made)}
 
@@ -107,7 +105,7 @@ def _check_left_over(
     fields = {other: _fields(c) for other, c in table.items() if c is not None}
     takers = {other: taken[name] for other, taken in fields.items() if name in taken}
     if not takers:
-        known = options(table) - set(given)
+        known = known_options(table) - set(given)
         raise ValueError(
             f"Unknown option {option}={value!r}. Known: "
             f"{', '.join(sorted(known)) or 'none'}."

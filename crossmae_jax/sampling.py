@@ -20,14 +20,15 @@ def make(options: kinds.Group, *, grid: tuple[int, int]) -> "Sampler":
       ValueError: for an unknown noise or option, one of another noise that is not at
         its default, and for options that contradict each other.
     """
-    own = {field.name for field in dataclasses.fields(Sampler)} - {"noise"}
+    own = {field.name for field in dataclasses.fields(Sampler)}
+    own -= {"grid", "noise"}
     given = {name: value for name, value in options.items() if name in own}
     of_noise = {name: value for name, value in options.items() if name not in own}
-    known = own | {"noise"} | kinds.options(masking.NOISES)
+    known = own | {"noise"} | kinds.known_options(masking.NOISES)
     if unknown := sorted(set(options) - known):
         raise ValueError(
             f"Unknown option masking.{unknown[0]}={options[unknown[0]]!r}. Known: "
-            f"{', '.join(sorted(known - {'grid'}))}."
+            f"{', '.join(sorted(known))}."
         )
     noise = kinds.make("masking", masking.NOISES, of_noise, key="noise")
     return Sampler(grid, noise=noise, **given)
