@@ -103,14 +103,23 @@ train_here() {
     return "$status"
 }
 
-# Prints the status of a host that ended with an error, if one did.
-error_status() {
-    cat "$statuses"/* 2> /dev/null | grep -vxE "0|$SAVED" | head -n 1 || true
+# Counts the hosts that ended in `ended`, and keeps in `error` and `largest` the status
+# of one that failed and the largest. Without a command substitution: bash 5.2 loses a
+# signal that arrives while it reads one, and this is run again and again.
+look() {
+    local file status
+    ended=0
+    for file in "$statuses"/*; do
+        if ! [[ -s $file ]] || ! read -r status < "$file"; then continue; fi
+        ended=$((ended + 1))
+        if ((status != 0 && status != SAVED)); then error=${error:-$status}; fi
+        if ((status > largest)); then largest=$status; fi
+    done
 }
 
 # Runs one process on each host and returns 0, or what the first that failed returned.
 train_there() {
-    local index error='' status
+    local index status ended=0 error='' largest=0 told=false
     rm -f "$statuses"/*
     for index in "${!nodes[@]}"; do
         {
@@ -119,17 +128,16 @@ train_there() {
             echo "$status" > "$statuses/$index"
         } &
     done
-    while [[ $(jobs -pr) ]]; do
+    while ((ended < ${#nodes[@]})); do
         sleep "${CROSSMAE_LAUNCH_POLL:-1}"
-        if [[ $error ]]; then continue; fi
-        error=$(error_status)
-        if [[ $error ]]; then
+        look
+        if [[ $error ]] && ! $told; then
+            told=true
             say "a host ended with status $error; telling the others to end"
             end_training
         fi
     done
-    error=${error:-$(error_status)}
-    return "${error:-$(sort -n "$statuses"/* | tail -n 1)}"
+    return "${error:-$largest}"
 }
 
 train() {
