@@ -10,6 +10,10 @@ How much memory a file can take is known from its header: a few bytes may stand 
 gigabytes. An image of more than `max_pixels` is not decoded. PIL has a limit of its
 own, one for the whole process, which is raised where more are asked for.
 
+Only the formats that are meant are opened, those of `listing.EXTENSIONS`, whatever a
+file is called: PIL knows more, and starts a program for some (Ghostscript for EPS).
+Whatever goes wrong while a file is decoded makes it a bad image.
+
 The rotation that a camera notes in EXIF is not applied, as in the references. 16-bit
 grey keeps its high byte. Transparency is dropped, not blended. Grey images in a set of
 colour images are repeated to three channels; every other mismatch is an error. Four or
@@ -18,8 +22,6 @@ more channels are kept one by one: PIL would treat the fourth as opacity.
 
 import dataclasses
 import io
-import struct
-import zlib
 
 import numpy as np
 from PIL import Image
@@ -27,22 +29,8 @@ from PIL import Image
 from crossmae_jax import errors
 from crossmae_jax.data.fields import Bands, View
 
-# What PIL raises on damaged files, by format and by where the damage is.
-_PIL_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# PIL's names. Those first that it knows without importing all of its plugins.
+FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")
 _GREY_MODES = ("1", "L", "LA", "La")
 MAX_PIXELS = 178_956_970  # what PIL opens at most by default; 0.7 GB as colour
 _KEEP = 2  # a crop of a reduced JPEG has at least this many pixels per target pixel
@@ -118,11 +106,14 @@ def open_image(
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
     try:
-        opened = Image.open(io.BytesIO(image))
+        opened = Image.open(io.BytesIO(image), formats=FORMATS)
     except Image.DecompressionBombError as error:  # above twice PIL's own limit
         raise _too_large(name, f"PIL refuses it ({error})", max_pixels) from None
-    except _PIL_ERRORS as error:
-        reason = "not a known image format or damaged at the start"
+    except Exception as error:  # what a damaged header does to PIL is past listing
+        reason = (
+            f"not a known image format ({', '.join(FORMATS)}) or damaged at the start: "
+            f"it begins with {bytes(image[:8])!r}"
+        )
         if not isinstance(error, Image.UnidentifiedImageError):
             reason = f"{type(error).__name__}: {error}"
         elif not image:
@@ -162,7 +153,7 @@ def _decode(image: Image.Image, channels: int, name: str) -> Bands:
         if channels == 1 and grey:
             return (image.convert("L"),)
         colour = image.convert("RGB")
-    except _PIL_ERRORS as error:
+    except Exception as error:  # likewise, and no image may end a run of days
         raise BadImage(f"{name}: {type(error).__name__}: {error}") from None
     if channels == 3:
         return (colour,)

@@ -241,9 +241,10 @@ def _panel(run: Run) -> str:
     if run.panel is None:
         return ""
     data, kind = run.panel.read_bytes(), "png"
-    remark = PIL.Image.open(io.BytesIO(data)).info.get("Description", "")
+    panel = PIL.Image.open(io.BytesIO(data), formats=("PNG",))
+    remark = panel.info.get("Description", "")
     if len(data) > _LARGEST_PNG:
-        image, kind = PIL.Image.open(io.BytesIO(data)).convert("RGB"), "jpeg"
+        image, kind = panel.convert("RGB"), "jpeg"
         image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
         file = io.BytesIO()
         image.save(file, format="jpeg", quality=88)

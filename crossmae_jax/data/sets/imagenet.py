@@ -175,7 +175,7 @@ class _NeverRaised(Exception):
 
 def _cmyk_to_rgb(image: bytes, quality: int = 100) -> bytes:
     """Re-encodes a CMYK JPEG as RGB with the arithmetic of tf.image.decode_jpeg."""
-    picture = Image.open(io.BytesIO(image))
+    picture = Image.open(io.BytesIO(image), formats=("JPEG",))
     if picture.mode != "CMYK":
         return _encode(picture.convert("RGB"), quality)
     # PIL inverts what the file holds, by Adobe's convention.
@@ -189,7 +189,8 @@ def _cmyk_to_rgb(image: bytes, quality: int = 100) -> bytes:
 
 
 def _png_to_jpeg(image: bytes, quality: int = 100) -> bytes:
-    return _encode(Image.open(io.BytesIO(image)).convert("RGB"), quality)
+    picture = Image.open(io.BytesIO(image), formats=("PNG",))
+    return _encode(picture.convert("RGB"), quality)
 
 
 def _encode(picture: Image.Image, quality: int) -> bytes:

@@ -54,7 +54,7 @@ def read(name: str) -> np.ndarray:
             "install 'crossmae-jax[notebooks]'."
         ) from None
     path = Path(skimage.__file__).parent / "data" / name
-    with Image.open(path) as image:
+    with Image.open(path, formats=("JPEG", "PNG")) as image:
         return np.asarray(image.convert("RGB"))
 
 
