@@ -4,8 +4,10 @@ import ast
 import io
 import os
 import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageFile
 
@@ -89,3 +91,71 @@ def test_whatever_a_decoder_raises_is_a_bad_image(monkeypatch, where, error):
     monkeypatch.setattr(*where, fail)
     with pytest.raises(decoding.BadImage, match=f"^NAME: {error.__name__}: what a dam"):
         _decoded(image)
+
+
+# Images of which a part is not there.
+
+
+def _chunk(kind, data):
+    check = struct.pack(">I", zlib.crc32(kind + data))
+    return struct.pack(">I", len(data)) + kind + data + check
+
+
+def _png(width, height, data, *, depth=8, colour=2, interlaced=0):
+    """A PNG in good order, of any compressed rows."""
+    header = struct.pack(
+        ">IIBBBBB", width, height, depth, colour, 0, 0, interlaced
+    )
+    rows = zlib.compress(data)
+    half = len(rows) // 2
+    return b"\x89PNG\r\n\x1a\n" + b"".join((
+        _chunk(b"IHDR", header), _chunk(b"IDAT", rows[:half]),
+        _chunk(b"IDAT", rows[half:]), _chunk(b"IEND", b""),
+    ))
+
+
+@pytest.mark.parametrize("depth,colour,row", [
+    (8, 2, 21), (8, 6, 28), (8, 0, 7), (16, 0, 14), (1, 0, 1), (8, 4, 14),
+])
+@pytest.mark.parametrize("missing", [1, 11_990])
+def test_a_png_of_fewer_rows_than_its_height_is_a_bad_image(
+    depth, colour, row, missing
+):
+    there = (b"\0" + b"\xc8" * row) * (12_000 - missing)
+    image = _png(7, 12_000, there, depth=depth, colour=colour)
+    total = 12_000 * (row + 1)
+    reason = rf"^NAME: .*truncated \({len(there)} of {total} bytes of its rows\)"
+    with pytest.raises(decoding.BadImage, match=reason):
+        _decoded(image)
+
+
+def test_an_interlaced_png_of_one_pass_is_a_bad_image():
+    # Rows and columns of the passes, counted by hand: 5 x 3 pixels of one byte.
+    passes = ((1, 1), (1, 1), (0, 2), (1, 1), (1, 3), (2, 2), (1, 5))
+    data = b"".join((b"\0" + b"\xc8" * columns) * rows for rows, columns in passes)
+    whole = _png(5, 3, data, colour=0, interlaced=1)
+    assert (np.asarray(_decoded(whole)[0]) == 200).all()
+    # Of 16 x 9 the first pass has 2 x 2 pixels, two of them in the last row; in all
+    # there are 6 + 6 + 5 + 15 + 18 + 45 + 68 bytes.
+    with pytest.raises(decoding.BadImage, match="truncated .6 of 163 bytes"):
+        _decoded(_png(16, 9, b"\0\xc8\xc8" * 2, colour=0, interlaced=1))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_black_images_are_images(mode):
+    for size in ((1, 1), (300, 2), (9, 1200)):
+        file = io.BytesIO()
+        Image.new(mode, size).save(file, "PNG")
+        assert _decoded(file.getvalue())[0].size == size
+
+
+def test_a_tiff_of_fewer_strips_than_rows_is_a_bad_image():
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 77).save(file, "TIFF", tiffinfo={278: 8})
+    whole = file.getvalue()
+    assert _decoded(whole)[0].size == (64, 64)
+    offsets = struct.pack("<HHI", 273, 4, 8)
+    assert offsets in whole
+    fewer = whole.replace(offsets, struct.pack("<HHI", 273, 4, 5))
+    with pytest.raises(decoding.BadImage, match="2560 of 4096 pixels are in the file"):
+        _decoded(fewer)

@@ -187,7 +187,23 @@ def test_a_model_in_several_files_is_one(tmp_path):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     done = convert.import_weights(tmp_path / "hf", tmp_path / "in")
     assert any("through transformers" in line for line in done.lines)
-    (tmp_path / "hf" / "model.safetensors.index.json").write_text("{}")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    written = json.loads(index.read_text())
+    shard = sorted(tmp_path.glob("hf/model-*.safetensors"))[0]
+    # A hub's cache has links to where it keeps the files.
+    shard.rename(tmp_path / "elsewhere.safetensors")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"),
+                 "gone.safetensors", "..", "deep/../../elsewhere.safetensors"):
+        names = {k: name if v == shard.name else v
+                 for k, v in written["weight_map"].items()}
+        index.write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(ConversionError, match="expected a file beside it") as said:
+            opening.open_weights(tmp_path / "hf")
+        assert str(said.value).startswith(f"{index} names {name!r}; ")
+    index.write_text(json.dumps(written))
+    shard.symlink_to(tmp_path / "elsewhere.safetensors")
+    assert opening.open_weights(tmp_path / "hf").tensors
+    index.write_text("{}")
     with pytest.raises(ConversionError, match="has no weight_map"):
         opening.open_weights(tmp_path / "hf")
 

@@ -1,10 +1,12 @@
 """A list of SHA-256 digests that tells whether the files of a directory are as written.
 
 The list has the form of `sha256sum`, so that it can be checked without us:
-`cd DIRECTORY && sha256sum -c SHA256SUMS`. It covers the files in sub-directories; those
-beside the list itself may change. In a bucket all of them are read over the network.
+`cd DIRECTORY && sha256sum -c SHA256SUMS`. It covers the files in sub-directories, and
+all of them: one that is not listed is damage, too, as who reads the directory reads it.
+Those beside the list itself may change. In a bucket all are read over the network.
 """
 
+import fnmatch
 import hashlib
 import os
 from collections.abc import Collection, Sequence
@@ -15,6 +17,8 @@ from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
 
 LIST = "SHA256SUMS"
+# What systems leave behind: macOS on foreign disks, NFS of files that were open.
+_STRAY = (".DS_Store", "._*", ".nfs*")
 
 
 def _digests(files: Sequence[AnyPath]) -> list[str]:
@@ -77,6 +81,9 @@ def damage(path: AnyPath, parts: Collection[str]) -> str | None:
     if missing:
         return f"{shorten(missing, 2)} missing"
     try:
+        unlisted = sorted(_in(path, parts) - expected.keys())
+        if unlisted:
+            return f"{LIST} lacks {shorten(unlisted, 2)}"
         digests = _digests([path / name for name in expected])
     except OSError as error:
         return f"cannot be read ({error})"
@@ -85,6 +92,18 @@ def damage(path: AnyPath, parts: Collection[str]) -> str | None:
         if digest != other
     ]
     return f"digest mismatch in {shorten(wrong, 2)}" if wrong else None
+
+
+def _in(path: AnyPath, parts: Collection[str]) -> set[str]:
+    """Returns the names of all files in the given sub-directories, but stray ones."""
+    names = {
+        file.relative_to(path).as_posix()
+        for part in parts for file in paths.files(path / part)
+    }
+    return {
+        name for name in names
+        if not any(fnmatch.fnmatch(name.rsplit("/", 1)[-1], form) for form in _STRAY)
+    }
 
 
 def shorten(names: list[str], count: int) -> str:

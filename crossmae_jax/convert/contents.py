@@ -116,6 +116,13 @@ def _folder(path: Path) -> dict[Any, Any]:
             raise ConversionError(f"{index} has no weight_map.")
         merged: dict[Any, Any] = {}
         for name in sorted(set(map(str, shards.values()))):
+            # Shards are siblings, and links in a hub's cache. What else an index of
+            # a stranger may name is none of its business.
+            if "/" in name or "\\" in name or not (path / name).is_file():
+                raise ConversionError(
+                    f"{index} names {name!r}; expected a file beside it. Copy the "
+                    "folder again, all of its files."
+                )
             merged |= _tensors(_file(path / name))
         return merged
     for name in (WEIGHTS, "pytorch_model.bin"):

@@ -12,7 +12,8 @@ own, one for the whole process, which is raised where more are asked for.
 
 Only the formats that are meant are opened, those of `listing.EXTENSIONS`, whatever a
 file is called: PIL knows more, and starts a program for some (Ghostscript for EPS).
-Whatever goes wrong while a file is decoded makes it a bad image.
+Whatever goes wrong while a file is decoded makes it a bad image, also where its parts
+are fewer than its header promises (`missing_parts`).
 
 The rotation that a camera notes in EXIF is not applied, as in the references. 16-bit
 grey keeps its high byte. Transparency is dropped, not blended. Grey images in a set of
@@ -27,6 +28,7 @@ import numpy as np
 from PIL import Image
 
 from crossmae_jax import errors
+from crossmae_jax.data import missing_parts
 from crossmae_jax.data.fields import Bands, View
 
 # PIL's names. Those first that it knows without importing all of its plugins.
@@ -51,11 +53,13 @@ class Picture:
     Attributes:
       name: what errors call the image.
       size: height and width, as stored.
+      encoded: the file; empty for an array.
     """
 
     content: Image.Image | np.ndarray
     name: str
     size: tuple[int, int]
+    encoded: bytes = b""
 
     def reduce(self, view: View) -> None:
         """Has a JPEG decoded at a lower resolution where the view does not need all."""
@@ -81,7 +85,7 @@ class Picture:
         """
         if isinstance(self.content, np.ndarray):
             return _split(self.content, channels, self.name)
-        return _decode(self.content, channels, self.name)
+        return _decode(self.content, self.encoded, channels, self.name)
 
 
 def open_image(
@@ -122,7 +126,7 @@ def open_image(
     height, width = opened.height, opened.width
     if height * width > max_pixels:
         raise _too_large(name, f"it has {height} x {width} pixels", max_pixels)
-    return Picture(opened, name, (height, width))
+    return Picture(opened, name, (height, width), image)
 
 
 def _split(pixels: np.ndarray, channels: int, name: str) -> Bands:
@@ -135,7 +139,9 @@ def _split(pixels: np.ndarray, channels: int, name: str) -> Bands:
     return tuple(Image.fromarray(pixels[..., c]) for c in range(channels))
 
 
-def _decode(image: Image.Image, channels: int, name: str) -> Bands:
+def _decode(
+    image: Image.Image, encoded: bytes, channels: int, name: str
+) -> Bands:
     mode, bands = image.mode, image.getbands()
     grey = mode in _GREY_MODES or mode.startswith("I")
     if channels not in (1, 3) and len(bands) != channels:
@@ -143,7 +149,10 @@ def _decode(image: Image.Image, channels: int, name: str) -> Bands:
     if channels == 1 and not (grey or mode in ("P", "F")):
         raise _mismatch(name, len(bands), mode, channels)
     try:
+        missing = missing_parts.before_decoding(image)
         image.load()
+        if missing := missing or missing_parts.after_decoding(image, encoded):
+            raise ValueError(missing)
         if mode.startswith("I"):
             return (_high_byte(image),) * (1 if channels == 1 else 3)
         if mode == "F":

@@ -12,7 +12,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from crossmae_jax import paths
+from crossmae_jax import errors, paths
+from crossmae_jax.data import tfds_features
 from crossmae_jax.data.classes import numbers
 from crossmae_jax.data.transforms import Record
 
@@ -27,6 +28,10 @@ class TfdsSource:
       split: as TFDS writes it, "train[:10%]" included.
       classes: names of which labels shall be numbers; the set's own if not given, and
         if empty labels are not wanted.
+
+    Raises:
+      ValueError: if there is no such set or split, or it cannot be read here.
+      SetupError: if its files name code to run, or files outside of its directory.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class TfdsSource:
                 f"TFDS data set {self.full_name} has no split {split!r}. It has "
                 f"{', '.join(known)}. Set data.split or data.eval_split to one of them."
             ) from None
+        _check_inside(self.directory, [f.filename for f in chosen.file_instructions])
         shards = [
             (os.path.basename(file.filename), file.skip, file.take)
             for file in chosen.file_instructions
@@ -91,7 +97,8 @@ class TfdsSource:
     @functools.cached_property
     def _reader(self) -> Any:
         allow_many_files()
-        builder = tfds.builder_from_directory(self.directory)
+        with tfds_features.only_own(self.full_name):
+            builder = tfds.builder_from_directory(self.directory)
         decoders = None
         if isinstance(builder.info.features["image"], tfds.features.Image):
             decoders = {"image": tfds.decode.SkipDecoding()}
@@ -111,7 +118,8 @@ def _prepared(name: str, data_dir: str | None) -> Any:
     if paths.is_remote(where):
         where = str(paths.path(where))
     try:
-        builder = tfds.builder(name, data_dir=where)
+        with tfds_features.only_own(name):
+            builder = tfds.builder(name, data_dir=where)
     except (tfds.core.registered.DatasetNotFoundError, ImportError) as error:
         # TFDS appends the list of all sets it knows: one line is enough.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -127,6 +135,17 @@ def _prepared(name: str, data_dir: str | None) -> Any:
             f"{_how_to_prepare(name, 'OTHER_DIR')}."
         )
     return builder
+
+
+def _check_inside(directory: str, shards: list[str]) -> None:
+    """Refuses shards that `dataset_info.json` has outside of the set's directory."""
+    for shard in map(os.fspath, shards):
+        below = shard.removeprefix(f"{directory}/")
+        if below == shard or ".." in below.split("/"):
+            raise errors.SetupError(
+                f"dataset_info.json in {directory} names the shard {shard}; expected "
+                "a file below it. Prepare the set again, or copy it again."
+            )
 
 
 def _not_there(name: str, where: str, reason: str) -> str:
