@@ -24,6 +24,7 @@ from crossmae_jax import errors, objectives, paths, train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import (
     cluster,
     environment,
@@ -117,13 +118,14 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
         state, resumed = begin(job)
         first = int(state.step)
         check_kernels(job, state, steps_left=job.total - first)
+        stop = stack.enter_context(preemption.stop_requests())
         with errors.setting_up():
             batches = stack.enter_context(pipeline.train_batches(
                 job.images["train"], job.config.data, seed=job.config.seed,
                 start_step=first, num_steps=job.total - first,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(), workdir=str(home.local),
-                num_classes=job.config.data.get("num_classes"),
+                num_classes=job.config.data.get("num_classes"), stop=stop.asked_here,
             ))
             journal = stack.enter_context(Journal(
                 home.local, batches, total=job.total, first_step=first,
@@ -131,7 +133,6 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
                 images_per_step=job.config.data.batch_size,
                 steps_per_epoch=job.steps_per_epoch,
             ))
-        stop = stack.enter_context(preemption.stop_requests())
         try:
             state = train(job, state, batches, journal, stop)
             return close(job, state, journal, stop)
@@ -295,21 +296,27 @@ def train(
     loss is not finite is none, and is never saved.
 
     Raises:
-      Interrupted: if `stop` is set; the state is saved then.
+      Interrupted: if `stop` is set, also while a batch is waited for; the state is
+        saved then.
     """
     first = int(state.step)
     if first == job.checkpoints.last_step:  # a stop may have cut its evaluation short
         evaluate(job, job.due(first), first, state, journal, stop)
-    for step, batch in enumerate(batches, start=first + 1):
-        state, logged = job.step(state, parallel.place_batch(job.mesh, batch))
-        stopping = stop.is_set()
-        saving = stopping or job.saves(step)
-        journal.stepped(step, logged, log=saving or job.logs(step))
-        if saving:
-            save(job, step, state, journal, wait=stopping or step == job.total)
-        if stopping:
-            raise preemption.Interrupted
-        evaluate(job, job.due(step), step, state, journal, stop)
+    try:
+        for step, batch in enumerate(batches, start=first + 1):
+            state, logged = job.step(state, parallel.place_batch(job.mesh, batch))
+            stopping = stop.is_set()
+            saving = stopping or job.saves(step)
+            journal.stepped(step, logged, log=saving or job.logs(step))
+            if saving:
+                save(job, step, state, journal, wait=stopping or step == job.total)
+            if stopping:
+                raise preemption.Interrupted
+            evaluate(job, job.due(step), step, state, journal, stop)
+    except StoppedWaiting as waiting:
+        journal.say(str(waiting))
+        save(job, int(state.step), state, journal, wait=True)
+        raise preemption.Interrupted from None
     return state
 
 

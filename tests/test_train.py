@@ -65,8 +65,7 @@ def _final_state(config, workdir, steps):
 
 
 def _lines(workdir):
-    text = (workdir / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    return list(map(json.loads, _read(workdir / "metrics.jsonl").splitlines()))
 
 
 def _assert_same_bits(ours, theirs):
@@ -202,34 +201,29 @@ def test_checkpoints_that_cannot_be_restored_stop_the_run(digits_dir, tmp_path):
         train.run(config, tmp_path)
 
 
-_RUN = """
-import sys
-from tests.test_train import _config
-from crossmae_jax import train
-train.run(_config(sys.argv[1], **eval(sys.argv[3])), sys.argv[2])
-"""
-
-
-def _start(digits_dir, workdir, devices=8, **changes):
-    """Starts a run in a process of its own, with so many devices."""
+def _start(digits_dir, workdir, devices=8, hold="", **changes):
+    """Starts a run in a process of its own, with so many devices; see `holding`."""
     flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
     environment = dict(
         os.environ, JAX_PLATFORMS="cpu", PYTHONUNBUFFERED="1", XLA_FLAGS=flags,
         JAX_DEFAULT_MATMUL_PRECISION="highest",
     )
     return subprocess.Popen(
-        [sys.executable, "-c", _RUN, digits_dir, str(workdir), repr(changes)],
+        [
+            sys.executable, "-m", "tests.holding", digits_dir, str(workdir),
+            repr(changes), hold,
+        ],
         cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number, hold", [(signal.SIGTERM, "3"), (signal.SIGINT, "")])
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
-    finished, digits_dir, tmp_path, number
+    finished, digits_dir, tmp_path, number, hold
 ):
     reference, config, _ = finished
-    process = _start(digits_dir, tmp_path, log_every_steps=1)
+    process = _start(digits_dir, tmp_path, hold=hold, log_every_steps=1)
     while '"step": 2,' not in _read(tmp_path / "metrics.jsonl"):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
@@ -237,6 +231,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     output = process.communicate()[0]
     assert process.returncode == preemption.REQUEUE, output
     assert "FRESH START" in output and "run the same command again" in output
+    assert ("No batch for" in output) == bool(hold)  # that came, when it was asked
     steps = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2).steps()
     assert 2 <= steps[-1] < 15, "it was stopped on the way"
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from crossmae_jax.data import pipeline, sources, workers
+from crossmae_jax.data.activity import Activity
 from tests.image_files import config, write_folder
 
 
@@ -145,7 +146,9 @@ def test_number_of_workers_is_chosen_from_the_machine(monkeypatch):
         settings = dict(
             num_chunks=10**6, num_images=10**6, chunk_bytes=1 << 20, num_workers=-1
         )
-        number, chunks = workers.start(abs, **(settings | changes))
+        number, chunks = workers.start(
+            abs, activity=Activity(), **(settings | changes)
+        )
         chunks.close()
         return number
 

@@ -7,6 +7,7 @@
 import contextlib
 import faulthandler
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,14 +29,35 @@ def command(*, error_status: int = 1) -> Callable[[Main], Main]:
         @functools.wraps(main)
         def ending_in_a_line(argv: Sequence[str]) -> int:
             try:
-                return main(argv) or 0
+                status = main(argv) or 0
             except errors.UserError as error:
                 print(f"error: {error}", file=sys.stderr)
-                return error_status
+                status = error_status
+            except SystemExit as stopping:
+                _leave_threads(stopping.code)
+                raise
+            _leave_threads(status)
+            return status
 
         return ending_in_a_line
 
     return decorate
+
+
+def _leave_threads(status: int | str | None) -> None:
+    """Ends the process if threads of the loader read that nothing can end.
+
+    Python itself would wait for them, as long as a disk does not answer.
+    """
+    batches = sys.modules.get("crossmae_jax.data.batches")
+    if batches is None or not batches.any_left_behind():
+        return
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)
 
 
 @contextlib.contextmanager

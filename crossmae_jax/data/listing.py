@@ -1,6 +1,7 @@
 """What a folder holds: images, and what is left aside, and why.
 
-Files are known by the endings of their names; none is opened. What is read are
+Files are known by the endings of their names; none is opened. What is no regular file,
+such as a pipe, whose reader may wait for ever, is none. What is read are
 `EXTENSIONS`. Pictures of other kinds, and files without an ending, may be images that
 somebody counts on: where more of them than a share are skipped, or all of a class, that
 is an error. Other files, such as labels beside the images, are counted and no more.
@@ -41,6 +42,7 @@ class Listing(NamedTuple):
       others: how many other files there are, by (folder, ending).
       folders: all folders, but links to what was read before.
       hidden: how many files and folders have names that begin with a dot.
+      special: how many pipes, sockets and devices there are, whatever their names.
     """
 
     images: list[bytes]
@@ -48,15 +50,18 @@ class Listing(NamedTuple):
     others: collections.Counter
     folders: frozenset[bytes]
     hidden: int
+    special: int
 
     @classmethod
     def of(
         cls, images: list[bytes], others: collections.Counter, folders: set[bytes],
-        hidden: int,
+        hidden: int, special: int = 0,
     ) -> "Listing":
         """Sorts what was come across in any order."""
         classes = frozenset(map(_folder, images))
-        return cls(sorted(images), classes, others, frozenset(folders), hidden)
+        return cls(
+            sorted(images), classes, others, frozenset(folders), hidden, special
+        )
 
 
 def listed(directory: str) -> Listing:
@@ -86,9 +91,10 @@ def check(directory: str, listing: Listing, *, max_skipped_share: float) -> None
             "the share of a folder's images that may be of a kind that is not read."
         )
     if not listing.images:
+        instead = [_counted(_endings(listing.others)), _special(listing)]
         raise ValueError(
             f"No images under {directory}. Looked for {' '.join(EXTENSIONS)}. Found "
-            f"instead: {_counted(_endings(listing.others)) or 'no files at all'}."
+            f"instead: {', '.join(filter(None, instead)) or 'no files at all'}."
         )
     _check_splits(directory, listing)
     unread = collections.Counter({
@@ -125,12 +131,19 @@ def skipped(listing: Listing) -> str:
     parts = []
     if endings := _endings(listing.others):
         parts.append(f"{_counted(endings)} (no kind of image that is read)")
+    if listing.special:
+        parts.append(_special(listing))
     if listing.hidden:
         parts.append(f"{listing.hidden} whose names begin with a dot")
     empty = _unclassed(listing, listing.others)
     if empty:
         parts.append(f"no class of {_named(empty)}, without an image that is read")
     return ", ".join(parts)
+
+
+def _special(listing: Listing) -> str:
+    files = f"{listing.special} pipes, sockets or devices (no regular files)"
+    return files if listing.special else ""
 
 
 def _unclassed(listing: Listing, others: collections.Counter) -> dict[bytes, int]:
@@ -227,7 +240,8 @@ def _walk(directory: str) -> Listing:
         what = "is a file" if os.path.exists(directory) else "does not exist"
         raise ValueError(f"{directory} {what}; expected a directory of images.")
     root = os.fsencode(directory)
-    images, others, folders, hidden = [], collections.Counter(), set(), 0
+    images, others, folders = [], collections.Counter(), set()
+    hidden, special = 0, 0
     seen: set[tuple[int, int]] = set()
     pending, links = [b""], []
     while pending or links:
@@ -249,8 +263,10 @@ def _walk(directory: str) -> Listing:
             path = os.path.join(below, entry.name)
             if entry.is_dir():
                 (links if entry.is_symlink() else pending).append(path)
+            elif not entry.is_file() and os.path.exists(entry):  # no broken link
+                special += 1
             elif _is_image(entry.name):
                 images.append(path)
             else:
                 others[_folder(path), _ending(path)] += 1
-    return Listing.of(images, others, folders, hidden)
+    return Listing.of(images, others, folders, hidden, special)

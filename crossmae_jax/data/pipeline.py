@@ -11,39 +11,33 @@ each of its fields. Here two more are added, the number of each sample and, in
 evaluation, whether it is one or padding.
 
 A batch is cut into chunks of at most 64 images. Workers turn chunk numbers into decoded
-chunks, in order (`workers`), and the parent joins them to batches: that is why the
-number of workers cannot change a batch.
+chunks, in order (`workers`), and the parent joins them to batches (`batches`): that is
+why the number of workers cannot change a batch.
 
 An image that cannot be read or decoded is replaced by the next one in the source that
 can be, with the sample's own draws; `bad_images` notes and limits that.
 """
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors
-from crossmae_jax.data import order, sources, transforms, workers
+from crossmae_jax.data import order, sources, transforms
+from crossmae_jax.data.activity import Activity
 from crossmae_jax.data.bad_images import Bad, BadImages, TooManyBadImages
+from crossmae_jax.data.batches import Batch, Batches, Replaced
 from crossmae_jax.data.decoding import BadImage
 from crossmae_jax.data.fields import Field
 from crossmae_jax.data.sources import Source
 from crossmae_jax.data.transforms import Transform
 
-Batch = dict[str, np.ndarray]
-
 _CHUNK_IMAGES = 64
 _CHUNK_BYTES = 4 << 20
-_BATCHES_AHEAD = 2
 _SUBSTITUTES = 20  # images in a row that may be bad
 
 
@@ -58,13 +52,15 @@ def train_batches(
     process_count: int = 1,
     workdir: str | None = None,
     num_classes: int | None = None,
-) -> "Batches":
+    stop: Callable[[], bool] | None = None,
+) -> Batches:
     """Yields the training batches of steps start_step .. start_step + num_steps - 1.
 
     Args:
       process_index: which contiguous slice of every global batch is yielded.
       workdir: where `bad_images.jsonl` goes; nowhere when None.
       num_classes: every label must be below it; None where nothing learns from labels.
+      stop: asked while a batch is waited for; see `batches.StoppedWaiting`.
 
     Returns:
       An iterator of {a field of the transform: its array [b ...], "sample": u32[b]}.
@@ -81,7 +77,9 @@ def train_batches(
         seed=seed,
     )
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
-    return Batches(loader, num_steps, data.workers, bad_images, num_classes)
+    return Batches(
+        loader, num_steps, data.workers, bad_images, num_classes=num_classes, stop=stop
+    )
 
 
 def eval_batches(
@@ -93,11 +91,13 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     workdir: str | None = None,
-) -> "Batches":
+    stop: Callable[[], bool] | None = None,
+) -> Batches:
     """Yields every image once, in order; the last batch is padded.
 
     Args:
       num_images: only so many images, spread evenly over the source.
+      stop: as for `train_batches`.
 
     Returns:
       An iterator of {a field of the transform: its array [b ...], "valid": bool[b],
@@ -114,7 +114,9 @@ def eval_batches(
         seed=None,
     )
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
-    return Batches(loader, -(-count // batch_size), data.workers, bad_images)
+    return Batches(
+        loader, -(-count // batch_size), data.workers, bad_images, stop=stop
+    )
 
 
 def blank_batch(data: ConfigDict, *, batch_size: int, valid: bool = False) -> Batch:
@@ -145,117 +147,6 @@ def _all_fields(transform: Transform, *, evaluation: bool) -> dict[str, Field]:
     return {**transform.fields, **own_fields}
 
 
-class Batches(Iterator[Batch]):
-    """Batches that are made ahead of their use, a bounded number of them.
-
-    Attributes:
-      wait_seconds: how long next() had to wait, in total.
-      num_workers: worker processes; 0 means threads of this process.
-    """
-
-    def __init__(
-        self,
-        loader: "_Loader",
-        num_batches: int,
-        num_workers: int,
-        bad_images: BadImages,
-        num_classes: int | None = None,
-    ):
-        self.wait_seconds = 0.0
-        self._loader, self._num_classes = loader, num_classes
-        self._bad_images = bad_images
-        num_chunks = num_batches * loader.chunks_per_batch
-        self.num_workers, chunks = workers.start(
-            loader,
-            num_chunks=num_chunks,
-            num_images=num_batches * loader.local.size,
-            chunk_bytes=loader.chunk_bytes,
-            num_workers=num_workers,
-        )
-        self._remaining = num_batches
-        self._joiner = _Joiner(loader, chunks)
-        # One thread, so that batches are joined in order.
-        self._pool = concurrent.futures.ThreadPoolExecutor(1, "crossmae-batches")
-        self._ahead: collections.deque = collections.deque()
-        self._close = weakref.finalize(self, _shut, self._pool, self._joiner)
-        for _ in range(_BATCHES_AHEAD):
-            self._request()
-
-    @property
-    def num_bad(self) -> int:
-        """Samples so far whose image was replaced."""
-        return self._bad_images.count
-
-    def __next__(self) -> Batch:
-        if not self._ahead:
-            self.close()
-            raise StopIteration
-        start = time.perf_counter()
-        try:
-            batch, bad = self._ahead.popleft().result()
-            self.wait_seconds += time.perf_counter() - start
-            self._bad_images.add(len(batch["sample"]), bad)
-            if self._num_classes is not None:
-                self._loader.check_labels(batch, self._num_classes)
-        except BaseException:
-            self.close()
-            raise
-        self._request()
-        return batch
-
-    def close(self) -> None:
-        """Stops threads and worker processes; a second call does nothing."""
-        self._ahead.clear()
-        self._close()
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def _request(self) -> None:
-        if self._remaining > 0:
-            self._remaining -= 1
-            self._ahead.append(self._pool.submit(self._joiner))
-
-
-def _shut(pool: concurrent.futures.Executor, joiner: "_Joiner") -> None:
-    joiner.stop.set()
-    pool.shutdown(wait=True, cancel_futures=True)
-    joiner.chunks.close()
-    joiner.chunks = None  # Grain's iterators complain when the interpreter ends first
-
-
-@dataclasses.dataclass
-class _Joiner:
-    """Joins the next chunks to a batch; runs in the thread of `Batches`."""
-
-    loader: "_Loader"
-    chunks: Any
-    stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-
-    def __call__(self) -> tuple[Batch, list[Bad]]:
-        batch = self.loader.empty(self.loader.local.size)
-        bad: list[Bad] = []
-        for part in range(self.loader.chunks_per_batch):
-            if self.stop.is_set():
-                raise concurrent.futures.CancelledError
-            begin, end = self.loader.bounds(part)
-            chunk = next(self.chunks)
-            for name, array in batch.items():
-                array[begin:end] = chunk["arrays"][name]
-            bad.extend(chunk["bad"].images)
-        return batch, bad
-
-
-@dataclasses.dataclass(frozen=True)
-class _Replaced:
-    """The bad images of a chunk; no tree, so that they travel as one object."""
-
-    images: list[Bad]
-
-
 class _Slice(NamedTuple):
     """Which samples of each global batch are this process's: `size` from `first` on."""
 
@@ -284,6 +175,7 @@ class _Loader:
     Attributes:
       image_of: sample -> index in the source; -1 is padding.
       seed: of what is drawn in training; None in evaluation, which draws nothing.
+      activity: where is said which image is being read.
     """
 
     source: Source
@@ -291,6 +183,7 @@ class _Loader:
     local: _Slice
     image_of: Callable[[int], int]
     seed: int | None
+    activity: Activity = dataclasses.field(default_factory=Activity)
 
     @functools.cached_property
     def fields(self) -> dict[str, Field]:
@@ -350,7 +243,8 @@ class _Loader:
                 values = self._load(sample, index, bad) | self._number(sample, index)
             for name, array in arrays.items():
                 array[row] = values[name]
-        return {"arrays": arrays, "bad": _Replaced(bad)}
+        self.activity.end()
+        return {"arrays": arrays, "bad": Replaced(bad)}
 
     def _number(self, sample: int, index: int) -> dict[str, Any]:
         if self.seed is None:
@@ -361,6 +255,7 @@ class _Loader:
         for attempt in range(min(_SUBSTITUTES, len(self.source))):
             at = (index + attempt) % len(self.source)
             rng = None if self.seed is None else order.draws(sample, seed=self.seed)
+            self.activity.begin(at)
             try:
                 return self._checked(self.transform(self.source[at], rng))
             except BadImage as error:

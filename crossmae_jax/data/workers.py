@@ -9,10 +9,14 @@ order. What Grain leaves to its user is done here:
   the parent dies.
 - Pixels travel through shared memory. Where too little is mounted (containers often
   have 64 MiB) a worker would die with SIGBUS; here it is counted first.
+- A worker that may start no threads (limits of `ulimit` or of a container) cannot send
+  what it has, not even its error: it tries for ever, and its parent waits for ever.
+  Ours tries to start some first, says in `activity` that it cannot, and ends.
 - At the end of its input Grain keeps hold of the last results and their shared memory.
   Ours has no end: the reader closes the iterator when it has what it wants.
 """
 
+import functools
 import multiprocessing
 import os
 import shutil
@@ -24,12 +28,26 @@ from typing import Any
 import grain
 from absl import flags
 
+from crossmae_jax import errors
+from crossmae_jax.data.activity import Activity
+
 _SHARED_MEMORY = "/dev/shm"
 # Chunks of a worker that exist at once: being made, in its queue, in Grain's reading
 # thread, and being joined by the parent.
 _CHUNKS_ALIVE = 4
 _ENDLESS = 1 << 62
 _START_PAYS_OFF = 2000  # images; for fewer, threads are done before a process starts
+_THREADS_OF_GRAIN = 4  # in a worker, and in the parent for each of them
+
+ADVICE = (
+    "There is a limit on their number (ulimit -u, or the pids limit of a container: "
+    "docker run --pids-limit) or on memory (ulimit -v). Raise it, lower data.workers, "
+    "or set it to 0 (threads)."
+)
+
+
+class CannotStart(errors.UserError, RuntimeError):
+    """The system starts no further processes or threads, which the loader needs."""
 
 
 def start(
@@ -39,6 +57,7 @@ def start(
     num_images: int,
     chunk_bytes: int,
     num_workers: int,
+    activity: Activity,
 ) -> tuple[int, Iterator[Any]]:
     """Starts mapping `load` over 0, 1, 2, ...
 
@@ -48,9 +67,14 @@ def start(
       num_images: in these chunks together.
       chunk_bytes: size of a chunk in shared memory.
       num_workers: data.workers; -1 chooses, 0 means threads of this process.
+      activity: where worker processes say that they have begun.
 
     Returns:
       The number of processes (0: threads), and an endless iterator with close().
+
+    Raises:
+      ValueError: if there is too little shared memory for so many processes.
+      CannotStart: if this process may not start the threads that it takes.
     """
     if num_workers < -1:
         raise ValueError(
@@ -77,6 +101,7 @@ def start(
         flags.FLAGS.mark_as_parsed()
     # In a worker, the second thread reads from disk while the first decodes.
     threads = 2 if num_workers else max(2, cpus)
+    _try_threads(num_workers * _THREADS_OF_GRAIN or threads + 1)
     dataset = (
         grain.MapDataset.range(_ENDLESS)
         .map(load)
@@ -85,11 +110,12 @@ def start(
         )
     )
     if num_workers:
+        activity.share()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=1
             ),
-            worker_init_fn=_begin,
+            worker_init_fn=functools.partial(_begin, activity),
         )
     return num_workers, iter(dataset)
 
@@ -108,13 +134,52 @@ def available_cpus() -> int:
     return cpus
 
 
-def _begin(index: int, count: int) -> None:
+def ended(activity: Activity) -> list[int]:
+    """Returns the workers that have ended, which none does by itself."""
+    alive = {process.pid for process in multiprocessing.active_children()}
+    return sorted(activity.processes() - alive - {os.getpid()})
+
+
+def kill(activity: Activity) -> None:
+    """Ends the worker processes, whatever they do."""
+    own = activity.processes()
+    for process in multiprocessing.active_children():
+        if process.pid in own:
+            process.kill()
+
+
+def _try_threads(number: int) -> None:
+    """Raises CannotStart unless so many threads can run at the same time."""
+    done, threads = threading.Event(), []
+    try:
+        for _ in range(number):
+            thread = threading.Thread(target=done.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError as error:
+        raise CannotStart(
+            f"Of {number} threads for loading images {len(threads)} could be started "
+            f"({error}). {ADVICE}"
+        ) from error
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def _begin(activity: Activity, index: int, count: int) -> None:
     """Runs first in every worker."""
     # Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the parent
     # decides what they mean, and needs its workers until it has.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    activity.enter(index)
+    try:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        _try_threads(_THREADS_OF_GRAIN)
+    except RuntimeError:
+        activity.fail()
+        os._exit(1)
 
 
 def _end_with_parent() -> None:

@@ -36,6 +36,13 @@ class Stop:
         """Asks this process alone to stop; of several, the runtime asks all."""
         self._here.set()
 
+    def asked_here(self) -> bool:
+        """Says whether to stop now, for waits of this process that others do not share.
+
+        Never if there are several processes: they must stop after the same step.
+        """
+        return self._here.is_set()
+
     def is_set(self) -> bool:
         """Says whether to stop now. Of several processes all must call it as often."""
         if jax.process_count() == 1:

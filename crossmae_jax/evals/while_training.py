@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from crossmae_jax import evals
 from crossmae_jax.data import pipeline, sources, spot_check
+from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import evaluator, features, outputs
 from crossmae_jax.runs import results
@@ -180,11 +181,15 @@ def of_sources(
             opened[split], data, batch_size=_batch_size(data, mesh, num_images),
             num_images=num_images, process_index=jax.process_index(),
             process_count=jax.process_count(), workdir=str(workdir),
+            stop=stop and stop.asked_here,
         ) as made:
-            for batch in made:
-                if stop is not None and stop.is_set():
-                    raise preemption.Interrupted
-                yield batch
+            try:
+                for batch in made:
+                    if stop is not None and stop.is_set():
+                        raise preemption.Interrupted
+                    yield batch
+            except StoppedWaiting:
+                raise preemption.Interrupted from None
             evaluation.num_replaced[split] = made.num_bad
 
     evaluation = evaluator.Evaluation(
