@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import errors, objectives, paths, train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import starting
-from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data import content, pipeline, sources
 from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import (
     cluster,
@@ -225,10 +225,11 @@ def _claim(
     """Makes the directory, or checks that it is this run's; opens its best state."""
     dataset = {
         "num_images": len(images), "fingerprint": images.fingerprint,
-        "classes": list(images.classes),
+        "classes": list(images.classes), "content": content.digests(images),
     }
     workdir.claim(
-        home.local, config, resuming=resuming, dataset=dataset, name=home.path
+        home.local, config, resuming=resuming, dataset=dataset, name=home.path,
+        image_name=images.name,
     )
     if home.local == home.path:
         cluster.check_shared(home.local / "config.json")

@@ -97,6 +97,18 @@ def test_a_run_does_not_go_on_with_classes_of_other_names(trained, tmp_path):
     assert workdir.read_classes(copied) == ("ant", "bee", "cat")
 
 
+def test_a_run_does_not_go_on_with_other_images_of_the_same_names(trained, tmp_path):
+    run, config = trained
+    copied = shutil.copytree(run, tmp_path / "run")
+    images = shutil.copytree(config.data.dir, tmp_path / "images")
+    config = config.copy_and_resolve_references()
+    config.data.dir = config.data.eval_dir = str(images)
+    first, second = sorted(images.glob("*/*"))[3:5]
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(errors.SetupError, match=f"content: 1 of 18 .*, first {first}"):
+        train.run(config, copied)
+
+
 def test_a_head_for_other_classes_is_not_started_from(trained, tmp_path, capsys):
     run, _ = trained
     data = folders(tmp_path / "train", ["ant", "cat", "dog"])

@@ -114,6 +114,19 @@ class BadImages:
             self._read_bytes = file.tell()
 
 
+def listed(workdir: str | os.PathLike) -> set[str]:
+    """Returns the names of all bad images that a workdir lists, of all processes."""
+    files = [
+        os.path.join(workdir, name) for name in os.listdir(workdir)
+        if name.startswith("bad_images") and name.endswith(".jsonl")
+    ]
+    names = set()
+    for path in files:
+        with open(path, "rb") as file:
+            names.update(map(_name, file))
+    return names - {None}
+
+
 def _name(line: bytes) -> str | None:
     """Returns whose line of the list it is; None of one that a killed run cut short."""
     try:

@@ -1,8 +1,9 @@
 """A run's directory, and the guard against mixing two runs in one.
 
     config.json         the whole configuration
-    dataset.json        how many images, a fingerprint of which ones, and the names of
-                        their classes, in the order of their numbers
+    dataset.json        how many images, a fingerprint of which ones, digests of what
+                        a few of them hold, and the names of their classes, in the
+                        order of their numbers
     environment.json    versions and devices
     metrics.jsonl       one line per log point; tensorboard/ holds the same
     run.lock            who trains here now, see `lock`
@@ -24,6 +25,7 @@ refused; settings that cannot change a weight may change.
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax import paths
+from crossmae_jax.data import bad_images, content
+from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.runs import settings
 
@@ -110,13 +114,44 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _other_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    before, now = old.pop("classes", None), new.get("classes")
-    changed = _differences(old, {k: v for k, v in new.items() if k != "classes"})
+    before, now = old.get("classes"), new.get("classes")
+    by_value = [
+        {k: v for k, v in tree.items() if k not in ("classes", "content")}
+        for tree in (old, new)
+    ]
+    changed = _differences(*by_value)
     if before is not None and before != now:  # else started before names were kept
         pairs = enumerate(itertools.zip_longest(before, now))
         first = [f"{i} {a!r} -> {b!r}" for i, (a, b) in pairs if a != b][:5]
         changed.append(f"classes: {len(before)} -> {len(now)}; {', '.join(first)}")
     return changed
+
+
+def _other_content(
+    workdir: Path, old: dict[str, Any], new: dict[str, Any],
+    image_name: Callable[[int], str], shown: AnyPath,
+) -> list[str]:
+    """Returns which images hold something else, but those that may be repaired."""
+    numbers = None
+    if "content" in old:
+        numbers = content.differing(
+            old["content"], new["content"], num_images=new["num_images"]
+        )
+    if numbers is None:
+        parallel.say(
+            f"{shown}/dataset.json is from before the content of images was noted: "
+            "whether it is the same cannot be told. From now on it can."
+        )
+        return []
+    bad = bad_images.listed(workdir)
+    names = [name for name in map(image_name, numbers) if name not in bad]
+    if not names:
+        return []
+    looked_at = len(new["content"].split())
+    return [
+        f"content: {len(names)} of {looked_at} images that were looked at hold "
+        f"something else, first {names[0]}"
+    ]
 
 
 def check_space(workdir: Path, *, checkpoint_bytes: int) -> None:
@@ -139,13 +174,15 @@ def check_space(workdir: Path, *, checkpoint_bytes: int) -> None:
 
 def claim(
     workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool,
-    name: AnyPath | None = None,
+    name: AnyPath | None = None, image_name: Callable[[int], str] = "image {}".format,
 ) -> None:
     """Writes what the run is; when resuming, first checks that it is the same run.
 
     Args:
       name: of the workdir in errors, where these files are copies.
-      dataset: number of images, fingerprint and classes of the training data.
+      dataset: number of images, fingerprint, content (see `data.content`) and classes
+        of the training data.
+      image_name: of the image of a number, for errors.
       resuming: whether the directory holds checkpoints to go on from.
 
     Raises:
@@ -167,6 +204,8 @@ def claim(
             changed = _differences(old, new)
             if file == "dataset.json":
                 changed = _other_data(old, new)
+                if not changed and "content" in new:
+                    changed = _other_content(workdir, old, new, image_name, shown)
             if changed:
                 raise ValueError(
                     f"{shown} holds checkpoints of another run; {file} differs:\n  "
