@@ -61,12 +61,18 @@ def absolute(name: str | AnyPath) -> AnyPath:
 
 
 def write_whole(file: AnyPath, text: str) -> None:
-    """Writes a file in one step: whoever reads it meanwhile sees all of it or none."""
+    """Writes a file in one step: whoever reads it meanwhile sees all of it or none.
+
+    And whoever reads it after a power failure: its text is on the disk before its name.
+    """
     if is_remote(file):
         file.write_text(text)
         return
     temporary = file.with_name(f"{file.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
     temporary.replace(file)
 
 

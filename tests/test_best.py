@@ -70,8 +70,14 @@ def test_the_best_of_a_run_from_before_the_notes_is_taken_up(tmp_path, capsys):
     again = opened(tmp_path)
     assert again.metrics()["best/step"] == 7
     again.close()
-    # Killed between the two writes, as such runs could be: the value is not known.
+    # A copy that was cut tells as little as one of another state.
     copy = tmp_path / "best" / "best.json"
+    for damage in ('{"step": 7, "met', "{}", '{"step": 7, "metric": 1, "value": 2}'):
+        copy.write_text(damage)
+        opened(tmp_path).close()
+        said = capsys.readouterr().out
+        assert f"{copy} is damaged (" in said and "nothing says what" in said
+    # Killed between the two writes, as such runs could be: the value is not known.
     copy.write_text(json.dumps({"step": 6, "metric": METRIC, "value": 0.9}))
     again = opened(tmp_path)
     assert "step 7, and nothing says what eval/accuracy/top1" in capsys.readouterr().out

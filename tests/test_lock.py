@@ -115,8 +115,11 @@ def test_another_host_that_does_not_write_any_more_is_dead(
         assert "watching up to 0.5 s" in out and "taking over" in out
 
 
-def test_a_lock_that_was_never_finished_is_none(tmp_path):
-    (tmp_path / lock.FILE).write_text('{"host": "th')
+@pytest.mark.parametrize("text", [
+    b'{"host": "th', b"", b"[]", b"{}", b"\xff\xfe\x00", b"[" * 100_000,
+], ids=lambda text: text[:12].decode(errors="replace"))
+def test_a_lock_that_was_never_finished_is_none(tmp_path, text):
+    (tmp_path / lock.FILE).write_bytes(text)
     with lock.held(tmp_path):
         assert json.loads((tmp_path / lock.FILE).read_text())["process"]
 

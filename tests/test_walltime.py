@@ -98,6 +98,28 @@ def test_a_fresh_start_counts_from_nothing(tmp_path):
     assert sum(seconds(tmp_path).values()) == 0
 
 
+@pytest.mark.parametrize("damage", [
+    b"", b"{}", b'{"seconds": {"ste', b"[]", b"\xff\xfe", b'{"a":' * 100_000,
+    b'{"seconds": 3, "saved_steps": 0, "until": 1, "finished": false}',
+    b'{"seconds": {"steps": "9"}, "saved_steps": 0, "until": 1, "finished": false}',
+    b'{"seconds": {"naps": 9}, "saved_steps": 0, "until": 1, "finished": false}',
+    b'{"seconds": {"steps": 9}, "saved_steps": NaN, "until": 1, "finished": false}',
+    b'{"seconds": {"steps": 9}, "saved_steps": 0, "until": 1, "finished": null}',
+], ids=lambda damage: damage[:30].decode(errors="replace"))
+def test_sums_that_cannot_be_read_begin_anew_and_say_so(tmp_path, damage, capsys):
+    (tmp_path / "time.json").write_bytes(damage)
+    clock = Clock(100.0)
+    again = launch(tmp_path, clock, resuming=True)
+    line = capsys.readouterr().out
+    assert line.startswith(f"{tmp_path / 'time.json'} is damaged (")
+    assert line.endswith("; where the time goes is added up anew.\n")
+    assert len(line.splitlines()) == 1 and len(line) < 300
+    clock.now += 4
+    again.until_now("steps")
+    again.write()
+    assert seconds(tmp_path) == dict.fromkeys(walltime.KINDS, 0.0) | {"steps": 4}
+
+
 def test_more_waiting_than_time_is_no_negative_training(tmp_path):
     clock = Clock(0.0)
     wall_time = launch(tmp_path, clock)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 import crossmae_jax
-from crossmae_jax import errors
+from crossmae_jax import errors, paths
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain",
@@ -101,7 +101,7 @@ def write_environment(workdir: str | Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     content = describe() | {"command": command()}
     text = json.dumps(content, indent=2) + "\n"
-    (workdir / "environment.json").write_text(text)
+    paths.write_whole(workdir / "environment.json", text)
 
 
 def num_gpus(root: Path = Path("/")) -> int:

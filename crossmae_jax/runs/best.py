@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import parallel
-from crossmae_jax.runs import mirror, workdir
+from crossmae_jax.runs import mirror, records, workdir
 
 FILE = "best.json"
 
@@ -66,11 +66,12 @@ class Best:
     def _recall(self, step: int) -> None:
         """Takes up what an earlier launch kept."""
         self._step, measured = step, self._checkpoints.notes(step)
-        path = self._directory / FILE
-        if measured is None and path.exists():  # runs from before there were notes
-            measured = json.loads(path.read_text())
-            if measured["step"] != step:  # of a state that is no longer there
-                measured = None
+        if measured is None:  # of runs from before there were notes
+            measured = records.recalled(
+                self._directory / FILE, then="it is written anew", usable=_measured
+            )
+            if measured is not None and measured["step"] != step:
+                measured = None  # of a state that is no longer there
         if measured is None or measured["metric"] != self._metric:
             parallel.say(
                 f"{self._home.path / 'best'} holds step {step}, and nothing says what "
@@ -126,3 +127,10 @@ class Best:
         """Waits for what is being written."""
         if self._checkpoints is not None:
             self._checkpoints.close()
+
+
+def _measured(copy: dict[str, Any]) -> bool:
+    """Says whether a copy of the notes has all of them."""
+    return isinstance(copy.get("metric"), str) and all(
+        records.is_number(copy.get(name)) for name in ("step", "value")
+    )

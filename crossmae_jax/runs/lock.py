@@ -26,10 +26,12 @@ import jax
 from crossmae_jax import errors, paths
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import records
 
 FILE = "run.lock"
 EVERY_SECONDS = 10.0
 PATIENCE_SECONDS = 45.0  # several times as long: a busy bucket may be late
+_WRITTEN = {"host", "process", "started", "born", "namespace"}
 
 
 @contextlib.contextmanager
@@ -190,10 +192,10 @@ def _keep(file: AnyPath, mine: dict[str, Any], ended: threading.Event) -> None:
 def _read(file: AnyPath) -> dict[str, Any] | None:
     """Returns what the file says; None if there is none, or not all of it."""
     try:
-        holder = json.loads(file.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        holder = records.read(file, cure="remove it")
+    except (FileNotFoundError, records.DamagedRecord):
         return None
-    return holder if {"host", "process", "started", "born"} <= holder.keys() else None
+    return holder if _WRITTEN <= holder.keys() else None
 
 
 def _is_of(mine: dict[str, Any], holder: dict[str, Any] | None) -> bool:

@@ -3,7 +3,6 @@
 Of a run that goes on, was interrupted or is old, some files are not there yet.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import metrics, results, walltime, workdir
+from crossmae_jax.runs import metrics, records, results, walltime, workdir
 
 Series = metrics.Curves
 
@@ -88,7 +87,7 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
 
 
 def _json(path: AnyPath) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+    return records.recalled(path, then="it is left out") or {}
 
 
 def _series(path: AnyPath) -> Series:

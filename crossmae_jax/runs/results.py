@@ -12,6 +12,7 @@ from pathlib import Path
 
 from crossmae_jax import paths, tables
 from crossmae_jax.paths import AnyPath
+from crossmae_jax.runs import records
 from crossmae_jax.tables import Table
 
 FILE = "results.json"
@@ -33,10 +34,17 @@ def write(directory: Path, metrics: Mapping[str, int | float]) -> None:
 
 
 def read(directory: AnyPath) -> dict[str, int | float]:
-    """Returns the numbers of a run that are finite; {} if it is not at its end."""
-    path = directory / FILE
-    metrics = json.loads(path.read_text()) if path.exists() else {}
-    return {name: value for name, value in metrics.items() if value is not None}
+    """Returns the numbers of a run that are finite; {} if it is not at its end.
+
+    Likewise of a file that is damaged, and says so.
+    """
+    metrics = records.recalled(
+        directory / FILE, then="its numbers are left out",
+        usable=lambda numbers: all(
+            value is None or records.is_number(value) for value in numbers.values()
+        ),
+    )
+    return {k: value for k, value in (metrics or {}).items() if value is not None}
 
 
 def compared(metrics: Mapping[str, int | float]) -> Table | None:

@@ -10,7 +10,8 @@
                which are made again, and the time until the next launch
 
 `time.json` in the workdir keeps the sums, in seconds, as process 0 sees them: where it
-waits for another host, that is in its steps.
+waits for another host, that is in its steps. A run goes on without it: sums that cannot
+be read begin anew.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from crossmae_jax import paths
+from crossmae_jax.runs import records
 
 FILE = "time.json"
 KINDS = ("steps", "data", "compile", "evaluate", "save", "start", "restart")
@@ -64,8 +67,12 @@ class WallTime:
         self._path, self._clock = directory / FILE, clock
         self._wait, self._since, self._waited = waited, begun, 0.0
         self._seconds = dict.fromkeys(KINDS, 0.0)
-        if resuming and self._path.exists():
-            noted = json.loads(self._path.read_text())
+        noted = None
+        if resuming:
+            noted = records.recalled(
+                self._path, then="where the time goes is added up anew", usable=_sums
+            )
+        if noted is not None:
             self._seconds |= noted["seconds"]
             if not noted["finished"]:
                 lost = self._seconds["steps"] - noted["saved_steps"]
@@ -120,3 +127,12 @@ class WallTime:
         return f"goodput {self.shares()['steps']:.0%} of {total:.0f} s: " + ", ".join(
             parts
         )
+
+
+def _sums(noted: dict[str, Any]) -> bool:
+    """Says whether these are sums that `WallTime.write` noted."""
+    seconds = noted.get("seconds")
+    if not isinstance(seconds, dict) or not isinstance(noted.get("finished"), bool):
+        return False
+    numbers = (*seconds.values(), noted.get("saved_steps"), noted.get("until"))
+    return seconds.keys() <= set(KINDS) and all(map(records.is_number, numbers))
