@@ -91,13 +91,45 @@ def test_fresh_start_puts_the_earlier_curve_aside(tmp_path):
     assert read_events(tmp_path, "train/loss") == [(10, 2.0)]
 
 
-def test_damaged_line_in_the_middle_is_an_error(tmp_path):
+@pytest.mark.parametrize("line", [
+    b"[2]", b"\xff\xfe\x00", b'{"loss": 1}', b'{"step": "2"}', b"[" * 100_000,
+    b'{"step": 2, "train/loss": "low"}', b'{"step": 2, "train/loss": {}}',
+], ids=lambda line: line[:30].decode(errors="replace"))
+def test_damaged_line_in_the_middle_is_an_error(tmp_path, line):
     path = tmp_path / metrics.FILE
-    text = '{"step": 1}\n[2]\n{"step": 3}\n'
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"line 2 is not an object with a step: '\[2"):
+    text = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match="line 2 is not an object with a") as refused:
         metrics.MetricWriter(tmp_path, resume_step=3)
-    assert path.read_text() == text
+    message = str(refused.value)
+    assert message.startswith(str(path)) and "move the file away" in message
+    assert len(message) < 300 + len(str(path))
+    assert path.read_bytes() == text
+    path.write_bytes(text[: -len(b'\n{"step": 3}\n')])  # cut short by a kill
+    metrics.MetricWriter(tmp_path, resume_step=1).close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("left, state", [
+    (None, "is gone"), ("", "is empty"), ('{"step": 4, "a": 1}\n', "ends at step 4"),
+])
+def test_a_curve_that_lacks_steps_is_mentioned_when_the_run_goes_on(
+    tmp_path, left, state, capsys
+):
+    path = tmp_path / metrics.FILE
+    if left is not None:
+        path.write_text(left)
+    writer = metrics.MetricWriter(tmp_path, resume_step=8)
+    writer.write(9, {"a": 2})
+    writer.close()
+    assert capsys.readouterr().out == (
+        f"{path} {state}, though the run goes on from step 8: the curve has nothing of "
+        "the steps between.\n"
+    )
+    assert path.read_text() == (left or "") + '{"step": 9, "a": 2}\n'
+    metrics.MetricWriter(tmp_path, resume_step=9).close()
+    metrics.MetricWriter(tmp_path / "new").close()
+    assert capsys.readouterr().out == ""
 
 
 def test_tensorboard_files_need_no_tensorflow(tmp_path):

@@ -32,7 +32,10 @@ def report(
         print(best(measured))
     curve = visualize.loss_curve(directory / metrics.FILE, directory / "curve.png")
     print(f"metrics      {home.name(directory / metrics.FILE)}")
-    print(f"curve        {home.name(curve)}")
+    # Somebody may have removed the lines of a run that was finished already.
+    if "train/loss" in metrics.curves(directory / metrics.FILE):
+        curve = visualize.loss_curve(directory / metrics.FILE, directory / "curve.png")
+        print(f"curve        {home.name(curve)}")
     if pictures:
         print(f"pictures     {home.name(pictures[-1])}")
     print(f"checkpoints  {home.path / 'checkpoints'}", flush=True)

@@ -29,24 +29,35 @@ def rows(path: AnyPath) -> list[dict[str, Any]]:
     """Returns the lines of a file; one that is not written to its end is left out.
 
     Raises:
-      ValueError: for a line that is not an object with a step.
+      ValueError: for a line that is not an object with a step and numbers.
     """
     objects = []
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            row["step"]
-            objects.append(row)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break  # still being written, or cut short by a kill
+        row = _row(line)
+        if row is None and number == len(lines) and not line.endswith(b"\n"):
+            break  # still being written, or cut short by a kill
+        if row is None:
+            shown = line[:60].decode(errors="backslashreplace")
             raise ValueError(
-                f"{path}, line {number} is not an object with a step: {line[:60]!r}; "
+                f"{path}, line {number} is not an object with a step: {shown!r}; "
                 'expected lines such as {"step": 50, "train/loss": 0.9}. Correct or '
                 "remove the line, or move the file away."
-            ) from error
+            )
+        objects.append(row)
     return objects
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Returns the object of a line; None if it is none of ours."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    numbers = all(isinstance(x, (int, float, type(None))) for x in row.values())
+    return row if numbers else None
 
 
 def curves(path: AnyPath) -> Curves:
@@ -79,7 +90,7 @@ class MetricWriter:
       resume_step: the step of the checkpoint that the run goes on from; lines of later
         steps and evaluations of this one are dropped. None: a fresh start; an earlier
         `metrics.jsonl` (of a run that never came to its first checkpoint) becomes
-        `metrics.earlier.jsonl`.
+        `metrics.earlier.jsonl`. Of a curve that ends before this step, a line says so.
     """
 
     def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
@@ -93,11 +104,10 @@ class MetricWriter:
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE
-        if path.exists():
-            if resume_step is None:
-                path.replace(workdir / EARLIER_FILE)
-            else:
-                _keep_until(path, resume_step)
+        if resume_step is not None:
+            _keep_until(path, resume_step)
+        elif path.exists():
+            path.replace(workdir / EARLIER_FILE)
         self._file = open(path, "a")
         first_step = 0 if resume_step is None else resume_step + 1
         self._events = events.Events(workdir, first_step=first_step)
@@ -144,9 +154,18 @@ def _keep_until(path: Path, step: int) -> None:
 
     That is all of the later steps, and the evaluations of this one.
     """
-    kept = []
-    for row in rows(path):
+    kept, there = [], path.exists()
+    for row in rows(path) if there else ():
         evaluated = any("eval/" in name for name in row)
         if row["step"] < step or row["step"] == step and not evaluated:
-            kept.append(json.dumps(row) + "\n")
-    paths.write_whole(path, "".join(kept))
+            kept.append(row)
+    last = max((row["step"] for row in kept), default=None)
+    if last != step:
+        from crossmae_jax.distributed import parallel
+
+        state = f"ends at step {last}" if kept else "is empty" if there else "is gone"
+        parallel.say(
+            f"{path} {state}, though the run goes on from step {step}: the curve has "
+            "nothing of the steps between."
+        )
+    paths.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))

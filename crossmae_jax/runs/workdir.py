@@ -32,13 +32,21 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import paths
+from crossmae_jax import errors, paths
 from crossmae_jax.data import bad_images, content
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import settings
+from crossmae_jax.runs import records, settings
 
 _PICTURES_BYTES = 50_000_000  # panels, curves, the page
+_CURE = (
+    "put back a copy of it (best/ has one, where a best state is kept), or give a new "
+    "--workdir"
+)
+# What every configuration has had, and nobody else's config.json has all of.
+_SETTINGS = {
+    "data": dict, "epochs": (int, float), "model": dict, "optim": dict, "seed": int,
+}
 
 # Keys that may differ when a run is resumed: where things lie, how often to look, and
 # which files are good enough: who has stopped at a bad one may repair it, or allow it.
@@ -61,14 +69,28 @@ def read_config(workdir: str | AnyPath) -> ConfigDict:
 
     Raises:
       FileNotFoundError: if the directory is not that of a run.
+      SetupError: if its configuration is damaged, or none of ours.
     """
     path = paths.path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} does not exist; give the --workdir that a run was started with."
         )
-    stored = settings.completed(json.loads(path.read_text()))
-    return ConfigDict(settings.as_written(stored))
+    return ConfigDict(settings.as_written(_stored_settings(path)))
+
+
+def _stored_settings(path: AnyPath) -> dict[str, Any]:
+    """Returns the settings in a `config.json`, with the names of this version."""
+    stored = records.read(path, cure=_CURE)
+    if lacking := [
+        name for name, kind in _SETTINGS.items()
+        if not isinstance(stored.get(name), kind)
+    ]:
+        raise errors.SetupError(
+            f"{path} is not the configuration of a run: {', '.join(lacking)} missing; "
+            "give the --workdir that a run was started with."
+        )
+    return settings.completed(stored)
 
 
 def read_classes(workdir: str | AnyPath) -> tuple[str, ...] | None:
@@ -77,7 +99,7 @@ def read_classes(workdir: str | AnyPath) -> tuple[str, ...] | None:
     None if it had no labels, or was started before names were kept.
     """
     path = paths.path(workdir) / "dataset.json"
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = records.read(path, cure=_CURE) if path.exists() else {}
     return tuple(stored.get("classes") or ()) or None
 
 
@@ -190,19 +212,18 @@ def claim(
         other data; lists every difference.
     """
     shown = name or workdir
-    records = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
+    own = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
     if resuming:
-        for file, new in records.items():
+        for file, new in own.items():
             if not (workdir / file).exists():
                 raise ValueError(
                     f"{shown} holds checkpoints but no {file}, so nobody can tell "
                     "which run they belong to; give a new --workdir."
                 )
-            old = json.loads((workdir / file).read_text())
             if file == "config.json":
-                old = settings.completed(old)
-            changed = _differences(old, new)
-            if file == "dataset.json":
+                changed = _differences(_stored_settings(workdir / file), new)
+            else:
+                old = records.read(workdir / file, cure=_CURE)
                 changed = _other_data(old, new)
                 if not changed and "content" in new:
                     changed = _other_content(workdir, old, new, image_name, shown)
@@ -215,5 +236,5 @@ def claim(
     if jax.process_index() != 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    for file, new in records.items():
+    for file, new in own.items():
         paths.write_whole(workdir / file, json.dumps(new, indent=2) + "\n")
