@@ -14,6 +14,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -21,9 +22,15 @@ from ml_collections import ConfigDict
 from crossmae_jax import errors, paths, tables, train, visualize
 from crossmae_jax.models import encoders
 from crossmae_jax.optim import layerwise
+from crossmae_jax.runs import ownership, records
 
 RESULT = "sweep.json"
 PICTURE = "accuracy_by_blocks.png"
+SWEEP = ownership.Kind(
+    "a sweep", RESULT, frozenset({"init_from", "accuracy"}),
+    early=r"blocks_.*|sweep\.json\.tmp|accuracy_by_blocks\.png",
+    cure="remove it and give the command again: what is finished is not trained again",
+)
 _METRIC = "eval/accuracy/top1"
 
 Curve = dict[float, float]
@@ -79,10 +86,12 @@ def _check(config: ConfigDict, blocks: Sequence[float]) -> None:
 
 def _begun(directory: Path, config: ConfigDict) -> Curve:
     """Returns what a directory holds already of the sweep."""
+    if jax.process_index() == 0:
+        ownership.check(directory, [SWEEP])
     path = directory / RESULT
     if not path.exists():
         return {}
-    content = json.loads(path.read_text())
+    content = _read(path)
     if content["init_from"] != config.init_from:
         raise ValueError(
             f"{directory} holds a sweep from init_from={content['init_from']!r}, not "
@@ -103,8 +112,18 @@ def read(directory: Path) -> Curve:
             f"{path} does not exist; give the --workdir of a sweep that has finished a "
             "run."
         )
-    accuracy = json.loads(path.read_text())["accuracy"]
-    return {float(count): value for count, value in accuracy.items()}
+    return {float(count): value for count, value in _read(path)["accuracy"].items()}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns what a sweep's file says, which its runs can say again."""
+    content = records.read(path, cure=SWEEP.cure)
+    accuracy = content.get("accuracy")
+    if not isinstance(accuracy, dict) or "init_from" not in content or not all(
+        map(records.is_number, accuracy.values())
+    ):
+        raise records.DamagedRecord(f"{path} is that of no sweep; {SWEEP.cure}.")
+    return content
 
 
 def draw(directories: Sequence[Path], path: Path) -> Path:

@@ -112,6 +112,8 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
     with (
         lock.held(directory), mirror.opened(directory) as home,
         contextlib.ExitStack() as stack,
+    if jax.process_index() == 0:  # the others find what it has written already
+        workdir.check_ours(directory)
     ):
         with errors.setting_up():
             job = plan(config, home, stack)

@@ -115,7 +115,7 @@ def test_exported_weights_need_a_config_and_give_the_same(
         if name.startswith(("model", "data.batch"))
     ]
     arguments = [
-        f"--checkpoint={export}", "--suite=linear", f"--workdir={tmp_path}",
+        f"--checkpoint={export}", "--suite=linear", f"--workdir={tmp_path / 'report'}",
     ]
     with pytest.raises(SystemExit):
         command.main(arguments)
@@ -127,7 +127,7 @@ def test_exported_weights_need_a_config_and_give_the_same(
         "--config.model.decoder.num_heads=2", *settings,
     ]
     assert command.main(arguments) == 0
-    written = report(tmp_path)
+    written = report(tmp_path / "report")
     assert written["metrics"]["linear/top1"] == found["eval/linear/top1"]
     assert written["checkpoint"]["sha256"] == digests.of(export)
     arguments[0] = f"--checkpoint={tmp_path / 'encoder.safetensors'}"
@@ -135,10 +135,11 @@ def test_exported_weights_need_a_config_and_give_the_same(
         "export", str(run), "--format=safetensors", "--parts=encoder",
         f"--to={tmp_path / 'encoder.safetensors'}",
     ])
-    (tmp_path / "evaluation.json").rename(tmp_path / "whole.json")
+    (tmp_path / "report" / "evaluation.json").unlink()
     assert command.main(arguments) == 0
-    assert report(tmp_path)["metrics"] == written["metrics"]
-    (loaded,) = (one for one in report(tmp_path)["notes"] if one.startswith("loaded"))
+    assert report(tmp_path / "report")["metrics"] == written["metrics"]
+    notes = report(tmp_path / "report")["notes"]
+    (loaded,) = (note for note in notes if note.startswith("loaded"))
     assert "encoder" in loaded and "decoder" not in loaded
     # A classifier's head would be random numbers.
     settings[0:0] = ["--config=configs/finetune_digits.py"]

@@ -43,6 +43,7 @@ def as_if_elsewhere(file, **changes):
 def test_a_second_run_is_refused_and_touches_nothing(holder, tmp_path, digits_dir):
     run = tmp_path / "run"
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
+    (run / "config.json").write_text(test_train._config(digits_dir).to_json())
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(errors.SetupError) as refused:
         test_train.train.run(test_train._config(digits_dir), run)

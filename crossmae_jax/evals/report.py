@@ -17,9 +17,14 @@ import jax
 
 from crossmae_jax import paths, tables
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import settings
+from crossmae_jax.runs import ownership, records, settings, workdir
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
+EVALUATION = ownership.Kind(
+    "an evaluation", JSON, frozenset({"checkpoint", "config", "metrics"}),
+    early=r"bad_images.*\.jsonl|evaluation\.(md|json\.tmp)",
+    cure="give another --workdir, or remove it",
+)
 
 
 @dataclasses.dataclass
@@ -92,14 +97,16 @@ def begun(directory: Path, report: Report) -> Report:
     """Returns the report that a directory holds, or else the one that is given.
 
     Raises:
-      ValueError: if the directory holds that of another checkpoint or configuration.
+      ValueError: if the directory holds that of another checkpoint or configuration,
+        or is neither that of a report nor of a run, see `ownership.check`.
     """
+    ownership.check(directory, [EVALUATION, workdir.RUN])
     path = directory / JSON
     if not path.exists():
         return report
-    content = json.loads(path.read_text())
-    del content["environment"]
-    earlier = Report(**content)
+    content = records.read(path, cure=EVALUATION.cure)
+    fields = {field.name for field in dataclasses.fields(Report)}
+    earlier = Report(**{k: v for k, v in content.items() if k in fields})
     for what, old, new in (
         ("checkpoint", earlier.checkpoint["sha256"], report.checkpoint["sha256"]),
         ("configuration", settings.completed(earlier.config), report.config),

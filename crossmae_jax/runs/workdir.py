@@ -33,10 +33,11 @@ import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, paths
+from crossmae_jax.checkpoints import steps
 from crossmae_jax.data import bad_images, content
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import records, settings
+from crossmae_jax.runs import ownership, records, settings
 
 _PICTURES_BYTES = 50_000_000  # panels, curves, the page
 _CURE = (
@@ -47,6 +48,10 @@ _CURE = (
 _SETTINGS = {
     "data": dict, "epochs": (int, float), "model": dict, "optim": dict, "seed": int,
 }
+RUN = ownership.Kind(
+    "a run", "config.json", frozenset(_SETTINGS),
+    early=r"run\.lock(\.tmp)?|config\.json\.tmp|checkpoints", cure=_CURE,
+)
 
 # Keys that may differ when a run is resumed: where things lie, how often to look, and
 # which files are good enough: who has stopped at a bad one may repair it, or allow it.
@@ -91,6 +96,19 @@ def _stored_settings(path: AnyPath) -> dict[str, Any]:
             "give the --workdir that a run was started with."
         )
     return settings.completed(stored)
+
+
+def check_ours(workdir: AnyPath) -> None:
+    """Refuses the directory of somebody else, before a run writes anything into it.
+
+    Raises:
+      SetupError: see `ownership.check`.
+    """
+    if steps.committed(workdir / "checkpoints") and (
+        not (workdir / "config.json").exists()
+    ):
+        return  # `claim` says what is missing
+    ownership.check(workdir, [RUN])
 
 
 def read_classes(workdir: str | AnyPath) -> tuple[str, ...] | None:
