@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from crossmae_jax import errors
 from crossmae_jax.checkpoints import checkpointer, digests
 from crossmae_jax.distributed import parallel
 
@@ -240,6 +242,21 @@ def test_refused_save_is_an_error(saved):
     for step in (10, 20):
         with pytest.raises(ValueError, match=rf"Step {step} was not saved.*\[10, 20\]"):
             checkpoints.save(step, make_state())
+
+
+def test_a_place_that_cannot_be_written_is_an_error_at_once(saved):
+    checkpoints, aside = reopen(saved), saved.with_name("aside")
+    saved.rename(aside)
+    for spoil in (saved.touch, saved.unlink):  # a file; nothing
+        spoil()
+        begun = time.monotonic()
+        with pytest.raises(errors.FileError, match="checkpoints.*Nothing was saved"):
+            checkpoints.save(30, make_state(30))
+        assert time.monotonic() - begun < 10  # Orbax waits for minutes
+    aside.rename(saved)
+    checkpoints.save(30, make_state(30))
+    checkpoints.close()
+    assert checkpoints.steps() == [20, 30] and not (saved / ".probe").exists()
 
 
 def test_failed_background_save_is_raised_and_can_be_repeated(saved, monkeypatch):

@@ -131,6 +131,7 @@ class Checkpoints:
         Raises:
           ValueError: if the save is refused because a step this new exists, or if the
             state is not made of `jax.Array`s.
+          FileError: if nothing can be written into the directory.
           OSError: or whatever else made the previous save fail in the background.
         """
         items = _split(state)
@@ -143,6 +144,8 @@ class Checkpoints:
                     )
         self.wait()
         self._before_save()
+        if jax.process_index() == 0:
+            steps.check_place(self.directory)
         self.last_step = step
         arguments = {
             name: ocp.args.StandardSave(traverse_util.unflatten_dict(leaves))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import orbax.checkpoint as ocp
 
-from crossmae_jax import paths
+from crossmae_jax import errors, paths
 from crossmae_jax.checkpoints import digests
 from crossmae_jax.paths import AnyPath
 
@@ -23,6 +23,23 @@ def committed(directory: AnyPath) -> list[int]:
         int(path.name) for path in directory.iterdir()
         if path.name.isdecimal() and not _is_marked_unfinished(path)
     )
+
+
+def check_place(directory: AnyPath) -> None:
+    """Finds out whether a step's directory can be made.
+
+    Orbax makes it in the background; where it cannot, other threads of its wait for
+    that for minutes, and so does the end of the program.
+
+    Raises:
+      FileError: if it cannot: a disk has become read-only, the directory is gone.
+    """
+    if paths.is_remote(directory):
+        return
+    probe = directory / ".probe"
+    with errors.using_files("Nothing was saved; the same command goes on from before."):
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
 
 
 def unfinished(directory: AnyPath) -> list[AnyPath]:
