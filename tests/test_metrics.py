@@ -132,6 +132,23 @@ def test_a_curve_that_lacks_steps_is_mentioned_when_the_run_goes_on(
     assert capsys.readouterr().out == ""
 
 
+def test_the_newest_values_of_training_are_known_to_a_launch_that_makes_no_step(
+    tmp_path
+):
+    writer = metrics.MetricWriter(tmp_path)
+    writer.write(1, {"train/loss": 0.5, "train/old": 1.0})
+    writer.write(2, {"train/loss": float("nan"), "train/bad_images": 3})
+    writer.write(2, {"eval/knn/top1": 0.5})
+    writer.write(3, {"train/loss": 0.125})
+    writer.close()
+    assert writer.latest == {}
+    again = metrics.MetricWriter(tmp_path, resume_step=2)
+    again.close()
+    latest = dict(again.latest)
+    assert math.isnan(latest.pop("train/loss"))
+    assert latest == {"train/old": 1.0, "train/bad_images": 3}
+
+
 def test_tensorboard_files_need_no_tensorflow(tmp_path):
     code = f"""
         import sys

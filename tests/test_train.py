@@ -139,9 +139,16 @@ def test_the_rate_logged_is_the_rate_of_the_schedule(finished):
 def test_a_finished_run_started_again_trains_no_further(finished, capsys):
     workdir, config, found = finished
     before = _final_state(config, workdir, 15)
+    (workdir / "time.json").write_text("{}")  # no such file may stop a run
     again = train.run(config, workdir)
-    assert "\nRESUMED at step 15 of 15" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nRESUMED at step 15 of 15" in said
+    assert f"{workdir / 'time.json'} is damaged (" in said
     assert again["eval/linear/top1"] == found["eval/linear/top1"]
+    # What was found of the training is not lost.
+    assert again.keys() == found.keys()
+    assert {name: found[name] for name in found if name.startswith("train/")}.items() \
+        <= json.loads((workdir / "results.json").read_text()).items()
     _assert_same_bits(before, _final_state(config, workdir, 15))
 
 
@@ -178,8 +185,10 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     path.write_text(json.dumps(stored))
     read = read_config(tmp_path / "old")
     assert Pretrain(read).counts == Pretrain(config).counts
+    (tmp_path / "old" / "metrics.jsonl").unlink()
     train.run(config, tmp_path / "old")
-    assert "\nRESUMED at step 15 of 15" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\nRESUMED at step 15 of 15" in said and "metrics.jsonl is gone, th" in said
     # What an aggregator would find at visible places depends on the decoder.
     stored["model"]["decoder"]["kind"] = "mae"
     path.write_text(json.dumps(stored))

@@ -4,12 +4,14 @@ One damaged file must not end a run of days, and a damaged data set must not pas
 unnoticed. Every file is written once to `bad_images.jsonl`, one JSON object a line:
 its name, the reason, its index in the source and the sample it was met in. A workdir
 has one list, which outlives a launch and is that of training and of all evaluations:
-a file that stands in it already is not written again.
+a file that stands in it already is not written again. A launch that goes on counts on
+from what the list tells of those before.
 """
 
 import json
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -70,6 +72,25 @@ class BadImages:
             which = f".process_{process_index}" if process_index else ""
             self._path = os.path.join(workdir, f"bad_images{which}.jsonl")
 
+    def resume(
+        self, source: Any, num_samples: int, times: Callable[[int], int]
+    ) -> None:
+        """Takes up the counts of earlier launches, as far as the list has them.
+
+        Args:
+          source: of the training images; the list may have others, of evaluations.
+          num_samples: how many samples these launches saw.
+          times: image -> how many of these samples were that image.
+        """
+        self._seen = num_samples
+        for image in self._images():
+            known = 0 <= image.index < len(source)
+            if not known or source.name(image.index) != image.name:
+                continue
+            if met := times(image.index):
+                self.count += met
+                self._noted.add(image.index)
+
     def add(self, num_samples: int, bad: list[Bad]) -> None:
         """Accounts for a batch and the images that were replaced in it."""
         self._seen += num_samples
@@ -90,8 +111,8 @@ class BadImages:
                 f"{self.count} of {self._seen} samples met images that cannot be "
                 f"decoded ({len(self._noted)} files); data.max_bad_share="
                 f"{self._max_share:g} allows {allowed:g} in {judged} samples. The last "
-                f"one is {bad[-1].reason}. All are listed in {where}. Repair or remove "
-                "them, or raise data.max_bad_share."
+                f"one is {bad[-1].reason}. All are listed in {where}. Repair them and "
+                "then remove that list, or raise data.max_bad_share."
             )
             error.reason = bad[-1].reason
             raise error
@@ -105,7 +126,7 @@ class BadImages:
             # Read anew: training and evaluations write into it by turns.
             file.seek(self._read_bytes)
             lines = file.read().splitlines(keepends=True)
-            self._listed.update(map(_name, lines))
+            self._listed.update(image.name for image in map(_image, lines) if image)
             if image.name not in self._listed:
                 if lines and not lines[-1].endswith(b"\n"):
                     file.write(b"\n")
@@ -113,6 +134,13 @@ class BadImages:
                 self._listed.add(image.name)
             self._read_bytes = file.tell()
 
+    def _images(self) -> list[Bad]:
+        """Returns the list, each file once."""
+        if self._path is None or not os.path.exists(self._path):
+            return []
+        with open(self._path, "rb") as file:
+            images = filter(None, map(_image, file.read().splitlines()))
+        return list({image.name: image for image in images}.values())
 
 def listed(workdir: str | os.PathLike) -> set[str]:
     """Returns the names of all bad images that a workdir lists, of all processes."""
@@ -123,13 +151,16 @@ def listed(workdir: str | os.PathLike) -> set[str]:
     names = set()
     for path in files:
         with open(path, "rb") as file:
-            names.update(map(_name, file))
-    return names - {None}
+            names.update(image.name for image in map(_image, file) if image)
+    return names
 
 
-def _name(line: bytes) -> str | None:
-    """Returns whose line of the list it is; None of one that a killed run cut short."""
+def _image(line: bytes) -> Bad | None:
+    """Returns what a line of the list says; None of one that was cut short or edited.
+    """
     try:
-        return json.loads(line)["name"]
-    except ValueError:
+        image = Bad(**json.loads(line.decode()))
+    except (ValueError, TypeError, RecursionError):
         return None
+    numbers = isinstance(image.index, int) and isinstance(image.sample, int)
+    return image if numbers and isinstance(image.name, str) else None

@@ -88,7 +88,7 @@ class Batches(Iterator[Batch]):
 
     @property
     def num_bad(self) -> int:
-        """Samples so far whose image was replaced."""
+        """Samples so far whose image was replaced; in training, over all launches."""
         return self._bad_images.count
 
     def __next__(self) -> Batch:

@@ -27,6 +27,26 @@ def evenly(sample: int, *, num_images: int, count: int) -> int:
 
 def draws(sample: int, *, seed: int) -> np.random.Generator:
     """Returns the random numbers of a training sample, from the first one on."""
+def times_met(
+    image: int, *, num_samples: int, batch_size: int, process: tuple[int, int],
+    num_images: int, seed: int,
+) -> int:
+    """Returns how many of the first samples of a run were an image, in one process.
+
+    Of several processes only whole epochs of each image are known, not whose they were:
+    of an image that this one has met it is then what is to be expected, rounded up.
+
+    Args:
+      process: its number and how many there are; each has a slice of every batch.
+    """
+    number, processes = process
+    epoch, done = divmod(num_samples, num_images)
+    place = int(np.argmax(_permutation(num_images, seed, epoch) == image))
+    row = (epoch * num_images + place) % batch_size
+    is_ours = row * processes // batch_size == number
+    return -(-epoch // processes) + (place < done and is_ours)
+
+
     return np.random.Generator(_philox(seed, sample, stream=1))
 
 

@@ -77,6 +77,11 @@ def train_batches(
         seed=seed,
     )
     bad_images = BadImages(len(source), data.max_bad_share, workdir, process_index)
+    bad_images.resume(source, start_step * loader.local.size, functools.partial(
+        order.times_met, num_samples=start_step * data.batch_size,
+        batch_size=data.batch_size, process=(process_index, process_count),
+        num_images=len(source), seed=seed,
+    ))
     return Batches(
         loader, num_steps, data.workers, bad_images, num_classes=num_classes, stop=stop
     )

@@ -23,14 +23,13 @@ def report(
     results.write(directory, measured)
     if table := results.compared(measured):
         print(f"\n{tables.markdown(table)}\n")
-    if "train/loss_trivial" in measured:  # not of a finished run, started again
+    if "train/loss_trivial" in measured:  # which classifiers have not
         print(
             f"loss {measured['train/loss']:.4f}; predicting the mean of each patch: "
             f"{measured['train/loss_trivial']:.4f}"
         )
     if "best/step" in measured:
         print(best(measured))
-    curve = visualize.loss_curve(directory / metrics.FILE, directory / "curve.png")
     print(f"metrics      {home.name(directory / metrics.FILE)}")
     # Somebody may have removed the lines of a run that was finished already.
     if "train/loss" in metrics.curves(directory / metrics.FILE):

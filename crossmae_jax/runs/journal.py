@@ -33,7 +33,7 @@ class Loader(Protocol):
 
     @property
     def num_bad(self) -> int:
-        """How many images were replaced, since the launch."""
+        """How many images were replaced, over all launches."""
 
 
 class Journal:
@@ -42,7 +42,8 @@ class Journal:
     All processes of a run call every method; process 0 writes.
 
     Attributes:
-      latest: the newest value of every metric.
+      latest: the newest value of every metric; of training also that of a launch
+        before, since one that finds the run finished makes no step.
 
     Example:
       with Journal(directory, loader, total=300, ...) as journal:
@@ -88,7 +89,7 @@ class Journal:
         )
         self._step, self._finite_at = first_step, first_step
         self._logged: Mapping[str, Any] = {}
-        self.latest: dict[str, float] = {}
+        self.latest: dict[str, float] = dict(self._writer.latest)
         self._time.until_now("start")
         self._mark()
 

@@ -91,12 +91,17 @@ class MetricWriter:
         steps and evaluations of this one are dropped. None: a fresh start; an earlier
         `metrics.jsonl` (of a run that never came to its first checkpoint) becomes
         `metrics.earlier.jsonl`. Of a curve that ends before this step, a line says so.
+
+    Attributes:
+      latest: of training, the newest value of each metric so far. Those of evaluations
+        are measured again at the end.
     """
 
     def __init__(self, workdir: str | Path, *, resume_step: int | None = None):
         import jax  # here, not above: readers of metrics do without it
 
         self._active = jax.process_index() == 0
+        self.latest: dict[str, int | float] = {}
         if not self._active:
             return
         from crossmae_jax.runs import events  # likewise, it takes half a second
@@ -105,7 +110,8 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / FILE
         if resume_step is not None:
-            _keep_until(path, resume_step)
+            for row in _keep_until(path, resume_step):
+                self.latest |= _of_training(row)
         elif path.exists():
             path.replace(workdir / EARLIER_FILE)
         self._file = open(path, "a")
@@ -149,10 +155,20 @@ def _number(name: str, value: Any) -> int | float:
     return int(number) if number.dtype.kind in "biu" else float(number)
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _of_training(row: Mapping[str, Any]) -> dict[str, int | float]:
+    return {
+        name: math.nan if value is None else value for name, value in row.items()
+        if name.startswith("train/")
+    }
+
+
+def _keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Drops what will be written again, and a last line that a kill cut short.
 
     That is all of the later steps, and the evaluations of this one.
+
+    Returns:
+      The rows that stay.
     """
     kept, there = [], path.exists()
     for row in rows(path) if there else ():
@@ -169,3 +185,4 @@ def _keep_until(path: Path, step: int) -> None:
             "nothing of the steps between."
         )
     paths.write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
