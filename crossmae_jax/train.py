@@ -94,8 +94,9 @@ class Job:
 def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
-    Goes on from the newest checkpoint in the directory if there is one. SIGTERM and
-    Ctrl-C make it save and exit with status 75: run the same command again to go on.
+    Goes on from the newest checkpoint in the directory if there is one. SIGTERM,
+    Ctrl-C, SIGHUP and SIGUSR1 make it save and exit with status 75: run the same
+    command again to go on.
 
     Raises:
       SetupError: if configuration, data or directory contradict each other.

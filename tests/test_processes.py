@@ -65,13 +65,13 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
 
     with processes.started([whole], tmp_path / "one") as group:
         group.wait_for(metrics, '"step": 5,')
-        group.processes[0].send_signal(signal.SIGTERM)
+        group.processes[0].send_signal(signal.SIGHUP)
         assert group.wait() == [REQUEUE], group.all_said()
 
     cut = arguments(digits_dir, run, **{"mesh.fsdp": 2})
     with processes.started([cut] * 4, tmp_path / "four") as group:
         group.wait_for(metrics, later())
-        group.processes[3].send_signal(signal.SIGTERM)  # one is asked, all stop
+        group.processes[3].send_signal(signal.SIGUSR1)  # one is asked, all stop
         assert group.wait() == [REQUEUE] * 4, group.all_said()
         assert "host 2/4, 1 local of 4 devices (cpu)\n" in group.said(2)
         assert "RESUMED at step" in group.said(0)

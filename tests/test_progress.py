@@ -7,6 +7,8 @@ import pty
 import struct
 import termios
 
+import pytest
+
 from crossmae_jax.runs.progress import Progress
 
 
@@ -77,3 +79,19 @@ def test_terminal_gets_one_bar():
     assert "100%|" in shown and "\r" in shown
     assert "a note\r\n" in shown
     assert shown.count("\n") == 2  # the note's, and the one after the bar
+
+
+def test_a_terminal_that_was_closed_stops_nothing():
+    for bar in (True, False):
+        parent, child = pty.openpty()
+        terminal = open(child, "w")
+        if not bar:
+            terminal.isatty = lambda: False  # as through a program's wrapper
+        progress = Progress(4, file=terminal, every_seconds=0.0)
+        progress.update(1, loss=0.5)
+        os.close(parent)
+        progress.update(2, loss=0.5)
+        progress.note("a note")
+        progress.close()
+        with pytest.raises(OSError):  # what was to be shown is in its buffer still
+            terminal.close()

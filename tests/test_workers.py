@@ -64,7 +64,9 @@ def test_workers_go_on_when_a_scheduler_signals_the_whole_group(folder):
     ) as batches:
         next(batches)
         (process,) = multiprocessing.active_children()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (
+            signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+        ):
             os.kill(process.pid, number)
         assert len(list(batches)) == 11
 

@@ -142,6 +142,7 @@ class BadImages:
             images = filter(None, map(_image, file.read().splitlines()))
         return list({image.name: image for image in images}.values())
 
+
 def listed(workdir: str | os.PathLike) -> set[str]:
     """Returns the names of all bad images that a workdir lists, of all processes."""
     files = [

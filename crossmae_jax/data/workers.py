@@ -169,10 +169,10 @@ def _try_threads(number: int) -> None:
 
 def _begin(activity: Activity, index: int, count: int) -> None:
     """Runs first in every worker."""
-    # Ctrl-C and a scheduler's SIGTERM reach the whole group of processes; the parent
-    # decides what they mean, and needs its workers until it has.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # What asks a run to stop (distributed/preemption.py) may reach the whole group of
+    # processes; the parent decides what it means, and needs its workers until it has.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     activity.enter(index)
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()

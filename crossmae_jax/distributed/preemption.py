@@ -1,5 +1,10 @@
 """Stopping a run on request, such that the same command goes on from there.
 
+    SIGTERM    schedulers, and machines that are taken away
+    SIGINT     Ctrl-C
+    SIGHUP     a terminal that was closed; ignored behind nohup, and then still is
+    SIGUSR1    SLURM's --signal=USR1@300, in recipes that leave SIGTERM alone
+
 Of several processes one may be asked alone, as where a machine is taken away. All must
 stop after the same step, since each step needs them all. JAX's runtime catches SIGTERM
 and agrees on a moment; the moments are counted by how often `Stop.is_set` was called,
@@ -17,6 +22,10 @@ import jax
 from jax.experimental import multihost_utils
 
 REQUEUE = 75  # exit status when stopped: saved, run the same command again
+
+# Left to whoever ignores or handles them already: nohup, other launchers. And heard any
+# number of times: a terminal that is closed, and its shell, may both send one.
+_IF_NOBODY_ELSE_DOES = (signal.SIGHUP, signal.SIGUSR1)
 
 _calls = itertools.count()  # of `Stop.is_set`, over all runs of this process
 
@@ -56,6 +65,7 @@ class Stop:
 def stop_requests() -> Iterator[Stop]:
     """Turns the first SIGTERM or Ctrl-C into a request; a second acts as usual.
 
+    Every SIGHUP and SIGUSR1 is a request, where it would else have ended the process.
     Of several processes all SIGTERMs are requests: JAX's runtime hears them from the
     moment at which they met, also while nobody asks.
     """
@@ -66,13 +76,18 @@ def stop_requests() -> Iterator[Stop]:
     several = jax.process_count() > 1
 
     def handle(number, _frame):
-        signal.signal(number, previous[number])
+        if number not in _IF_NOBODY_ELSE_DOES:
+            signal.signal(number, previous[number])
         if several:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's own handler tells the others
         else:
             stop.request()
 
-    numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    numbers = [signal.SIGINT] if several else [signal.SIGTERM, signal.SIGINT]
+    numbers += [
+        number for number in _IF_NOBODY_ELSE_DOES
+        if signal.getsignal(number) == signal.SIG_DFL
+    ]
     previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield stop

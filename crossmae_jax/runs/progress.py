@@ -1,5 +1,10 @@
-"""How far a run is, for whoever looks on; only process 0 shows it."""
+"""How far a run is, for whoever looks on; only process 0 shows it.
 
+Where nobody can look any more, as in a terminal that was closed, the run goes on
+without a word, to its checkpoint at least (`distributed.preemption`).
+"""
+
+import contextlib
 import io
 import sys
 import time
@@ -79,18 +84,20 @@ class Progress:
 
     def _show_line(self, now: float) -> None:
         share = f"{self._step / max(self._total, 1):4.0%}"
-        print(f"{share}  step {self._step}/{self._total}{self._text()}",
-              file=self._file, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{share}  step {self._step}/{self._total}{self._text()}",
+                  file=self._file, flush=True)
         self._shown = (self._step, now)
 
     def note(self, text: str) -> None:
         """Prints a line of text without breaking the bar."""
         if not self._active:
             return
-        if self._bar is not None:
-            self._bar.write(text, file=self._file)
-        else:
-            print(text, file=self._file, flush=True)
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.write(text, file=self._file)
+            else:
+                print(text, file=self._file, flush=True)
 
     def close(self) -> None:
         """Shows where the run stands, a last time."""
