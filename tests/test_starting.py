@@ -1,5 +1,6 @@
 """`config.init_from`: what becomes of every part of weights, and what is refused."""
 
+import dataclasses
 import re
 
 import jax
@@ -116,6 +117,22 @@ def test_training_starts_from_the_weights_and_says_so(cross, tmp_path, capsys):
         np.testing.assert_array_equal(value, before[name], err_msg=name)
     train.run(config, tmp_path / "new")  # resumed: the file is not asked again
     assert "weights from" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named_when_they_are_read(cross, value):
+    def harmed(kernel):
+        kernel = np.array(kernel)
+        kernel[0, 0] = value
+        return kernel
+
+    plan, name = _plan(cross, _config()), "decoder/decoder_pred/kernel"
+    harm = plan.tensors | {name: plan.tensors[name].then(harmed)}
+    variables = Pretrain(_config()).init(jax.random.key(1))
+    plan.apply(variables)
+    message = f"{cross}: 1 of [0-9]+ values of {name} are no finite numbers"
+    with pytest.raises(ConversionError, match=message):
+        dataclasses.replace(plan, tensors=harm).apply(variables)
 
 
 def test_weights_lie_where_the_state_lies(cross):

@@ -44,6 +44,7 @@ class Start:
     """What training starts from.
 
     Attributes:
+      path: where the weights lie.
       collections: of the variables, those that it is for.
       tensors: what is loaded, under our names and in the model's shapes.
       new: the parts that stay as they were drawn.
@@ -51,6 +52,7 @@ class Start:
       classes: what the logits of a head that is loaded stand for, if that is known.
     """
 
+    path: str
     collections: frozenset[str]
     tensors: dict[str, Tensor]
     new: frozenset[str]
@@ -60,6 +62,9 @@ class Start:
     def apply(self, variables: Any) -> Any:
         """Returns the variables with what is loaded in its places, and there on the
         devices where they lay.
+
+        Raises:
+          ConversionError: if a tensor that is loaded has a value that is not finite.
         """
         flat = traverse_util.flatten_dict(variables, sep="/")
         for path, leaf in flat.items():
@@ -67,11 +72,22 @@ class Start:
             loaded = self.tensors.get(name)
             if loaded is not None and collection in self.collections:
                 values = loaded.read().astype(leaf.dtype)
+                self._check_finite(name, values)
                 flat[path] = jax.make_array_from_callback(
                     leaf.shape, leaf.sharding,
                     lambda index, values=values: values[index],
                 )
         return traverse_util.unflatten_dict(flat, sep="/")
+
+    def _check_finite(self, name: str, values: np.ndarray) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise ConversionError(
+                f"{self.path}: {finite.size - np.count_nonzero(finite)} of "
+                f"{finite.size} values of {name} are no finite numbers, so nothing can "
+                "be learnt from these weights; give others, such as those of an "
+                "earlier step."
+            )
 
 
 def plan_all(
@@ -154,7 +170,7 @@ def plan(
             f"data's, in their order: {', '.join(classes[:3])}, ..."
         )
     return Start(
-        frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
+        path, frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
         classes=card.classes if "head" in parts else None,
     )
 
