@@ -96,29 +96,35 @@ def token_counts(
         raise ValueError(
             f"Unknown masking.rounding {rounding!r}. Known: {', '.join(ROUNDINGS)}."
         )
+    if num_patches < 2:
+        raise ValueError(
+            f"An image of {num_patches} patch (masking.unit: of what is masked as one) "
+            "cannot be seen and hidden in part; raise config.data.image_size, or give "
+            "config.model.encoder.size smaller patches."
+        )
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1.")
+    if not 0 < pred_ratio < math.inf:
+        raise ValueError(f"pred_ratio={pred_ratio} must be above 0.")
+    if not 0 <= throw_ratio < math.inf:
+        raise ValueError(f"throw_ratio={throw_ratio} must be 0 or more.")
     num_keep = int(num_patches * (1 - mask_ratio))
     if rounding == "ceil":
         num_keep = num_patches - int(num_patches * mask_ratio)
     num_skip = int(num_patches * (mask_ratio - pred_ratio))
     num_thrown = round(num_patches * throw_ratio)
     num_pred = num_patches - num_keep - num_skip - num_thrown
-    if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1.")
     if pred_ratio > mask_ratio:
         raise ValueError(
             f"pred_ratio={pred_ratio} predicts {int(num_patches * pred_ratio)} of "
             f"{num_patches} patches but mask_ratio={mask_ratio} removes only "
             f"{num_patches - num_keep}; lower pred_ratio or raise mask_ratio."
         )
-    if pred_ratio <= 0:
-        raise ValueError(f"pred_ratio={pred_ratio} must be above 0.")
     if num_keep < 1:
         raise ValueError(
             f"mask_ratio={mask_ratio} leaves none of {num_patches} patches visible; "
             f"lower mask_ratio to {_floor(1 - 1 / num_patches)} or less."
         )
-    if throw_ratio < 0:
-        raise ValueError(f"throw_ratio={throw_ratio} must be 0 or more.")
     if throw_ratio > mask_ratio:
         raise ValueError(
             f"throw_ratio={throw_ratio} throws {num_thrown} of {num_patches} patches "

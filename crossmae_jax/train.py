@@ -20,10 +20,10 @@ import jax
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors, objectives, paths, train_step
+from crossmae_jax import errors, objectives, paths, ranges, train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import starting
-from crossmae_jax.data import content, pipeline, sources
+from crossmae_jax.data import content, order, pipeline, sources
 from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import (
     cluster,
@@ -40,6 +40,8 @@ from crossmae_jax.runs import lock, mirror, workdir
 from crossmae_jax.runs.best import Best
 from crossmae_jax.runs.journal import Journal
 from crossmae_jax.train_step import TrainState
+
+_MOST_STEPS = 2**31 - 1  # the state counts them in int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +112,11 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
         directory = paths.path(directory)
     environment.check_accelerator()
     parallel.announce()
+    if jax.process_index() == 0:  # the others find what it has written already
+        workdir.check_ours(directory)
     with (
         lock.held(directory), mirror.opened(directory) as home,
         contextlib.ExitStack() as stack,
-    if jax.process_index() == 0:  # the others find what it has written already
-        workdir.check_ours(directory)
     ):
         with errors.setting_up():
             job = plan(config, home, stack)
@@ -157,6 +159,8 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
       ValueError: if configuration, data or directory contradict each other.
     """
     cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
+    ranges.check_finite(config)
+    order.check_seed(config.seed)
     images = {"train": sources.make_source(config.data, "train")}
     classes = images["train"].classes
     config = objectives.with_classes(config, len(classes))
@@ -208,16 +212,20 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
 
 def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
     """Returns the number of steps, and steps per epoch, which need not be whole."""
-    if config.log_every_steps < 1:
-        raise ValueError(
-            f"log_every_steps={config.log_every_steps} must be 1 or more."
-        )
+    ranges.check("log_every_steps", config.log_every_steps, least=1)
+    ranges.check("checkpoint.every_epochs", config.checkpoint.every_epochs, least=0)
+    ranges.check("epochs", config.epochs, above=0)
     total = int(config.epochs * num_images // config.data.batch_size)
     if total < 1:
         raise ValueError(
             f"epochs={config.epochs} of {num_images} images do not fill one batch of "
             f"{config.data.batch_size}; raise config.epochs or lower "
             "config.data.batch_size."
+        )
+    if total > _MOST_STEPS:
+        raise ValueError(
+            f"epochs={config.epochs} are {total} steps, and at most {_MOST_STEPS} are "
+            "counted; lower config.epochs."
         )
     return total, num_images / config.data.batch_size
 

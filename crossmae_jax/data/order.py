@@ -13,6 +13,13 @@ import functools
 
 import numpy as np
 
+from crossmae_jax import ranges
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed from which JAX and NumPy cannot draw alike."""
+    ranges.check("seed", seed, least=0, below=2**63)
+
 
 def shuffled(sample: int, *, num_images: int, seed: int) -> int:
     """Returns the image of a training sample: a new permutation every epoch."""
@@ -20,13 +27,6 @@ def shuffled(sample: int, *, num_images: int, seed: int) -> int:
     return int(_permutation(num_images, seed, epoch)[position])
 
 
-def evenly(sample: int, *, num_images: int, count: int) -> int:
-    """Returns the image of an evaluation sample; -1 is padding."""
-    return sample * num_images // count if sample < count else -1
-
-
-def draws(sample: int, *, seed: int) -> np.random.Generator:
-    """Returns the random numbers of a training sample, from the first one on."""
 def times_met(
     image: int, *, num_samples: int, batch_size: int, process: tuple[int, int],
     num_images: int, seed: int,
@@ -47,6 +47,13 @@ def times_met(
     return -(-epoch // processes) + (place < done and is_ours)
 
 
+def evenly(sample: int, *, num_images: int, count: int) -> int:
+    """Returns the image of an evaluation sample; -1 is padding."""
+    return sample * num_images // count if sample < count else -1
+
+
+def draws(sample: int, *, seed: int) -> np.random.Generator:
+    """Returns the random numbers of a training sample, from the first one on."""
     return np.random.Generator(_philox(seed, sample, stream=1))
 
 

@@ -67,8 +67,7 @@ def train_batches(
       Its next() raises SetupError for a label that is no class.
     """
     _check_not_empty(source)
-    if seed < 0:
-        raise ValueError(f"seed={seed}; expected 0 or more.")
+    order.check_seed(seed)
     loader = _Loader(
         source,
         sources.transform_for(source, data),

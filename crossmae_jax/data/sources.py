@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors
+from crossmae_jax import errors, ranges
 from crossmae_jax.data import transforms
 from crossmae_jax.data.folder_source import FolderSource
 from crossmae_jax.data.tfds_source import TfdsSource
@@ -87,6 +87,8 @@ def make_source(
     source = SOURCES[data.source](data, split, classes)
     if source is not None:
         transform_for(source, data)  # what does not fit is said when it is opened
+        ranges.check("data.max_bad_share", data.max_bad_share, least=0, most=1)
+        ranges.check("data.workers", data.workers, least=-1)
     return source
 
 

@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from crossmae_jax import errors
+from crossmae_jax import errors, ranges
 from crossmae_jax.data import crops, decoding, randaug
 from crossmae_jax.data.fields import Field
 from crossmae_jax.data.randaug import RandAugment
@@ -67,13 +67,14 @@ class Classification:
       max_pixels: larger files are bad images.
 
     Raises:
-      ValueError: if a crop is unknown, a ratio is none, or no image is small enough.
+      ValueError: if a crop is unknown, a size or a ratio is none, or no image is small
+        enough.
     """
 
     image_size: tuple[int, int]
     channels: int
     crop: str
-    crop_scale: tuple[float, float]
+    crop_scale: tuple[float, ...]
     flip: bool
     randaug: RandAugment | None
     eval_crop_ratio: float
@@ -85,6 +86,15 @@ class Classification:
         if self.crop not in crops.CROPS:
             raise ValueError(
                 f"Unknown data.crop {self.crop!r}. Known: {', '.join(crops.CROPS)}."
+            )
+        ranges.check("data.channels", self.channels, least=1)
+        for side in self.image_size:
+            ranges.check("data.image_size", side, least=1)
+        least, most = self.crop_scale if len(self.crop_scale) == 2 else (0, 0)
+        if not 0 < least <= most <= 1:
+            raise ValueError(
+                f"config.data.crop_scale={self.crop_scale} must be two shares of an "
+                "image's area, above 0 and at most 1, the smaller one first."
             )
         if not 0 < self.eval_crop_ratio <= 1:
             raise ValueError(

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from crossmae_jax import ranges
 from crossmae_jax.evals import features
 
 Batch = features.Batch
@@ -195,6 +196,12 @@ def check(evaluators: Mapping[str, Evaluator], about: About) -> None:
                 f"{name} out of config.evals."
             )
         evaluator.check(about)
+
+
+def check_limit(name: str, option: str, limit: int | None) -> None:
+    """Raises ValueError for a number of images below 1; None stands for all."""
+    if limit is not None:
+        ranges.check(f"evals.{name}.{option}", limit, least=1)
 
 
 def check_labels(name: str, about: About) -> None:

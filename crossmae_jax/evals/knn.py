@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from crossmae_jax import ranges
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
@@ -59,6 +60,8 @@ class KNN:
 
     def __post_init__(self):
         numbers(self.k)
+        ranges.check("evals.knn.temperature", self.temperature, above=0)
+        evaluator.check_limit("knn", "max_train_images", self.max_train_images)
         pools = self.pools
         if not pools or len(set(pools)) < len(pools) or not set(pools) <= set(_POOLS):
             raise ValueError(

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from crossmae_jax import ranges
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
@@ -49,6 +50,13 @@ class Linear:
     max_iterations: int = 1000
     tolerance: float = 1e-6
     max_train_images: int | None = None
+
+    def __post_init__(self):
+        for l2 in self.l2s:
+            ranges.check("evals.linear.l2s", l2, above=0)
+        ranges.check("evals.linear.max_iterations", self.max_iterations, least=1)
+        ranges.check("evals.linear.tolerance", self.tolerance, above=0)
+        evaluator.check_limit("linear", "max_train_images", self.max_train_images)
 
     def wanted(self) -> tuple[Wanted, ...]:
         return (

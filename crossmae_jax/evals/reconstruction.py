@@ -30,6 +30,9 @@ class Reconstruction:
 
     num_images: int
 
+    def __post_init__(self):
+        evaluator.check_limit("reconstruction", "num_images", self.num_images)
+
     def wanted(self) -> tuple[Wanted, ...]:
         return (Wanted("eval", self.num_images, _OUTPUT),)
 

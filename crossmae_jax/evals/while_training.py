@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from crossmae_jax import evals
+from crossmae_jax import evals, ranges
 from crossmae_jax.data import pipeline, sources, spot_check
 from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import parallel, preemption
@@ -49,6 +49,7 @@ class Evaluations:
                     f"config.evals.{name} lacks every_epochs: how often it runs, in "
                     "epochs; 0.0 for the end of training only."
                 )
+            ranges.check(f"evals.{name}.every_epochs", options.every_epochs, least=0)
         self._config, self._sources, self._mesh = config, opened, mesh
         self._directory = directory
         self._evaluators = evals.make(config.evals.to_dict())

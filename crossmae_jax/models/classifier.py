@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from crossmae_jax import ranges
 from crossmae_jax.models import encoders, layers, parts
 from crossmae_jax.tokens import Tokens
 
@@ -104,6 +105,7 @@ class Classifier(nn.Module):
     def __post_init__(self):
         parts.check_choice("model.pool", self.pool, POOLS)
         parts.check_choice("model.head_norm", self.head_norm, HEAD_NORMS)
+        ranges.check("model.head_std", self.head_std, least=0)
         super().__post_init__()
 
     def setup(self):

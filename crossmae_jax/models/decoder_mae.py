@@ -38,7 +38,10 @@ class MAEDecoder(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):
-        layers.check_heads("decoder", self.dim, self.num_heads)
+        layers.check_blocks(
+            "decoder", dim=self.dim, depth=self.depth, num_heads=self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+        )
         parts.only(self.widths)
         super().__post_init__()
 

@@ -19,6 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from crossmae_jax import ranges
 from crossmae_jax.distributed import sharding
 from crossmae_jax.ops import attention as attention_ops
 from crossmae_jax.ops import gelu as gelu_ops
@@ -32,8 +33,14 @@ REMATS = ("none", "selective", "full")
 token_init = nn.initializers.normal(stddev=0.02)
 
 
-def check_heads(part: str, dim: int, num_heads: int) -> None:
-    """Raises ValueError if a width does not divide into heads."""
+def check_blocks(
+    part: str, *, dim: int, depth: int, num_heads: int, mlp_ratio: float
+) -> None:
+    """Raises ValueError for blocks that cannot be: no width, or not one of its heads.
+    """
+    ranges.check(f"model.{part}.dim", dim, least=1)
+    ranges.check(f"model.{part}.depth", depth, least=1)
+    ranges.check(f"model.{part}.mlp_ratio", mlp_ratio, above=0)
     if num_heads < 1 or dim % num_heads:
         raise ValueError(
             f"{part}.dim={dim} does not divide into {part}.num_heads={num_heads}."

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from crossmae_jax import masking
+from crossmae_jax import masking, ranges
 from crossmae_jax.models import layers, posemb
 from crossmae_jax.tokens import Encoded, Tokens, grid_size, patchify, take_tokens
 
@@ -55,7 +55,11 @@ def parse_size(size: str) -> tuple[Size, int]:
             "/patch (B/16), or W<width>-D<depth>-H<heads>/patch (W96-D6-H4/2)."
         )
     shape = Size(*map(int, own.groups())) if own else SIZES[name]
-    if shape.num_heads == 0 or shape.dim % shape.num_heads:
+    if 0 in shape:
+        raise ValueError(
+            f"Model size {size!r} must have a width, a depth and heads of 1 or more."
+        )
+    if shape.dim % shape.num_heads:
         raise ValueError(
             f"Model size {size!r}: width {shape.dim} does not divide into "
             f"{shape.num_heads} heads."
@@ -102,6 +106,7 @@ class ViT(nn.Module):
 
     def __post_init__(self):
         _ = self.grid  # refuses a size or an image that cannot be
+        ranges.check("model.encoder.mlp_ratio", self.mlp_ratio, above=0)
         super().__post_init__()
 
     @property

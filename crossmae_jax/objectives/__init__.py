@@ -5,6 +5,7 @@ The train loop knows of one what `objective.Objective` says and nothing else.
 
 from ml_collections import ConfigDict
 
+from crossmae_jax import ranges
 from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.objectives.objective import Objective
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -13,7 +14,12 @@ OBJECTIVES = {"classify": Classify, "pretrain": Pretrain}
 
 
 def make(config: ConfigDict) -> Objective:
-    """Returns what `config.objective` names; ValueError if there is no such thing."""
+    """Returns what `config.objective` names.
+
+    Raises:
+      ValueError: if there is no such thing, or a setting cannot be.
+    """
+    ranges.check_finite(config)
     if config.objective not in OBJECTIVES:
         raise ValueError(
             f"Unknown objective {config.objective!r}. Known: {', '.join(OBJECTIVES)}."

@@ -153,7 +153,7 @@ def _check(config: ConfigDict) -> None:
                 f"augment.{name}={options[name]} must lie between 0 and 1."
             )
     for name in ("mixup", "cutmix"):
-        if options[name] < 0:
+        if not options[name] >= 0:
             raise ValueError(
                 f"augment.{name}={options[name]} is a parameter of a beta "
                 "distribution, above 0; 0 turns it off."

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import augment, losses, masking, sampling, targets
+from crossmae_jax import augment, losses, masking, ranges, sampling, targets
 from crossmae_jax.models import mim
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
@@ -93,6 +93,8 @@ class Pretrain:
                 f"aggregator.kind={self.config.model.aggregator.kind!r} predicts "
                 f"thrown patches, but {self.sampler.throwing}, or set kind='none'."
             )
+        for name, weight in options.weights.items():
+            ranges.check(f"loss.weights.{name}", weight, least=0)
         if options.thrown_weight <= 0:
             raise ValueError(
                 f"loss.thrown_weight={options.thrown_weight} must be above 0; "

@@ -36,6 +36,7 @@ import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from crossmae_jax import ranges
 from crossmae_jax.models import encoders
 from crossmae_jax.optim import layerwise
 
@@ -88,8 +89,10 @@ def make_schedule(
     """Returns the learning rate as a function of the number of updates made.
 
     Raises:
-      ValueError: if warm-up is not shorter than training.
+      ValueError: if warm-up is not shorter than training, or a rate is below 0.
     """
+    for name in ("base_lr", "min_lr", "warmup_epochs"):
+        ranges.check(f"optim.{name}", config.optim[name], least=0)
     if config.optim.warmup_epochs >= config.epochs:
         raise ValueError(
             f"warmup_epochs={config.optim.warmup_epochs} must be below "
@@ -123,6 +126,7 @@ def decay_mask(params: Any, *, tokens: bool = True) -> Any:
 
 
 def _adamw(optim, schedule, decays):
+    ranges.check("optim.b2", optim.b2, least=0, below=1)
     return optax.adamw(
         schedule, b1=optim.b1, b2=optim.b2, eps=1e-8,
         weight_decay=optim.weight_decay, mask=decays,
@@ -130,6 +134,7 @@ def _adamw(optim, schedule, decays):
 
 
 def _lars(optim, schedule, decays):
+    ranges.check("optim.trust_coefficient", optim.trust_coefficient, above=0)
     return optax.chain(
         optax.add_decayed_weights(optim.weight_decay, mask=decays),
         optax.masked(
@@ -153,17 +158,21 @@ def make_optimizer(
     parameters; rates by layer. What is not set leaves no trace in the state.
 
     Raises:
-      ValueError: for an unknown optimiser, or a number of blocks or decay of rates that
-        the encoder of `config.model` cannot have.
+      ValueError: for an unknown optimiser, options outside of their ranges, or a
+        number of blocks or decay of rates that the encoder of `config.model` cannot
+        have.
     """
     optim = config.optim
     if optim.name not in OPTIMIZERS:
         raise ValueError(
             f"Unknown optim.name {optim.name!r}. Known: {', '.join(OPTIMIZERS)}."
         )
+    ranges.check("optim.weight_decay", optim.weight_decay, least=0)
+    ranges.check("optim.b1", optim.b1, least=0, below=1)
     decays = functools.partial(decay_mask, tokens=optim.decay_tokens)
     tx = OPTIMIZERS[optim.name](optim, schedule, decays)
     if optim.clip_norm is not None:
+        ranges.check("optim.clip_norm", optim.clip_norm, above=0)
         tx = optax.chain(optax.clip_by_global_norm(optim.clip_norm), tx)
     tune_blocks = config.get("tune_blocks")
     if tune_blocks is None and optim.layer_decay == 1:
