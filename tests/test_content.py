@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configs import digits_cross
-from crossmae_jax.data import content, sources
+from crossmae_jax.data import bad_images, content, sources
 from crossmae_jax.runs import workdir
 from tests.image_files import encode, pixels, write
 
@@ -121,7 +121,8 @@ def test_a_bad_image_may_be_repaired(tmp_path):
     repaired = _folder(data, 10)
     with pytest.raises(ValueError, match="content: 1 of 10 .*, first .*a/002.png"):
         _claim(run, repaired)
-    line = json.dumps({"name": f"{data}/a/002.png", "reason": "", "index": 1})
+    found = bad_images.Bad(f"{data}/a/002.png", reason="", index=1, sample=3)
+    line = json.dumps(found._asdict())
     (run / "bad_images.process_1.jsonl").write_text(f'{line}\n{{"name": "cut sh')
     _claim(run, repaired)
     _claim(run, repaired)
