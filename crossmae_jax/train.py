@@ -311,12 +311,12 @@ def train(
       Interrupted: if `stop` is set, also while a batch is waited for; the state is
         saved then.
     """
-    first = int(state.step)
+    first, make_step = int(state.step), journal.compiled_once(job.step)
     if first == job.checkpoints.last_step:  # a stop may have cut its evaluation short
         evaluate(job, job.due(first), first, state, journal, stop)
     try:
         for step, batch in enumerate(batches, start=first + 1):
-            state, logged = job.step(state, parallel.place_batch(job.mesh, batch))
+            state, logged = make_step(state, parallel.place_batch(job.mesh, batch))
             stopping = stop.is_set()
             saving = stopping or job.saves(step)
             journal.stepped(step, logged, log=saving or job.logs(step))

@@ -248,6 +248,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert f"RESUMED at step {steps[-1]} of 15" in output
+    assert " s to read what is compiled from " in output  # of the run before
+    assert "compiled again" not in output
     _assert_same_bits(
         _final_state(config, tmp_path, 15), _final_state(config, reference, 15)
     )

@@ -69,7 +69,7 @@ def joined(
     To be entered before JAX is used. Arguments are those of `cluster.join`.
     """
     # Commands are imported by loader workers, too, which must not import JAX.
-    from crossmae_jax.distributed import cluster
+    from crossmae_jax.distributed import cluster, programs
 
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
@@ -80,6 +80,7 @@ def joined(
             cluster.join(
                 heartbeat_seconds=heartbeat_seconds, agree_to_stop=agree_to_stop
             )
+            programs.keep()
             yield
         except errors.UserError as error:
             # A text, and no number: numbers are what all processes agreed to end with.

@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from crossmae_jax import errors
+from crossmae_jax.distributed import programs
 from crossmae_jax.runs import metrics, walltime
 from crossmae_jax.runs.progress import Progress
 
@@ -89,16 +90,23 @@ class Journal:
         )
         self._step, self._finite_at = first_step, first_step
         self._logged: Mapping[str, Any] = {}
+        self._programs, self._open = programs.Record(), contextlib.ExitStack()
         self.latest: dict[str, float] = dict(self._writer.latest)
         self._time.until_now("start")
         self._mark()
 
     def __enter__(self) -> "Journal":
+        self._open.enter_context(self._programs.listening())
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._open.close()
         self._progress.close()
         self._writer.close()
+
+    def compiled_once(self, step: Callable) -> Callable:
+        """Returns a step that is said to be compiled again, should that happen."""
+        return programs.once(step, ("state", "batch"), self._programs, self.say)
 
     def stepped(self, step: int, logged: Mapping[str, Any], *, log: bool) -> None:
         """Takes note of a step; its metrics are fetched and written only if `log`.
@@ -114,7 +122,8 @@ class Journal:
             before = sum(self._time.seconds("compile", "data"))
             self._time.until_now("compile")
             seconds = sum(self._time.seconds("compile", "data")) - before
-            self.say(f"first step, compiling included: {seconds:.1f} s")
+            compiling = self._programs.told()
+            self.say(f"first step: {seconds:.1f} s{compiling and f'; {compiling}'}")
             self._mark()
         self._progress.update(step, **(self._log(step) if log else {}))
 
