@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import errors, objectives, paths, ranges, train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.convert import starting
+from crossmae_jax.cost import out_of_memory
 from crossmae_jax.data import content, order, pipeline, sources
 from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import (
@@ -105,6 +106,7 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
       AcceleratorError: if JAX leaves the machine's accelerator idle.
       RestoreError: if there are checkpoints, but none that can be restored.
       KernelError: if a kernel does not compute what it should on these devices.
+      OutOfMemory: if memory ends; says what the step needs, and what needs less.
       NotFinite: if the loss is no longer finite.
     """
     begun = time.time()
@@ -120,6 +122,7 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
     ):
         with errors.setting_up():
             job = plan(config, home, stack)
+        stack.enter_context(out_of_memory.advising(job.config))
         state, resumed = begin(job)
         first = int(state.step)
         check_kernels(job, state, steps_left=job.total - first)

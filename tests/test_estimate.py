@@ -8,8 +8,7 @@ import pytest
 
 from benchmarks import step
 from crossmae_jax import __main__ as front_door
-from crossmae_jax.commands import estimate as estimate_command
-from crossmae_jax.cost import collectives, counting, estimate
+from crossmae_jax.cost import collectives, counting, estimate, estimate_text, fitting
 from crossmae_jax.distributed import hardware
 from tests.test_benchmarks import TINY
 
@@ -70,15 +69,19 @@ def run(capsys, monkeypatch):
     return run
 
 
-def make(total, *, batch_size=64, sure=100, most=None, accum_steps=1, **changes):
+def make(
+    total, *, batch_size=64, sure=100, most=None, accum_steps=1, num_devices=2,
+    **changes,
+):
     """An estimate for two made-up devices: 10 bytes of weights, 20 of moments."""
     memory = total and estimate.Memory(10, 20, 1, total - 31, 0)
     return estimate.Estimate(
-        target="h200", device_kind="H200", num_devices=2,
+        target="h200", device_kind="H200",
         layout="2 data x 1 fsdp",
         device=hardware.Device(tflops=2, memory=1, bandwidth=100, link=4),
         capacity=estimate.Capacity(sure, most or sure, "all", "do something"),
-        batch_size=batch_size, accum_steps=accum_steps, seconds=1.0, flops=12e12,
+        batch_size=batch_size, accum_steps=accum_steps, num_devices=num_devices,
+        seconds=1.0, flops=12e12,
         memory=memory, refusal="" if total else "RESOURCE_EXHAUSTED: too much",
         **changes,
     )
@@ -152,8 +155,9 @@ def test_what_is_suggested_is_compiled_and_said_to_fit_or_not(run, small):
     status, printed, _ = run(*FLAGS, "--config.data.batch_size=64")
     assert status == 0
     assert re.search(r"^fits +no: ", printed, re.MULTILINE)
-    accum, remat, batch = printed.splitlines()[-3:]
+    accum, remat, fsdp, batch = printed.splitlines()[-4:]
     assert re.search(r"--config.model.remat=full +untested$", remat)
+    assert re.search(r"--config.mesh.fsdp=[248] +untested$", fsdp)
     assert re.search(r"--config.optim.accum_steps=4 +compiled, fits: yes: ", accum)
     assert re.search(r"--config.data.batch_size=\d+ +untested .*other training", batch)
 
@@ -161,9 +165,9 @@ def test_what_is_suggested_is_compiled_and_said_to_fit_or_not(run, small):
 def test_no_suggestion_is_compiled_where_that_is_not_wanted(small, monkeypatch):
     too_large = estimate.estimate(load(64), "this")
     monkeypatch.setattr(estimate, "estimate", lambda *_: pytest.fail("compiled"))
-    suggested = estimate.suggest(load(64), too_large, num_tests=0)
+    suggested = fitting.suggest(load(64), too_large, num_tests=0)
     assert [list(each.settings) for each in suggested] == [
-        ["optim.accum_steps"], ["model.remat"], ["data.batch_size"]
+        ["optim.accum_steps"], ["model.remat"], ["mesh.fsdp"], ["data.batch_size"]
     ]
     assert all(each.tried is None for each in suggested)
 
@@ -172,23 +176,40 @@ def test_recomputation_is_suggested_only_where_there_is_more_of_it():
     config = load(64)
     for value in ("none", "selective", "full"):
         config.model.remat = value
-        ways = [next(way) for way in estimate.candidates(config, make(200))]
+        ways = [next(way) for way in fitting.candidates(config, make(200))]
         assert ({"model.remat": "full"} in ways) == (value != "full")
 
 
 def test_the_mildest_setting_that_should_do_comes_first():
     # 30 of state, 10 a gradient: 160 bytes for 64 images, of which 60 have room.
-    accum, _, batch = estimate.candidates(load(64), make(200))
+    accum, _, batch = fitting.candidates(load(64), make(200))
     assert next(accum) == {"optim.accum_steps": 4}  # 3.3 parts or more; 64 / 2 / 4
     assert next(batch) == {"data.batch_size": 16}  # 2.9 times fewer, halved
     # Twelve images on two devices cannot be cut in four.
-    accum, _, batch = estimate.candidates(load(64), make(200, batch_size=12))
+    accum, _, batch = fitting.candidates(load(64), make(200, batch_size=12))
     assert list(accum) == [{"optim.accum_steps": 6}]
     assert next(batch, None) is None  # neither 3 nor 1 divide over two devices
     # Of what the compiler refused no sizes are known.
-    accum, _, batch = estimate.candidates(load(64), make(None, accum_steps=2))
+    accum, _, fsdp, batch = fitting.candidates(load(64), make(None, accum_steps=2))
     assert next(accum) == {"optim.accum_steps": 4}
+    assert list(fsdp) == [{"mesh.fsdp": 2}]
     assert next(batch) == {"data.batch_size": 32}
+
+
+def test_weights_are_cut_over_so_many_devices_as_make_it_fit():
+    # Of 30 of state and 10 of gradients, two devices save 20, four 30, eight 35.
+    eight = [make(total, num_devices=8) for total in (120, 130, 135, 136)]
+    found = [
+        [way for ways in fitting.candidates(load(64), each) for way in ways
+         if "mesh.fsdp" in way]
+        for each in eight
+    ]
+    assert [[way["mesh.fsdp"] for way in ways] for ways in found] == [
+        [2, 4, 8], [4, 8], [8], []
+    ]
+    shared = make(135, num_devices=8, fsdp=4)  # 30 of state are a quarter already
+    ways = [next(way) for way in fitting.candidates(load(64), shared)]
+    assert not any("mesh.fsdp" in way for way in ways)
 
 
 def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
@@ -196,7 +217,7 @@ def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
         return make(150 if config.optim.accum_steps < 16 else 90)
 
     monkeypatch.setattr(estimate, "estimate", compile_it)
-    suggested = estimate.suggest(load(64), make(200), num_tests=5)
+    suggested = fitting.suggest(load(64), make(200), num_tests=5)
     assert [(each.settings, each.tried and each.tried.fits) for each in suggested] == [
         ({"optim.accum_steps": 4}, "no"), ({"optim.accum_steps": 8}, "no"),
         ({"optim.accum_steps": 16}, "yes"), ({"model.remat": "full"}, "no"),
@@ -205,7 +226,7 @@ def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
 
 
 def test_nothing_is_suggested_where_the_weights_alone_are_too_large():
-    assert estimate.candidates(load(64), make(200, sure=30)) == []
+    assert fitting.candidates(load(64), make(200, sure=30)) == []
 
 
 def test_it_fits_within_what_jax_takes_and_barely_within_what_it_can():
@@ -240,11 +261,11 @@ def test_the_bound_is_the_larger_of_operations_and_links():
         {"operations": 6.0, "links": 8.0, "memory": 9.0}
     )
     assert make(50).roofline() == pytest.approx({"operations": 6.0})
-    printed = estimate_command.report(known, bfloat16=True)
+    printed = estimate_text.report(known, bfloat16=True)
     assert "8e+03 ms or more, 8 images/s or fewer: a bound, not measured" in printed
     assert "memory 9e+03 ms, not in the bound" in printed
     assert "does not compute in bfloat16" not in printed
-    printed = estimate_command.report(make(50), bfloat16=False)
+    printed = estimate_text.report(make(50), bfloat16=False)
     assert "memory not known" in printed and "does not compute in bfloat16" in printed
 
 
@@ -270,7 +291,7 @@ def test_without_two_batches_that_were_compiled_none_is_the_largest():
 
 
 def test_a_refusal_is_reported_in_the_compilers_words():
-    printed = estimate_command.report(make(None), bfloat16=True, suggestions=[])
+    printed = estimate_text.report(make(None), bfloat16=True, suggestions=[])
     assert "no: the compiler refuses: RESOURCE_EXHAUSTED: too much" in printed
     assert "| weights " not in printed
     assert "No number of micro-batches" in printed

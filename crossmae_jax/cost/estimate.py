@@ -19,7 +19,7 @@ program, and the shares of `capacity` leave room for it.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,6 +84,7 @@ class Estimate:
 
     Attributes:
       layout: how weights and moments lie on the devices, in a line.
+      fsdp: how many devices share a copy of them.
       memory: None if the compiler refused, and then also `accessed`.
       refusal: the compiler's own words, "" if it did not refuse.
       capacity: None where the memory of the device is not known.
@@ -103,6 +104,7 @@ class Estimate:
     accum_steps: int
     seconds: float
     flops: float
+    fsdp: int = 1
     refusal: str = ""
     memory: Memory | None = None
     accessed: float | None = None
@@ -139,13 +141,6 @@ class Estimate:
         if self.accessed is not None:
             seconds["memory"] = self.accessed / (self.device.bandwidth * 1e9)
         return seconds
-
-
-class Suggestion(NamedTuple):
-    """Settings that may make a configuration fit; `tried` is None if not compiled."""
-
-    settings: dict[str, Any]
-    tried: Estimate | None
 
 
 class LargestBatch(NamedTuple):
@@ -206,12 +201,14 @@ class Lowered(NamedTuple):
 
     Attributes:
       layout: how the state lies, in a line.
+      fsdp: how many devices share a copy of it.
     """
 
     step: jax.stages.Lowered
     state: Any
     batch: Any
     layout: str
+    fsdp: int
 
 
 def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
@@ -239,7 +236,8 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
     batch = pipeline.blank_batch(data, batch_size=data.batch_size)
     state = parallel.with_sharding(state, sharding.shardings(mesh, state))
     batch = parallel.with_sharding(batch, parallel.batch_sharding(mesh))
-    return Lowered(step.lower(state, batch), state, batch, line)
+    fsdp = mesh.shape[parallel.FSDP_AXIS]
+    return Lowered(step.lower(state, batch), state, batch, line, fsdp)
 
 
 def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
@@ -287,7 +285,7 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
         refusal = str(error)
     result = Estimate(
         target=target, device_kind=here.device_kind, num_devices=num_devices,
-        layout=lowered.layout,
+        layout=lowered.layout, fsdp=lowered.fsdp,
         device=device, capacity=capacity(target, device, here),
         batch_size=config.data.batch_size, accum_steps=config.optim.accum_steps,
         seconds=time.perf_counter() - begin, refusal=refusal,
@@ -329,69 +327,3 @@ def largest_batch(estimates: list[Estimate]) -> LargestBatch | None:
     return LargestBatch(
         max(0, int(most // unit * unit)), (small.batch_size, large.batch_size)
     )
-
-
-def _divisor(current: Estimate, copies: int) -> float | None:
-    """Returns by what the images at work must be divided; None if nothing helps.
-
-    A tenth more than the arrays that grow with them ask for. At least 2 where the
-    compiler refused and named no sizes.
-
-    Args:
-      copies: of the weights, which the gradients take however few images there are.
-    """
-    if current.memory is None or current.capacity is None:
-        return 2.0
-    fixed = current.memory.state + copies * current.memory.weights
-    room = current.capacity.sure - fixed
-    if room <= 0:
-        return None
-    return 1.1 * max(0, current.memory.total - fixed) / room
-
-
-def candidates(config: ConfigDict, current: Estimate) -> list[Iterator[dict[str, Any]]]:
-    """Returns ways to make a configuration fit, each from its mildest form on.
-
-    More micro-batches and recomputation leave the result of a step as it is; a smaller
-    batch is another training.
-    """
-    ways = []
-    batch, now, devices = current.batch_size, current.accum_steps, current.num_devices
-    if least := _divisor(current, copies=2):  # of one part, and the sum of all
-        ways.append(
-            {"optim.accum_steps": parts}
-            for parts in range(max(now + 1, math.ceil(now * least)), batch + 1)
-            if batch % (devices * parts) == 0
-        )
-    if smaller := _divisor(current, copies=1):
-        if config.model.remat != "full":
-            ways.append(iter([{"model.remat": "full"}]))
-        halved = (batch // 2**power for power in range(1, batch.bit_length()))
-        ways.append(
-            {"data.batch_size": size}
-            for size in halved
-            if size <= batch / smaller and size % (devices * now) == 0
-        )
-    return ways
-
-
-def suggest(
-    config: ConfigDict, current: Estimate, *, num_tests: int
-) -> list[Suggestion]:
-    """Returns settings that may make a configuration fit that does not.
-
-    Args:
-      num_tests: how many compilations may be spent on finding out whether they do. One
-        that does not is followed by the next stronger.
-    """
-    suggestions = []
-    for way in candidates(config, current):
-        for settings in way:
-            tried = None
-            if num_tests > 0:
-                num_tests -= 1
-                tried = estimate(with_settings(config, settings), current.target)
-            suggestions.append(Suggestion(settings, tried))
-            if tried is None or tried.fits == "yes":
-                break
-    return suggestions
