@@ -37,7 +37,7 @@ from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
-from crossmae_jax.runs import lock, mirror, workdir
+from crossmae_jax.runs import lock, mirror, resuming, workdir
 from crossmae_jax.runs.best import Best
 from crossmae_jax.runs.journal import Journal
 from crossmae_jax.train_step import TrainState
@@ -94,12 +94,18 @@ class Job:
         return self.evaluations.due(step, self.steps_per_epoch)
 
 
-def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
+def run(
+    config: ConfigDict, directory: str | paths.AnyPath, *, resume: str = "auto"
+) -> dict[str, float]:
     """Trains as the config says, in a directory of the run's own; returns the metrics.
 
     Goes on from the newest checkpoint in the directory if there is one. SIGTERM,
     Ctrl-C, SIGHUP and SIGUSR1 make it save and exit with status 75: run the same
     command again to go on.
+
+    Args:
+      resume: "must" is an error where there is no checkpoint, "never" where there is
+        one; see `runs.resuming`.
 
     Raises:
       SetupError: if configuration, data or directory contradict each other.
@@ -113,8 +119,8 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
     with errors.setting_up():
         directory = paths.path(directory)
     environment.check_accelerator()
-    parallel.announce()
     if jax.process_index() == 0:  # the others find what it has written already
+        resuming.check(directory, resume)
         workdir.check_ours(directory)
     with (
         lock.held(directory), mirror.opened(directory) as home,
@@ -123,7 +129,7 @@ def run(config: ConfigDict, directory: str | paths.AnyPath) -> dict[str, float]:
         with errors.setting_up():
             job = plan(config, home, stack)
         stack.enter_context(out_of_memory.advising(job.config))
-        state, resumed = begin(job)
+        state, resumed = begin(job, resume)
         first = int(state.step)
         check_kernels(job, state, steps_left=job.total - first)
         stop = stack.enter_context(preemption.stop_requests())
@@ -250,7 +256,7 @@ def _claim(
     return Best(home, config, dataset)
 
 
-def begin(job: Job) -> tuple[TrainState, bool]:
+def begin(job: Job, resume: str) -> tuple[TrainState, bool]:
     """Returns the state to go on from, and whether a checkpoint had it.
 
     A checkpoint comes before `init_from`, and both before drawn parameters: what a run
@@ -261,11 +267,12 @@ def begin(job: Job) -> tuple[TrainState, bool]:
         step, state = restored
         parallel.say(f"RESUMED at step {step} of {job.total} from {job.home.path}")
     else:
-        parallel.say(f"FRESH START in {job.home.path}")
+        parallel.say(f"FRESH START in {job.home.path} (--resume={resume})")
         state = job.init(job.init_key)
         for start in job.weights:
             parallel.say("\n".join(start.report))
             state = state.replace(variables=start.apply(state.variables))
+    parallel.announce()
     environment.write_environment(job.home.local)
     config = job.config
     described = [

@@ -254,7 +254,7 @@ def test_a_run_takes_a_good_kernel_says_so_once_and_refuses_a_bad_one(
 
     train.run(_config(digits_dir), tmp_path)
     out = capsys.readouterr().out
-    assert "\nRESUMED at step 2 of 2" in out
+    assert out.startswith("RESUMED at step 2 of 2 from ")
     said = [line for line in out.splitlines() if line.startswith("attention")]
     assert said == [f"{LINES[i]}: new" for i in (2, 0, 3)]  # nothing left to train
 

@@ -123,7 +123,7 @@ _, names, *arguments = sys.argv
 names = names.split()
 for name in names:
     error = eval(name)("what was wrong")
-    def fail(config, workdir):
+    def fail(config, workdir, resume):
         raise error
     train.run = fail
     try:

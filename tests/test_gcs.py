@@ -238,7 +238,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     config.data.update(source="tfds", name=digits.NAME)
     found = train.run(config, RUN)
     printed = capsys.readouterr().out
-    assert f"FRESH START in {RUN}\n" in printed
+    assert f"FRESH START in {RUN} (--resume=auto)\n" in printed
     assert f"metrics      {RUN}/metrics.jsonl\n" in printed
     written, curve = lines(bucket), checkpointer.restore_variables(STEPS, step=9)
     for name in (

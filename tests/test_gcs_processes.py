@@ -37,7 +37,7 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
             monkeypatch.setenv(name, value)
         with processes.started([whole] * 2, tmp_path / "first") as group:
             assert group.wait() == [0, 0], group.all_said()
-            assert f"FRESH START in {RUN}\n" in group.said(0)
+            assert f"FRESH START in {RUN} (--resume=auto)\n" in group.said(0)
         place = "run/checkpoints/6"
         for item in ("variables", "optimizer"):
             for number in (0, 1):  # each has written its part

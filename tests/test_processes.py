@@ -47,7 +47,9 @@ def alone(digits_dir, tmp_path_factory):
         [arguments(digits_dir, base / "run")], base / "logs"
     ) as group:
         assert group.wait() == [0], group.all_said()
-        assert group.said(0).startswith("host 0/1, 4 local of 4 devices (cpu)\n")
+        first, second = group.said(0).splitlines()[:2]
+        assert first == f"FRESH START in {base / 'run'} (--resume=auto)"
+        assert second == "host 0/1, 4 local of 4 devices (cpu)"
         assert "goodput" in group.said(0)
     return base / "run"
 

@@ -19,6 +19,7 @@ import pytest
 from configs import digits_cross
 from crossmae_jax import errors, train, train_step
 from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.commands import train as command
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.objectives.objective import Aux
@@ -140,9 +141,9 @@ def test_a_finished_run_started_again_trains_no_further(finished, capsys):
     workdir, config, found = finished
     before = _final_state(config, workdir, 15)
     (workdir / "time.json").write_text("{}")  # no such file may stop a run
-    again = train.run(config, workdir)
+    again = train.run(config, workdir, resume="must")
     said = capsys.readouterr().out
-    assert "\nRESUMED at step 15 of 15" in said
+    assert said.startswith(f"RESUMED at step 15 of 15 from {workdir}\nhost 0/1, 8 local")
     assert f"{workdir / 'time.json'} is damaged (" in said
     assert again["eval/linear/top1"] == found["eval/linear/top1"]
     # What was found of the training is not lost.
@@ -188,7 +189,8 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     (tmp_path / "old" / "metrics.jsonl").unlink()
     train.run(config, tmp_path / "old")
     said = capsys.readouterr().out
-    assert "\nRESUMED at step 15 of 15" in said and "metrics.jsonl is gone, th" in said
+    assert said.startswith("RESUMED at step 15 of 15")
+    assert "metrics.jsonl is gone, th" in said
     # What an aggregator would find at visible places depends on the decoder.
     stored["model"]["decoder"]["kind"] = "mae"
     path.write_text(json.dumps(stored))
@@ -200,14 +202,67 @@ def test_reading_the_configuration_of_no_run_says_what_is_missing(tmp_path):
         read_config(tmp_path)
 
 
-def test_checkpoints_that_cannot_be_restored_stop_the_run(digits_dir, tmp_path):
+def test_checkpoints_that_cannot_be_restored_stop_the_run(
+    digits_dir, tmp_path, capsys
+):
     config = _config(digits_dir, epochs=0.2, optim__warmup_epochs=0.1)
-    train.run(config, tmp_path)
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp").mkdir(parents=True)
+    train.run(config, tmp_path, resume="never")  # what was never saved is none
+    out = capsys.readouterr().out
+    assert f"\nFRESH START in {tmp_path} (--resume=never)\nhost 0/1, 8 local" in out
     for path in (tmp_path / "checkpoints").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(checkpointer.RestoreError, match="checkpoints"):
-        train.run(config, tmp_path)
+    for resume in ("auto", "must"):
+        with pytest.raises(checkpointer.RestoreError, match="checkpoints"):
+            train.run(config, tmp_path, resume=resume)
+
+
+def _files(directory):
+    return {
+        path.relative_to(directory): path.stat().st_mtime_ns
+        for path in directory.rglob("*")
+    }
+
+
+def test_a_run_that_must_not_go_on_is_refused_and_nothing_is_changed(
+    finished, tmp_path
+):
+    workdir, config, _ = finished
+    before = _files(workdir)
+    with pytest.raises(errors.SetupError) as refused:
+        train.run(config, workdir, resume="never")
+    assert f"{workdir} holds checkpoints of a run (12, 15)" in str(refused.value)
+    assert "new --workdir, or go on with --resume=auto" in str(refused.value)
+    assert _files(workdir) == before
+    (tmp_path / "checkpoints" / "12.damaged").mkdir(parents=True)
+    with pytest.raises(errors.SetupError, match=r"of a run \(12.damaged\)"):
+        train.run(config, tmp_path, resume="never")
+
+
+@pytest.mark.parametrize("there", [
+    [], ["a"], ["a/checkpoints/3.orbax-checkpoint-tmp"], ["a/checkpoints/3.damaged"],
+    ["a/checkpoints/notes"], ["a/checkpoints/03"],
+])
+def test_a_run_that_must_go_on_begins_nothing(tmp_path, there):
+    for name in there:
+        (tmp_path / name).mkdir(parents=True)
+    before = _files(tmp_path)
+    with pytest.raises(SystemExit, match=f"error: {tmp_path}/a has no checkpoint to"):
+        command.main([
+            f"--config={ROOT}/configs/digits_cross.py", f"--workdir={tmp_path}/a",
+            "--resume=must",
+        ])
+    assert _files(tmp_path) == before
+
+
+def test_a_way_to_resume_that_there_is_not_is_named(tmp_path, capsys):
+    with pytest.raises(errors.SetupError, match="resume='always'. Known: auto, must"):
+        train.run(digits_cross.get_config(), tmp_path, resume="always")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--resume=ever"])
+    assert stopped.value.code == 2
+    assert "there is no 'ever'. Did you mean never?" in capsys.readouterr().err
 
 
 def _start(digits_dir, workdir, devices=8, hold="", **changes):

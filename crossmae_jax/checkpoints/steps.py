@@ -4,7 +4,9 @@ On a disk a step is complete once it has its last name. In a bucket it has that 
 start, and is complete once Orbax has put an object beside the arrays that says so.
 """
 
+import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import orbax.checkpoint as ocp
 
@@ -13,16 +15,50 @@ from crossmae_jax.checkpoints import digests
 from crossmae_jax.paths import AnyPath
 
 _REPLACED = ".replaced"
+# Names in a directory of checkpoints that are of our making; any other is not.
+_NUMBER = r"(?P<step>0|[1-9][0-9]*)"
+_FORMS = {
+    "complete": _NUMBER,
+    "unfinished": rf"{_NUMBER}{re.escape(ocp.utils.TMP_DIR_SUFFIX)}.*",
+    "put aside": rf"{_NUMBER}\.damaged[0-9]*",
+    "replaced": rf"{_NUMBER}{re.escape(_REPLACED)}",
+}
+
+
+class Found(NamedTuple):
+    """A directory of a step.
+
+    Attributes:
+      kind: "complete", damaged or not; "unfinished", of a save that was cut short;
+        "put aside", as it was found damaged; "replaced", of a save that takes the place
+        of others.
+    """
+
+    path: AnyPath
+    step: int
+    kind: str
+
+
+def found(directory: AnyPath) -> list[Found]:
+    """Returns what saves have left in a directory, ordered by step.
+
+    What has other names is not listed: it is somebody else's.
+    """
+    if not directory.is_dir():
+        return []
+    listed = []
+    for path in directory.iterdir():
+        for kind, form in _FORMS.items():
+            if (name := re.fullmatch(form, path.name)) and path.is_dir():
+                if kind == "complete" and _is_marked_unfinished(path):
+                    kind = "unfinished"
+                listed.append(Found(path, int(name["step"]), kind))
+    return sorted(listed, key=lambda one: (one.step, one.path.name))
 
 
 def committed(directory: AnyPath) -> list[int]:
     """Returns the complete steps, damaged ones included, in ascending order."""
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(path.name) for path in directory.iterdir()
-        if path.name.isdecimal() and not _is_marked_unfinished(path)
-    )
+    return [one.step for one in found(directory) if one.kind == "complete"]
 
 
 def check_place(directory: AnyPath) -> None:
@@ -44,11 +80,7 @@ def check_place(directory: AnyPath) -> None:
 
 def unfinished(directory: AnyPath) -> list[AnyPath]:
     """Returns what is left of saves that were never completed."""
-    if not paths.is_remote(directory):
-        return sorted(directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if _is_marked_unfinished(path))
+    return [one.path for one in found(directory) if one.kind == "unfinished"]
 
 
 def _is_marked_unfinished(path: AnyPath) -> bool:

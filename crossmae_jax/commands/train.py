@@ -3,7 +3,8 @@
     python -m crossmae_jax.main --config=configs/vitb_cross.py \\
         --workdir=runs/vitb_cross --config.optim.base_lr=1e-4
 
-`python -m crossmae_jax train` is the same. Everything else can be called from a
+`--resume=must` refuses to begin, `--resume=never` to go on; the first line says which
+it was. `python -m crossmae_jax train` is the same. Everything else can be called from a
 notebook: `train.run(config, workdir)`.
 
 Exit status 2 if the command line is wrong, 1 if configuration, data and directory do
@@ -14,11 +15,17 @@ from collections.abc import Sequence
 
 from crossmae_jax.commands import flags, session
 from crossmae_jax.commands.flags import Flag
+from crossmae_jax.runs import resuming
 
 _FLAGS = {
     "workdir": Flag(
         str, "the directory of this run: checkpoints, metrics, pictures; given again, "
         "the run goes on where it stopped",
+    ),
+    "resume": Flag(
+        flags.one_of(resuming.MODES), "auto: goes on if there is a checkpoint, else "
+        "begins; must: stops if there is none; never: stops if there is one; default: "
+        "auto", default="auto",
     ),
     "heartbeat_seconds": Flag(
         int, "of several processes: after so many seconds without a sign of life from "
@@ -41,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
     from crossmae_jax import train
 
     with session.joined(given.heartbeat_seconds):
-        train.run(given.config, given.workdir)
+        train.run(given.config, given.workdir, resume=given.resume)
