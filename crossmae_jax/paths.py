@@ -9,10 +9,12 @@ Nothing is remembered of what a bucket holds: other processes, and other librari
 this one, write to it too.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,20 +62,38 @@ def absolute(name: str | AnyPath) -> AnyPath:
     return path(name) if is_remote(name) else Path(name).absolute()
 
 
-def write_whole(file: AnyPath, text: str) -> None:
+@contextlib.contextmanager
+def named(file: AnyPath) -> Iterator[None]:
+    """Names a file in the OSErrors about it, which those of an open one do not do."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = os.fspath(file)
+        raise
+
+
+def write_whole(file: AnyPath, content: str | bytes) -> None:
     """Writes a file in one step: whoever reads it meanwhile sees all of it or none.
 
     And whoever reads it after a power failure: its text is on the disk before its name.
+    Where it cannot be written, because a disk is full, the one before stays as it was.
     """
+    data = content.encode() if isinstance(content, str) else content
     if is_remote(file):
-        file.write_text(text)
+        file.write_bytes(data)
         return
     temporary = file.with_name(f"{file.name}.tmp")
-    with open(temporary, "w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
+    with named(file):
+        try:
+            with open(temporary, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(file)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def files(directory: AnyPath, *, nested: bool = False) -> list[AnyPath]:

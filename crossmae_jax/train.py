@@ -21,7 +21,7 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, objectives, paths, ranges, train_step
-from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.checkpoints import checkpointer, space
 from crossmae_jax.convert import starting
 from crossmae_jax.cost import out_of_memory
 from crossmae_jax.data import content, order, pipeline, sources
@@ -114,6 +114,7 @@ def run(
       KernelError: if a kernel does not compute what it should on these devices.
       OutOfMemory: if memory ends; says what the step needs, and what needs less.
       NotFinite: if the loss is no longer finite.
+      DiskError: if the disk is full or gone; what was whole before is.
     """
     begun = time.time()
     with errors.setting_up():
@@ -123,8 +124,8 @@ def run(
         resuming.check(directory, resume)
         workdir.check_ours(directory)
     with (
-        lock.held(directory), mirror.opened(directory) as home,
-        contextlib.ExitStack() as stack,
+        space.writing(directory), lock.held(directory),
+        mirror.opened(directory) as home, contextlib.ExitStack() as stack,
     ):
         with errors.setting_up():
             job = plan(config, home, stack)
@@ -194,10 +195,10 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         objective, tx, mesh, schedule=schedule, key=mask_key,
         accum_steps=config.optim.accum_steps,
     )
-    if home.local == home.path:
-        workdir.check_space(
-            home.local, checkpoint_bytes=sharding.num_bytes(abstract)
-        )
+    workdir.check_space(
+        home.path, checkpoint_bytes=sharding.num_bytes(abstract),
+        keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
+    )
     checkpoints = checkpointer.Checkpoints(
         home.path / "checkpoints", keep=config.checkpoint.keep, before_save=home.push
     )

@@ -207,5 +207,9 @@ def test_a_full_disk_is_said_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=40_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     data = folders(tmp_path / "train", ["ant", "bee"])
-    with pytest.raises(errors.SetupError, match="0.04 GB are free on the disk of"):
-        train.run(folder_config(data, data), tmp_path / "run")
+    config = folder_config(data, data)
+    with pytest.raises(errors.SetupError) as refused:
+        train.run(config, tmp_path / "run")
+    assert f"40.00 MB are free on the disk of {tmp_path}/run" in str(refused.value)
+    assert "but 5 checkpoints of" in str(refused.value)  # 2 + 1 kept, and 1 + 1 best
+    assert not (tmp_path / "run" / "config.json").exists()

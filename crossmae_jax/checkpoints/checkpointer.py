@@ -22,7 +22,6 @@ The directory is on a disk that all processes share, or in a bucket; process 0 v
 and renames.
 """
 
-import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -34,7 +33,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from crossmae_jax import errors, paths
-from crossmae_jax.checkpoints import digests, matching, steps
+from crossmae_jax.checkpoints import digests, matching, space, steps, tensors
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
 
@@ -43,8 +42,6 @@ OPTIMIZER = "optimizer"
 NOTES = "notes"
 _NOTES_FILE = "metadata"  # the name that Orbax gives to a JSON item
 _NONE, _ALL_DAMAGED = -1, -2  # what process 0 tells the others instead of a step
-
-Leaves = dict[tuple[str, ...], Any]
 
 
 class RestoreError(errors.UserError, ValueError):
@@ -89,6 +86,7 @@ class Checkpoints:
         self._before_save = before_save
         self.directory = paths.absolute(directory)
         self.last_step: int | None = None
+        self._warned = False  # that room is getting short
         for path in steps.unfinished(self.directory):
             parallel.say(
                 f"{path} was never completed (the run was stopped while writing it); "
@@ -146,6 +144,7 @@ class Checkpoints:
         self._before_save()
         if jax.process_index() == 0:
             steps.check_place(self.directory)
+            self._check_space(step, items)
         self.last_step = step
         arguments = {
             name: ocp.args.StandardSave(traverse_util.unflatten_dict(leaves))
@@ -162,6 +161,18 @@ class Checkpoints:
             )
         if wait:
             self.wait()
+
+    def _check_space(self, step: int, items: dict[str, tensors.Leaves]) -> None:
+        needed = sum(
+            leaf.nbytes for leaves in items.values() for leaf in leaves.values()
+        )
+        roomy = space.check(self.directory, step=step, needed=needed)
+        if not roomy and not self._warned:
+            self._warned = True
+            parallel.say(
+                "WARNING: there is no room for two more checkpoints of "
+                f"{space.shown(needed)}. {space.cure(self.directory)}"
+            )
 
     def notes(self, step: int) -> dict[str, Any] | None:
         """Returns what was saved beside a state; None if nothing was, or is intact."""
@@ -185,12 +196,18 @@ class Checkpoints:
             steps.settle(self.directory, (VARIABLES,))
 
     def wait(self) -> None:
-        """Waits until the last save is committed; raises if it failed."""
-        self._manager.wait_until_finished()
+        """Waits until the last save is committed.
+
+        Raises:
+          DiskError: if it failed.
+        """
+        with space.saving(self.directory, self.last_step):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits for the last save and for the removal of old steps."""
-        self._manager.close()
+        with space.saving(self.directory, self.last_step):
+            self._manager.close()
 
     def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
         """Returns the newest intact step and its state; None if nothing was ever saved.
@@ -211,10 +228,11 @@ class Checkpoints:
         if step is None:
             return None
         _check_match(self.directory / str(step), items)
+        path = self.directory / str(step)
         restored = {
-            path if name == OPTIMIZER else (VARIABLES, *path): leaf
+            names if name == OPTIMIZER else (VARIABLES, *names): leaf
             for name, leaves in items.items()
-            for path, leaf in _read(self.directory / str(step) / name, leaves).items()
+            for names, leaf in tensors.read(path / name, leaves).items()
         }
         self._put_aside(damaged)
         self.last_step = step
@@ -285,12 +303,12 @@ def restore_variables(
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         leaves = {
             names: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-            for names, (shape, dtype) in _stored(path / VARIABLES).items()
+            for names, (shape, dtype) in tensors.stored(path / VARIABLES).items()
         }
-        return traverse_util.unflatten_dict(_read(path / VARIABLES, leaves))
+        return traverse_util.unflatten_dict(tensors.read(path / VARIABLES, leaves))
     items = _split({VARIABLES: abstract_variables})
     _check_match(path, items)
-    restored = _read(path / VARIABLES, items[VARIABLES])
+    restored = tensors.read(path / VARIABLES, items[VARIABLES])
     return jax.tree.unflatten(
         jax.tree.structure(abstract_variables), list(restored.values())
     )
@@ -329,24 +347,7 @@ def _newest_intact(
     return (None if chosen == _NONE else chosen), damaged
 
 
-def _stored(path: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
-    """Returns shape and dtype of every tensor of an item, by its path."""
-    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
-        tree = handler.metadata(path).tree
-    return {
-        names: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
-        for names, leaf in traverse_util.flatten_dict(tree).items()
-    }
-
-
-def _read(path: AnyPath, leaves: Leaves) -> Leaves:
-    with ocp.StandardCheckpointer() as reader:
-        tree = reader.restore(path, traverse_util.unflatten_dict(leaves))
-    restored = traverse_util.flatten_dict(tree)
-    return {names: restored[names] for names in leaves}
-
-
-def _check_match(path: AnyPath, items: dict[str, Leaves]) -> None:
+def _check_match(path: AnyPath, items: dict[str, tensors.Leaves]) -> None:
     """Raises MismatchError unless a step holds exactly the tensors asked for."""
     ours, theirs = {}, {}
     for item, leaves in items.items():
@@ -358,7 +359,7 @@ def _check_match(path: AnyPath, items: dict[str, Leaves]) -> None:
                 )
             ours[item, *names] = (tuple(leaf.shape), jnp.dtype(leaf.dtype))
         if (path / item).exists():
-            stored = _stored(path / item)
+            stored = tensors.stored(path / item)
             theirs |= {(item, *names): value for names, value in stored.items()}
     if ours != theirs:
         raise MismatchError(matching.differences(path, theirs, ours))
@@ -372,9 +373,9 @@ def _names(path: tuple) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _split(state: Any) -> dict[str, Leaves]:
+def _split(state: Any) -> dict[str, tensors.Leaves]:
     """Returns the state's leaves by item, each under its path as a tuple of names."""
-    items: dict[str, Leaves] = {}
+    items: dict[str, tensors.Leaves] = {}
     for path, leaf in _leaves(state):
         names = _names(path)
         if names[:1] == (VARIABLES,):

@@ -4,12 +4,17 @@
     anything else               a bug, which keeps its traceback
 """
 
+import asyncio
 import contextlib
 import faulthandler
 import functools
+import logging as stdlib_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -60,6 +65,30 @@ def _leave_threads(status: int | str | None) -> None:
     os._exit(status or 0)
 
 
+def _is_news(record: stdlib_logging.LogRecord) -> bool:
+    """Says whether a line of a log is more than the traceback of what comes anyway.
+
+    Of an error in a save there is one for each thread of Orbax that it passes, and one
+    for each tensor of which nobody asks any more, before it is raised.
+    """
+    passed = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any(
+        "orbax" in Path(frame.f_code.co_filename).parts for frame, _ in passed
+    )
+
+
+def _unraisable(previous: Callable, unraisable: Any) -> None:
+    """Passes on what an error made in a place from which it cannot be raised.
+
+    But for writes of a save that has failed already: tensorstore tells of each, and
+    nobody is left who would listen.
+    """
+    for frame, _ in traceback.walk_tb(unraisable.exc_traceback):
+        if frame.f_code is asyncio.BaseEventLoop._check_closed.__code__:
+            return
+    previous(unraisable)
+
+
 @contextlib.contextmanager
 def joined(
     heartbeat_seconds: int = 100, *, agree_to_stop: bool = True
@@ -73,6 +102,10 @@ def joined(
 
     # Libraries report every file they open; a run's own first line says how it starts.
     logging.set_verbosity(logging.WARNING)
+    for logger in (logging.get_absl_logger(), stdlib_logging.getLogger("asyncio")):
+        logger.addFilter(_is_news)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
     if sys.__stderr__ and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a crash in compiled code says where
     with cluster.leaving(heartbeat_seconds):

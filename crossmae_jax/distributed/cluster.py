@@ -326,7 +326,7 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
             print(error.code, file=sys.stderr)
         else:
             traceback.print_exc()
-        if _LOST.match(str(error)):
+        if is_lost(error):
             wait = heartbeat_seconds + _GRACE
             print(
                 f"host {jax.process_index()}: waiting up to {wait} s to learn whether "
@@ -336,3 +336,8 @@ def leaving(heartbeat_seconds: int) -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Says whether the end of another process may be the reason of an error."""
+    return _LOST.match(str(error)) is not None

@@ -59,8 +59,9 @@ def held(directory: AnyPath) -> Iterator[None]:
     finally:
         ended.set()
         writer.join()
-        if _is_of(mine, _read(file)):
-            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of the disk: the next run takes over
+            if _is_of(mine, _read(file)):
+                file.unlink(missing_ok=True)
         if made and isinstance(directory, Path):
             with contextlib.suppress(OSError):  # not empty: the run has begun
                 directory.rmdir()
@@ -118,7 +119,7 @@ def _take(file: AnyPath, mine: dict[str, Any]) -> None:
         _remove(file, holder)
     if isinstance(file, Path):
         try:
-            with open(file, "x") as new:
+            with paths.named(file), open(file, "x") as new:
                 new.write(json.dumps(mine))
             return
         except FileExistsError:  # another one was faster

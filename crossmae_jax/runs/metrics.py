@@ -114,7 +114,7 @@ class MetricWriter:
                 self.latest |= _of_training(row)
         elif path.exists():
             path.replace(workdir / EARLIER_FILE)
-        self._file = open(path, "a")
+        self._file, self._path = open(path, "a"), path
         first_step = 0 if resume_step is None else resume_step + 1
         self._events = events.Events(workdir, first_step=first_step)
 
@@ -133,14 +133,16 @@ class MetricWriter:
             name: value if math.isfinite(value) else None
             for name, value in values.items()
         }
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with paths.named(self._path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         self._events.write(int(step), values)
 
     def close(self) -> None:
         """Closes the files."""
         if self._active:
-            self._file.close()
+            with paths.named(self._path):
+                self._file.close()
             self._events.close()
 
 

@@ -24,7 +24,6 @@ refused; settings that cannot change a weight may change.
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import jax
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, paths
-from crossmae_jax.checkpoints import steps
+from crossmae_jax.checkpoints import space, steps
 from crossmae_jax.data import bad_images, content
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
@@ -194,21 +193,32 @@ def _other_content(
     ]
 
 
-def check_space(workdir: Path, *, checkpoint_bytes: int) -> None:
-    """Finds out whether a disk can hold another checkpoint, and pictures beside it.
+def check_space(
+    workdir: AnyPath, *, checkpoint_bytes: int, keep: int, best: bool
+) -> None:
+    """Finds out whether a disk can hold what a run is going to save, and pictures.
+
+    That is one checkpoint more than are kept, since the oldest goes when the next one
+    is whole; of a best state likewise. Those that are there already are counted. Asks
+    nothing of a bucket.
 
     Raises:
       ValueError: if it cannot.
     """
-    place = workdir.absolute()
-    while not place.exists():
-        place = place.parent
-    free, needed = shutil.disk_usage(place).free, checkpoint_bytes + _PICTURES_BYTES
+    place = workdir / "checkpoints"
+    if (free := space.free(workdir)) is None:
+        return
+    count = max(keep + 1 - len(steps.committed(place)), 1)
+    if best:
+        count += max(2 - len(steps.committed(workdir / "best" / "checkpoints")), 1)
+    needed = count * checkpoint_bytes + _PICTURES_BYTES
     if free < needed:
         raise ValueError(
-            f"{free / 1e9:.2f} GB are free on the disk of {workdir}, but one "
-            f"checkpoint with the pictures beside it needs {needed / 1e9:.2f} GB; "
-            "make room, or give a --workdir on another disk."
+            f"{space.shown(free)} are free on the disk of {workdir}, but {count} "
+            f"checkpoints of {space.shown(checkpoint_bytes)} with pictures beside them "
+            f"need {space.shown(needed)} (checkpoint.keep={keep} and the next one). "
+            "Lower config.checkpoint.keep, or give a --workdir on another disk, or "
+            f"make room: {space.cure(place)}"
         )
 
 

@@ -4,12 +4,15 @@ Figures are made without pyplot: nothing global is opened and no display is need
 Letters can be read from the back of a room.
 """
 
+import io
 import pathlib
 
 import numpy as np
 from jaxtyping import Float, Shaped
 from matplotlib import figure
 from matplotlib.axes import Axes
+
+from crossmae_jax import paths
 
 DPI = 100
 INK = "#222222"
@@ -42,11 +45,15 @@ def save(
 ) -> pathlib.Path:
     """Writes a PNG; makes its folder if need be.
 
+    A picture that is there already stays until this one is whole.
+
     Args:
       caption: goes with the file, for readers of its field "Description".
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"Description": caption} if caption else None
-    drawing.savefig(path, format="png", dpi=DPI, metadata=metadata)
+    picture = io.BytesIO()
+    drawing.savefig(picture, format="png", dpi=DPI, metadata=metadata)
+    paths.write_whole(path, picture.getvalue())
     return path

@@ -1,0 +1,34 @@
+"""The tensors of a step's item, as Orbax has written them."""
+
+import contextlib
+from typing import Any
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from crossmae_jax.paths import AnyPath
+
+Leaves = dict[tuple[str, ...], Any]  # by their paths
+
+
+def stored(item: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
+    """Returns shape and dtype of every tensor of an item, by its path."""
+    with contextlib.closing(ocp.StandardCheckpointHandler()) as handler:
+        tree = handler.metadata(item).tree
+    return {
+        names: (tuple(leaf.shape), jnp.dtype(leaf.dtype))
+        for names, leaf in traverse_util.flatten_dict(tree).items()
+    }
+
+
+def read(item: AnyPath, leaves: Leaves) -> Leaves:
+    """Returns tensors of an item.
+
+    Args:
+      leaves: `jax.ShapeDtypeStruct`s with the shardings to read into.
+    """
+    with ocp.StandardCheckpointer() as reader:
+        tree = reader.restore(item, traverse_util.unflatten_dict(leaves))
+    restored = traverse_util.flatten_dict(tree)
+    return {names: restored[names] for names in leaves}
