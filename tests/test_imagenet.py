@@ -24,7 +24,8 @@ from tensorflow_datasets.core import shuffle
 
 from crossmae_jax.commands import data as command
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.data.sets import imagenet
+from crossmae_jax.data.sets import imagenet, writing
+from tests import full_disk
 from tests.image_files import config, encode, pixels
 
 VERSION = "imagenet2012/5.1.0"
@@ -256,7 +257,7 @@ def test_a_place_that_cannot_be_written_is_one_line(name, tars, tmp_path, capsys
     assert command.main(["prepare", name, *arguments]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: [Errno 20] Not a directory: ")
-    assert f"{tmp_path}/file" in error and "--data_dir can be written" in error
+    assert f"{tmp_path}/file" in error and "can be written" in error
 
 
 def test_a_disk_that_fills_up_is_one_line(tars, tmp_path, capsys, monkeypatch):
@@ -271,7 +272,29 @@ def test_a_disk_that_fills_up_is_one_line(tars, tmp_path, capsys, monkeypatch):
     ]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "No space left on device" in error
-    assert "its disk has room" in error
+    assert f"{tmp_path} was not prepared; see that it can be written and" in error
+    assert "its disk has room, of which" in error
+
+
+@pytest.mark.parametrize("name", ["digits", "imagenet2012", "photographs"])
+def test_a_disk_that_is_full_is_one_line(name, tars, tmp_path, capsys):
+    """ArrayRecord raises a RuntimeError."""
+    arguments = [f"--data_dir={tmp_path}/sets"]
+    if name == "imagenet2012":
+        arguments.append(f"--manual_dir={tars}")
+    with full_disk.beyond(1000):
+        assert command.main(["prepare", name, *arguments]) == 1
+    said = capsys.readouterr().err.splitlines()
+    error, = (line for line in said if line.startswith("error: "))
+    assert "File too large" in error and "GB are free" in error
+    assert f"{tmp_path}/sets" in error and "Traceback" not in "".join(said)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_is_no_error_of_a_disk_stays_a_bug(tmp_path):
+    for error in (NotImplementedError("a bug"), ValueError("a bug")):
+        with pytest.raises(type(error)), writing.into(tmp_path):
+            raise error
 
 
 def test_front_door_prepares_and_reports_errors(tmp_path):

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from crossmae_jax import errors, paths
+from crossmae_jax.data.sets import writing
 
 NAME = "sklearn_digits"
 
@@ -82,11 +83,16 @@ def prepare(data_dir: str | None = None) -> str:
             "there first; give a directory on a disk, or leave it out."
         )
     data_dir = os.path.expanduser(data_dir or "~/.cache/crossmae_jax")
-    place = os.path.join(data_dir, NAME)
-    version = os.path.join(place, str(SklearnDigits.VERSION))
+    version = os.path.join(data_dir, NAME, str(SklearnDigits.VERSION))
     if os.path.exists(os.path.join(version, "dataset_info.json")):
         return data_dir
-    os.makedirs(place, exist_ok=True)
+    with writing.into(data_dir):
+        _build(data_dir, version)
+    return data_dir
+
+
+def _build(data_dir: str, version: str) -> None:
+    os.makedirs(os.path.dirname(version), exist_ok=True)
     with tempfile.TemporaryDirectory(dir=data_dir, prefix=f".{NAME}.") as building:
         builder = SklearnDigits(data_dir=building)
         tfds.disable_progress_bar()
@@ -101,7 +107,6 @@ def prepare(data_dir: str | None = None) -> str:
             # Another process was first; anything else is a real error.
             if not os.path.exists(os.path.join(version, "dataset_info.json")):
                 raise
-    return data_dir
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:

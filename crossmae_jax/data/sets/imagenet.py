@@ -32,6 +32,7 @@ from tensorflow_datasets.core.download import extractor
 
 from crossmae_jax import errors, paths
 from crossmae_jax.data import tfds_source
+from crossmae_jax.data.sets import writing
 
 NAME = "imagenet2012"
 TARS = {
@@ -86,7 +87,7 @@ def prepare(
     with (
         tempfile.TemporaryDirectory() as downloads,
         contextlib.redirect_stdout(sys.stderr),
-        _without_tensorflow(),
+        _without_tensorflow(), writing.into(data_dir),
     ):
         try:
             builder.download_and_prepare(

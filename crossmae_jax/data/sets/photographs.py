@@ -5,12 +5,15 @@ both. That is enough for a small model to learn how light, edges and textures go
 to show how it fills in a photograph that it has never seen; it is no benchmark.
 """
 
+import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from crossmae_jax import errors
+from crossmae_jax import errors, paths
+from crossmae_jax.data.sets import writing
 
 TRAIN = (
     "astronaut.png", "brick.png", "camera.png", "coffee.png", "coins.png", "grass.png",
@@ -32,16 +35,22 @@ def prepare(directory: str | Path, *, num_train: int = 128, num_test: int = 8) -
         ("train", TRAIN, num_train, 1 / 3), ("test", TEST, num_test, 2 / 3)
     ):
         place = Path(directory).expanduser() / folder
-        place.mkdir(parents=True, exist_ok=True)
-        for number, name in enumerate(names):
-            photograph = read(name)
-            random = np.random.default_rng((number, len(names)))
-            for i in range(num):
-                square = crop(random, photograph, smallest=smallest, size=160)
-                path = place / f"{Path(name).stem}_{i:03}.jpg"
-                if not path.exists():  # whole or not at all
-                    square.save(part := path.with_suffix(".part"), "JPEG", quality=92)
-                    part.rename(path)
+        with writing.into(place):
+            _write(place, names, num, smallest)
+
+
+def _write(place: Path, names: Sequence[str], num: int, smallest: float) -> None:
+    place.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        photograph = read(name)
+        random = np.random.default_rng((number, len(names)))
+        for i in range(num):
+            square = crop(random, photograph, smallest=smallest, size=160)
+            path = place / f"{Path(name).stem}_{i:03}.jpg"
+            if not path.exists():  # whole or not at all
+                file = io.BytesIO()  # PIL does not notice that a disk is full
+                square.save(file, "JPEG", quality=92)
+                paths.write_whole(path, file.getvalue())
 
 
 def read(name: str) -> np.ndarray:
