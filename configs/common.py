@@ -48,7 +48,12 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
             accum_steps=1,
             layer_decay=1.0,  # rate of a block, over that of the next one
         ),
-        checkpoint=dict(every_epochs=1.0, keep=2, best=""),
+        checkpoint=dict(
+            every_epochs=1.0,
+            keep=2,  # the newest ones
+            keep_every_epochs=0.0,  # and, for good, those of such epochs; 0.0: none
+            best="",
+        ),
         # Devices that share one copy of weights and moments; 1: whole on each; 0: as
         # many as their memory asks for.
         mesh=dict(fsdp=0),

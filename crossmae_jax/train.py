@@ -21,7 +21,7 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, objectives, paths, ranges, train_step
-from crossmae_jax.checkpoints import checkpointer, space
+from crossmae_jax.checkpoints import checkpointer, schedule, space
 from crossmae_jax.convert import starting
 from crossmae_jax.cost import out_of_memory
 from crossmae_jax.data import content, order, pipeline, sources
@@ -72,6 +72,7 @@ class Job:
     step: jax.stages.Wrapped
     total: int
     steps_per_epoch: float
+    saving: schedule.Schedule
     evaluations: while_training.Evaluations
     checkpoints: checkpointer.Checkpoints
     best: Best
@@ -83,9 +84,7 @@ class Job:
 
     def saves(self, step: int) -> bool:
         """Says whether a checkpoint is due after a step; one always is at the end."""
-        epochs = self.config.checkpoint.every_epochs
-        every = max(1, round(epochs * self.steps_per_epoch)) if epochs else self.total
-        return step == self.total or step % every == 0
+        return step == self.total or self.saving.saves(step)
 
     def due(self, step: int) -> list[str]:
         """Returns which evaluations run after a step; those at the end are apart."""
@@ -184,15 +183,18 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     # The kind of key is named: JAX's default may be set to another elsewhere.
     root = jax.random.key(config.seed, impl="threefry2x32")
     init_key, mask_key, panel_key = jax.random.split(root, 3)
-    schedule = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
-    tx = optimizers.make_optimizer(config, schedule)
+    saving = schedule.of(
+        config.checkpoint, steps_per_epoch=steps_per_epoch, total=total
+    )
+    rate = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
+    tx = optimizers.make_optimizer(config, rate)
     abstract = train_step.abstract_state(objective, tx, init_key)
     mesh, mesh_line = sharding.make_mesh(config, abstract)
     evaluations = while_training.Evaluations(
         config, objective, images, mesh=mesh, directory=home.local, key=panel_key
     )
     init, step = train_step.compile_steps(
-        objective, tx, mesh, schedule=schedule, key=mask_key,
+        objective, tx, mesh, schedule=rate, key=mask_key,
         accum_steps=config.optim.accum_steps,
     )
     workdir.check_space(
@@ -200,7 +202,8 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
     )
     checkpoints = checkpointer.Checkpoints(
-        home.path / "checkpoints", keep=config.checkpoint.keep, before_save=home.push
+        home.path / "checkpoints", keep=config.checkpoint.keep,
+        keep_every=saving.keep_every, before_save=home.push,
     )
     stack.callback(checkpoints.close)
     resuming = bool(checkpoints.steps())
@@ -215,7 +218,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         config=config, home=home, images=images, init_key=init_key, mesh=mesh,
         mesh_line=mesh_line, init=init, step=step, total=total,
         abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
-        steps_per_epoch=steps_per_epoch, evaluations=evaluations,
+        steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
         checkpoints=checkpoints, best=best, weights=weights,
     )
 
@@ -223,7 +226,6 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
 def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
     """Returns the number of steps, and steps per epoch, which need not be whole."""
     ranges.check("log_every_steps", config.log_every_steps, least=1)
-    ranges.check("checkpoint.every_epochs", config.checkpoint.every_epochs, least=0)
     ranges.check("epochs", config.epochs, above=0)
     total = int(config.epochs * num_images // config.data.batch_size)
     if total < 1:

@@ -17,9 +17,10 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
 
 from crossmae_jax import errors
-from crossmae_jax.checkpoints import checkpointer, digests
+from crossmae_jax.checkpoints import checkpointer, digests, schedule
 from crossmae_jax.distributed import parallel
 
 
@@ -114,6 +115,30 @@ def test_only_the_newest_are_kept(tmp_path):
     assert checkpoints.steps() == [3, 4]
     with pytest.raises(ValueError, match="keep=0"):
         checkpointer.Checkpoints(tmp_path, keep=0)
+
+
+def test_some_stay_for_good_beside_the_newest(tmp_path):
+    for first, last in ((1, 4), (5, 9)):  # two launches
+        checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, keep_every=3)
+        for step in range(first, last + 1):
+            checkpoints.save(step, make_state(step))
+        checkpoints.close()
+    assert checkpoints.steps() == [3, 6, 8, 9]
+
+
+@pytest.mark.parametrize("every, kept, steps_per_epoch, expected", [
+    (1.0, 0.0, 15.02, (15, 0)), (1.0, 50.0, 15.02, (15, 750)), (0.0, 0.0, 9.0, (90, 0)),
+    (0.1, 0.3, 15.02, (2, 6)), (0.01, 0.02, 15.02, (1, 2)),
+])
+def test_what_stays_is_one_of_every_so_many_saves(
+    every, kept, steps_per_epoch, expected
+):
+    settings = ConfigDict(dict(every_epochs=every, keep_every_epochs=kept))
+    found = schedule.of(settings, steps_per_epoch=steps_per_epoch, total=90)
+    assert found == expected
+    assert found.saves(expected[0]) and not found.saves(2 * expected[0] + 1) or (
+        expected[0] == 1
+    )
 
 
 def test_saved_arrays_may_be_donated_at_once(tmp_path):
@@ -366,7 +391,7 @@ def test_reading_from_a_directory_without_checkpoints_says_what_is_there(saved):
 
 ONE_DEVICE = """
     import json, os, sys, jax, jax.numpy as jnp, numpy as np
-    from crossmae_jax.checkpoints import checkpointer, digests
+    from crossmae_jax.checkpoints import checkpointer, digests, schedule
     from crossmae_jax.distributed import parallel
     source, target = sys.argv[1:]
     assert jax.device_count() == 1

@@ -66,7 +66,9 @@ KEYS = {
         "randaug_magnitude": float, "eval_crop_ratio": float, "workers": int,
         "max_bad_share": float, "max_pixels": int, "max_skipped_share": float,
     },
-    "checkpoint": {"every_epochs": float, "keep": int, "best": str},
+    "checkpoint": {
+        "every_epochs": float, "keep": int, "keep_every_epochs": float, "best": str,
+    },
     "mesh": {"fsdp": int},
 }
 CLASSIFY_KEYS = {key: KEYS[key] for key in KEYS if key not in ("masking", "target")} | {

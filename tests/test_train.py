@@ -183,6 +183,7 @@ def test_a_run_from_before_a_setting_existed_can_be_read_and_goes_on(
     for name in ("name", "decay_tokens", "layer_decay"):
         del stored["optim"][name]
     del stored["model"]["remat"], stored["checkpoint"]["best"]
+    del stored["checkpoint"]["keep_every_epochs"]
     path.write_text(json.dumps(stored))
     read = read_config(tmp_path / "old")
     assert Pretrain(read).counts == Pretrain(config).counts
@@ -410,6 +411,17 @@ def test_a_batch_in_parts_trains_through_the_loop(digits_dir, tmp_path):
         )
 
 
+def test_a_run_keeps_some_of_its_checkpoints_for_good(digits_dir, tmp_path):
+    train.run(
+        _config(
+            digits_dir, checkpoint__every_epochs=0.2, checkpoint__keep=1,
+            checkpoint__keep_every_epochs=0.4,
+        ), tmp_path,
+    )
+    kept = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=9).steps()
+    assert kept == [6, 12, 15]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     config = _config(digits_dir, optim__base_lr=1e30, optim__warmup_epochs=0.0)
     with pytest.raises(journal.NotFinite, match="train/loss not finite at step 4"):
@@ -444,6 +456,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     (dict(seed=-1), "config.seed=-1 must be 0 or more and below 9223372036854775808"),
     (dict(seed=2**64), "config.seed=18446744073709551616 must be 0 or more and below"),
     (dict(checkpoint__keep=0), "keep=0 checkpoints"),
+    (dict(checkpoint__keep_every_epochs=0.6), "=0.6 must be a multiple of checkpoint."),
+    (dict(checkpoint__keep_every_epochs=0.2), "=0.2 must be a multiple of checkpoint."),
+    (dict(checkpoint__keep_every_epochs=0.4, checkpoint__every_epochs=0.0),
+     "must be a multiple of checkpoint.every_epochs=0.0, of whose saves"),
+    (dict(checkpoint__keep_every_epochs=-1.0), "keep_every_epochs=-1.0 must be 0 or m"),
 ])
 def test_bad_settings_stop_the_run_before_it_trains(
     digits_dir, tmp_path, changes, message

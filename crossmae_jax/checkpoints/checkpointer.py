@@ -53,7 +53,7 @@ class MismatchError(RestoreError):
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `keep` of them.
+    """The checkpoints of one run, the newest `keep` of them and some that stay.
 
     Attributes:
       last_step: of the state that was saved or restored last, None if none was.
@@ -62,6 +62,7 @@ class Checkpoints:
     `jax.Array`s with the weights in its field `variables`.
 
     Args:
+      keep_every: steps that are a multiple of it stay for good; 0: none do.
       before_save: called before each save: a step finds in its place what this puts
         there, and nobody finds the step without.
 
@@ -79,6 +80,7 @@ class Checkpoints:
         directory: str | AnyPath,
         *,
         keep: int,
+        keep_every: int = 0,
         before_save: Callable[[], None] = lambda: None,
     ):
         if keep < 1:
@@ -95,10 +97,14 @@ class Checkpoints:
         if jax.process_index() == 0:
             steps.settle(self.directory, (VARIABLES,))
         ocp.multihost.sync_global_processes("crossmae_jax:steps_settled")
+        policies = ocp.checkpoint_managers
+        kept = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
                 cleanup_tmp_directories=True,
                 # Orbax calls this when all is written, right before the commit.
                 async_options=ocp.AsyncOptions(

@@ -39,6 +39,7 @@ _IGNORED = {
 
 # Settings that are younger than some runs, with what those runs did: of any objective,
 _BEFORE = {
+    "checkpoint.keep_every_epochs": 0.0,
     "data.max_pixels": 178_956_970,
     "data.max_skipped_share": 1.0,
     "data.transform": "classification",
