@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "crossmae_jax.commands.compare",
     "reconstruct": "crossmae_jax.commands.reconstruct",
     "attention": "crossmae_jax.commands.attention",
+    "checkpoints": "crossmae_jax.commands.checkpoints",
     "report": "crossmae_jax.commands.report",
     "cost": "crossmae_jax.commands.cost",
     "estimate": "crossmae_jax.commands.estimate",

@@ -165,6 +165,7 @@ def test_help_names_the_flags(program):
 
 # The words that come before the flags of each command.
 PARSED = {name: [name] for name in front_door.COMMANDS} | {
+    "checkpoints": ["checkpoints", "ls"],
     "convert": ["convert", "export"], "data": ["data", "prepare", "digits"],
     "evaluate": ["evaluate", "--checkpoint=x", CONFIG],
 } | {name: [name, CONFIG] for name in ("train", "sweep", "cost", "estimate")}
@@ -212,6 +213,8 @@ def test_all_commands_speak_one_dialect(command, call):
     (["convert", "import"], "FILE is missing."),
     (["convert", "import", "x"], "--to is missing: what to write"),
     (["compare", "a"], "REFERENCE... is missing."),
+    (["checkpoints", "list"], "checkpoints has no 'list'"),
+    (["checkpoints", "prune", "x"], "--keep is missing: how many of the newest whole"),
     (["report", "a", "b"], "Unexpected arguments: b. What is set takes two dashes"),
     (["convert", "export", "x", "--format=tim"], "there is no 'tim'. Did you mean tim"),
     (["convert", "export", "x", "--parts=decoder"], "--parts=decoder: there is no "),
@@ -263,6 +266,7 @@ CURED_BY_THE_USER = {
     "reconstruct": ["TMP/no.png", "--checkpoint=TMP/no.pth", "--to=TMP/x.png"],
     "attention": ["--dir=TMP", "--checkpoint=TMP/no.pth", "--to=TMP/x"],
     "report": ["TMP/no"],
+    "checkpoints": ["ls", "TMP/no"],
     "cost": [CONFIG, "--config.masking.mask_ratio=1.5"],
     "estimate": [CONFIG, "--target=this", "--config.data.batch_size=0"],
     "convert": ["inspect", "TMP/no.pth"],
@@ -279,7 +283,8 @@ def test_what_the_user_can_cure_is_one_line_of_every_command(command, call, tmp_
     ))
     if isinstance(status, str):  # of a command of several processes, see session.joined
         status, line = 1, status
-    assert status == (2 if command == "compare" else 1)  # there 1 has a meaning
+    # There 1 has a meaning.
+    assert status == (2 if command in ("compare", "checkpoints") else 1)
     assert line.startswith("error: ") and len(line.splitlines()) == 1
 
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from crossmae_jax import errors, train
@@ -138,7 +137,8 @@ def test_room_is_looked_for_before_each_save_and_said_once_when_it_gets_short(
     for step in (40, 50):
         checkpoints.save(step, state)
     out = capsys.readouterr().out
-    assert out.count("WARNING: there is no room for two more checkpoints of 4.0 kB") == 1
+    warning = "WARNING: there is no room for two more checkpoints of 4.0 kB. "
+    assert out.count(warning) == 1
     room(4003)
     with pytest.raises(space.DiskError) as full:
         checkpoints.save(60, state)

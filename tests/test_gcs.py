@@ -13,7 +13,8 @@ import pytest
 
 import crossmae_jax
 from crossmae_jax import errors, objectives, paths, train
-from crossmae_jax.checkpoints import checkpointer, digests
+from crossmae_jax.checkpoints import checkpointer, digests, space
+from crossmae_jax.commands import checkpoints as command
 from crossmae_jax.convert import ConversionError, starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.data.sets import digits, imagenet
@@ -181,6 +182,50 @@ def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
     monkeypatch.undo()
     assert reopen().restore_latest(abstract(make_state(2)))[0] == 10
     assert saved.names("runs/one/checkpoints/20.damaged2/")
+
+
+def test_checkpoints_in_a_bucket_are_listed_verified_and_pruned(saved, capsys):
+    config = test_train._config("none")
+    saved.write("runs/one/config.json", config.to_json().encode())
+    saved.write("runs/one/notes.txt", b"mine")
+    saved.write("runs/one/checkpoints/mine/1", b"mine")
+    for name in saved.names("runs/one/checkpoints/10/"):
+        saved.write(name.replace("/10/", "/best/"), saved.read(name))
+    saved.refused = f"/30/{paths.COMMITTED}"
+    checkpoints = checkpointer.Checkpoints(STEPS, keep=9)
+    with pytest.raises(Exception, match="(?i)forbidden|not allowed"):
+        checkpoints.save(30, make_state(3), wait=True)
+    saved.refused = None
+
+    def call(*arguments):
+        status = command.main([*arguments])
+        return status, capsys.readouterr()
+
+    status, (out, _) = call("ls", RUN)
+    assert status == 0 and out.startswith(f"{STEPS}\npretrain: encoder vit W16-D2")
+    assert "GB are free" not in out  # of a bucket nobody knows
+    size = sum(len(saved.read(name)) for name in saved.names("runs/one/checkpoints/10"))
+    cells = [line.split("|")[1:-1] for line in out.splitlines()[4:-1]]
+    cells = [[cell.strip() for cell in line] for line in cells]
+    assert cells[0] == ["10", space.shown(size), "complete"]
+    assert cells[2][0] == "30" and cells[2][2] == "never completed"
+    assert call("verify", STEPS)[0] == 0
+    assert "params/encoder/kernel" in call("inspect", RUN)[1].out
+    flip(saved, object_of(saved, 20, "optimizer"))
+    status, (out, _) = call("verify", RUN)
+    assert status == 1 and "damaged: digest mismatch in optimizer/" in out
+    # The newest one that is whole is the other: nothing but the torn save may go.
+    status, (out, _) = call("prune", RUN, "--keep=1", "--yes")
+    assert status == 0 and "Deleted 1 of" in out
+    assert not saved.names("runs/one/checkpoints/30/")
+    flip(saved, object_of(saved, 20, "optimizer"))  # mended
+    status, (out, _) = call("prune", RUN, "--keep=1", "--yes")
+    assert status == 0 and "delete  10  " in out
+    assert checkpointer.newest_step(STEPS) == 20
+    left = {name.split("/")[2] for name in saved.names("runs/one/")}
+    assert left == {"config.json", "notes.txt", "checkpoints"}
+    steps = {name.split("/")[3] for name in saved.names("runs/one/checkpoints/")}
+    assert steps == {"20", "best", "mine"}
 
 
 def test_another_model_is_a_mismatch(saved):

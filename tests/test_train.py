@@ -143,7 +143,7 @@ def test_a_finished_run_started_again_trains_no_further(finished, capsys):
     (workdir / "time.json").write_text("{}")  # no such file may stop a run
     again = train.run(config, workdir, resume="must")
     said = capsys.readouterr().out
-    assert said.startswith(f"RESUMED at step 15 of 15 from {workdir}\nhost 0/1, 8 local")
+    assert said.startswith(f"RESUMED at step 15 of 15 from {workdir}\nhost 0/1, 8 ")
     assert f"{workdir / 'time.json'} is damaged (" in said
     assert again["eval/linear/top1"] == found["eval/linear/top1"]
     # What was found of the training is not lost.

@@ -89,12 +89,13 @@ class Checkpoints:
         self.directory = paths.absolute(directory)
         self.last_step: int | None = None
         self._warned = False  # that room is getting short
-        for path in steps.unfinished(self.directory):
-            parallel.say(
-                f"{path} was never completed (the run was stopped while writing it); "
-                "removing it."
-            )
         if jax.process_index() == 0:
+            for path in steps.unfinished(self.directory):
+                parallel.say(
+                    f"{path} was never completed (the run was stopped while writing "
+                    "it); removing it."
+                )
+                paths.remove(path)
             steps.settle(self.directory, (VARIABLES,))
         ocp.multihost.sync_global_processes("crossmae_jax:steps_settled")
         policies = ocp.checkpoint_managers
@@ -105,7 +106,8 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=True,
+                # Orbax takes whatever it does not know in a bucket for unfinished.
+                cleanup_tmp_directories=False,
                 # Orbax calls this when all is written, right before the commit.
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=self._write_digests
@@ -182,10 +184,7 @@ class Checkpoints:
 
     def notes(self, step: int) -> dict[str, Any] | None:
         """Returns what was saved beside a state; None if nothing was, or is intact."""
-        path = self.directory / str(step)
-        if digests.damage(path, (NOTES,)) is not None:
-            return None
-        return json.loads((path / NOTES / _NOTES_FILE).read_text())
+        return read_notes(self.directory / str(step))
 
     def replace(self, step: int, state: Any, *, notes: Mapping[str, Any]) -> None:
         """Saves the state in place of this step and of all newer ones.
@@ -263,6 +262,13 @@ class Checkpoints:
                 )
         ocp.multihost.sync_global_processes("crossmae_jax:damaged_steps_put_aside")
         self._manager.reload()
+
+
+def read_notes(step: AnyPath) -> dict[str, Any] | None:
+    """Returns the notes in the directory of a step; None if none are, or are intact."""
+    if digests.damage(step, (NOTES,)) is not None:
+        return None
+    return json.loads((step / NOTES / _NOTES_FILE).read_text())
 
 
 def newest_step(directory: str | AnyPath) -> int:

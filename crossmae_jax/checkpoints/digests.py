@@ -8,10 +8,8 @@ Those beside the list itself may change. In a bucket all are read over the netwo
 
 import fnmatch
 import hashlib
-import os
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from crossmae_jax import paths
 from crossmae_jax.paths import AnyPath
@@ -48,20 +46,17 @@ def of(path: str | AnyPath) -> str:
 def write(path: str | AnyPath) -> None:
     """Lists the digests of all files in the sub-directories of `path`."""
     path = paths.path(path)
-    listed = _listed(path, paths.files(path, nested=True))
-    if not isinstance(path, Path):  # an object appears whole
-        (path / LIST).write_text(listed)
-        return
-    temporary = path / f"{LIST}.tmp"
-    with open(temporary, "w") as out:
-        out.write(listed)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path / LIST)
+    paths.write_whole(path / LIST, _listed(path, paths.files(path, nested=True)))
 
 
-def damage(path: AnyPath, parts: Collection[str]) -> str | None:
-    """Returns what is wrong with the given sub-directories, None if they are intact."""
+def damage(
+    path: AnyPath, parts: Collection[str], *, hashed: bool = True
+) -> str | None:
+    """Returns what is wrong with the given sub-directories, None if they are intact.
+
+    Args:
+      hashed: if not, only the names of the files are looked at, which is fast.
+    """
     expected = {}
     try:
         for line in (path / LIST).read_text().splitlines():
@@ -77,13 +72,14 @@ def damage(path: AnyPath, parts: Collection[str]) -> str | None:
     absent = set(parts) - {name.split("/")[0] for name in expected}
     if absent:
         return f"{LIST} lists no file of {', '.join(sorted(absent))}"
-    missing = [name for name in expected if not (path / name).is_file()]
-    if missing:
-        return f"{shorten(missing, 2)} missing"
     try:
-        unlisted = sorted(_in(path, parts) - expected.keys())
-        if unlisted:
+        there = _in(path, parts)
+        if unlisted := sorted(there - expected.keys()):
             return f"{LIST} lacks {shorten(unlisted, 2)}"
+        if missing := [name for name in expected if name not in there]:
+            return f"{shorten(missing, 2)} missing"
+        if not hashed:
+            return None
         digests = _digests([path / name for name in expected])
     except OSError as error:
         return f"cannot be read ({error})"

@@ -49,9 +49,10 @@ def num_bytes(directory: AnyPath) -> int:
     if paths.is_remote(directory):
         return paths.system(directory).du(os.fspath(directory))
     total = 0
-    for file in directory.rglob("*"):
-        with contextlib.suppress(OSError):  # removed meanwhile
-            total += file.lstat().st_size if not file.is_dir() else 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                total += os.lstat(os.path.join(folder, name)).st_size
     return total
 
 

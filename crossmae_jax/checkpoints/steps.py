@@ -101,6 +101,17 @@ def put_aside(path: AnyPath) -> AnyPath:
     return target
 
 
+def remove(path: AnyPath) -> None:
+    """Removes a step's directory.
+
+    It is no complete step any more before its first file goes: an end in between leaves
+    what the next start of the run clears away, and no step that misses files.
+    """
+    if not paths.is_remote(path) and path.name.isdecimal():
+        path = path.rename(path.with_name(path.name + ocp.utils.TMP_DIR_SUFFIX))
+    paths.remove(path)
+
+
 def step_out(directory: AnyPath, first: int) -> None:
     """Renames the steps from `first` on: another save is to take their place."""
     for step in committed(directory):
