@@ -68,7 +68,9 @@ def test_wrong_flags_end_with_what_to_do(message, tmp_path):
 RECORDER = """
 import json, runpy, sys, types
 recorder = types.ModuleType("crossmae_jax.train")
-recorder.run = lambda config, workdir: print(json.dumps([workdir, config.to_dict()]))
+recorder.run = lambda config, workdir, resume: print(
+    json.dumps([workdir, config.to_dict(), resume])
+)
 sys.modules["crossmae_jax.train"] = recorder
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -83,11 +85,11 @@ def test_both_ways_to_train_hand_over_the_same_settings(program):
         "--config.epochs=0.5", "--config.data.image_size=(8, 16)",
         "--config.model.fusion.maps=(0, -1)", "--config.data.dir=/some/where",
         "--noconfig.data.flip", "--config.evals.knn.k=5",
-        "--config.evals.knn.pools=('cls', 'mean')",
+        "--config.evals.knn.pools=('cls', 'mean')", "--resume=never",
     )
     assert found.returncode == 0, found.stderr
-    workdir, config = json.loads(found.stdout)
-    assert workdir == "runs/x"
+    workdir, config, resume = json.loads(found.stdout)
+    assert (workdir, resume) == ("runs/x", "never")
     assert config["optim"]["base_lr"] == 2.0 and config["optim"]["clip_norm"] == 3.5
     assert config["epochs"] == 0.5 and config["evals"]["knn"]["k"] == [5]
     assert config["evals"]["knn"]["pools"] == ["cls", "mean"]
