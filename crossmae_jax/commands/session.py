@@ -21,6 +21,8 @@ from absl import logging
 from crossmae_jax import errors
 
 Main = Callable[[Sequence[str]], int | None]
+# Files of Orbax that log an error of a save, and raise it.
+_RAISING = ("future.py", "async_checkpointer.py", "checkpoint_manager.py")
 
 
 def command(*, error_status: int = 1) -> Callable[[Main], Main]:
@@ -71,9 +73,14 @@ def _is_news(record: stdlib_logging.LogRecord) -> bool:
     Of an error in a save there is one for each thread of Orbax that it passes, and one
     for each tensor of which nobody asks any more, before it is raised.
     """
-    passed = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    if record.exc_info is None:
+        return True
+    if record.name != "asyncio":
+        parts = Path(record.pathname).parts
+        return not ("orbax" in parts and parts[-1] in _RAISING)
     return not any(
-        "orbax" in Path(frame.f_code.co_filename).parts for frame, _ in passed
+        "orbax" in Path(frame.f_code.co_filename).parts
+        for frame, _ in traceback.walk_tb(record.exc_info[2])
     )
 
 
