@@ -51,7 +51,11 @@ PEAK_TFLOPS = {name: device.tflops for name, device in hardware.DEVICES.items()}
 
 @dataclasses.dataclass
 class Run:
-    """One configuration, compiled, and the times of its steps in seconds."""
+    """One configuration, compiled, and the times of its steps in seconds.
+
+    Attributes:
+      state: returns what the next step will take.
+    """
 
     name: str
     config: ConfigDict
@@ -60,6 +64,7 @@ class Run:
     step: Callable[[], None]
     seconds: list[float] = dataclasses.field(default_factory=list)
     compiled: jax.stages.Compiled | None = None
+    state: Callable[[], train_step.TrainState] | None = None
 
     @functools.cached_property
     def flops(self) -> int:
@@ -145,7 +150,7 @@ def prepare(name: str, config: ConfigDict) -> Run:
         name, config, compile_seconds,
         memory.argument_size_in_bytes + memory.output_size_in_bytes
         + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        one_step, compiled=compiled,
+        one_step, compiled=compiled, state=lambda: state,
     )
 
 
