@@ -6,7 +6,9 @@ from benchmarks import saving, step
 from tests.test_benchmarks import TINY
 
 
-def test_a_round_with_a_save_is_compared_with_one_without(tmp_path, capsys, monkeypatch):
+def test_a_round_with_a_save_is_compared_with_one_without(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(saving, "RESULTS", tmp_path / "results" / "saving.md")
     arguments = [f"--override={override}" for override in TINY]
     saving.main([
