@@ -24,6 +24,7 @@ COMMANDS = {
     "convert": "crossmae_jax.commands.convert",
     "data": "crossmae_jax.commands.data",
     "doctor": "crossmae_jax.commands.doctor",
+    "verify-resume": "crossmae_jax.commands.verify_resume",
 }
 
 

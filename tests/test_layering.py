@@ -24,7 +24,7 @@ ROWS = (
     ("report", "convert", "cost"),
     ("evals",),
     ("train", "probing"),
-    ("sweep",),
+    ("sweep", "verify_resume"),
     ("main", "commands", "__main__"),
 )
 

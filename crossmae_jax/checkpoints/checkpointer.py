@@ -303,27 +303,37 @@ def restore_variables(
     if step is None:
         step = newest_step(directory)
     else:
-        if step not in (there := steps.committed(directory)):
-            raise RestoreError(
-                f"No step {step} in {directory}; it holds steps {there}."
-            )
-        reason = digests.damage(directory / str(step), (VARIABLES,))
-        if reason:
-            raise RestoreError(f"Step {step} in {directory} is damaged: {reason}.")
+        _check_intact(directory, step, (VARIABLES,))
     path = directory / str(step)
     if abstract_variables is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        leaves = {
-            names: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
-            for names, (shape, dtype) in tensors.stored(path / VARIABLES).items()
-        }
-        return traverse_util.unflatten_dict(tensors.read(path / VARIABLES, leaves))
+        return traverse_util.unflatten_dict(tensors.read(path / VARIABLES))
     items = _split({VARIABLES: abstract_variables})
     _check_match(path, items)
     restored = tensors.read(path / VARIABLES, items[VARIABLES])
     return jax.tree.unflatten(
         jax.tree.structure(abstract_variables), list(restored.values())
     )
+
+
+def restore_arrays(directory: str | AnyPath, step: int) -> dict[str, np.ndarray]:
+    """Returns all arrays of a step by name, "optimizer/..." included.
+
+    Raises:
+      RestoreError: if there is no such step, or it is not intact.
+    """
+    directory, items = paths.absolute(directory), (VARIABLES, OPTIMIZER)
+    _check_intact(directory, step, items)
+    return {
+        "/".join((item, *names)): np.asarray(leaf) for item in items
+        for names, leaf in tensors.read(directory / str(step) / item).items()
+    }
+
+
+def _check_intact(directory: AnyPath, step: int, items: Iterable[str]) -> None:
+    if step not in (there := steps.committed(directory)):
+        raise RestoreError(f"No step {step} in {directory}; it holds steps {there}.")
+    if reason := digests.damage(directory / str(step), tuple(items)):
+        raise RestoreError(f"Step {step} in {directory} is damaged: {reason}.")
 
 
 def _newest_intact(

@@ -1,8 +1,9 @@
-"""The tensors of a step's item, as Orbax has written them."""
+"""The tensors of an item of a step (weights, optimiser), as Orbax has written them."""
 
 import contextlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -22,12 +23,19 @@ def stored(item: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     }
 
 
-def read(item: AnyPath, leaves: Leaves) -> Leaves:
+def read(item: AnyPath, leaves: Leaves | None = None) -> Leaves:
     """Returns tensors of an item.
 
     Args:
-      leaves: `jax.ShapeDtypeStruct`s with the shardings to read into.
+      leaves: `jax.ShapeDtypeStruct`s with shardings. Default: of all that there are, on
+        one device of this process.
     """
+    if leaves is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        leaves = {
+            names: jax.ShapeDtypeStruct(shape, dtype, sharding=here)
+            for names, (shape, dtype) in stored(item).items()
+        }
     with ocp.StandardCheckpointer() as reader:
         tree = reader.restore(item, traverse_util.unflatten_dict(leaves))
     restored = traverse_util.flatten_dict(tree)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from crossmae_jax.commands import flags, session
 from crossmae_jax.commands.flags import Flag
+from crossmae_jax.distributed import determinism
 from crossmae_jax.runs import resuming
 
 _FLAGS = {
@@ -31,6 +32,10 @@ _FLAGS = {
         int, "of several processes: after so many seconds without a sign of life from "
         "one the others stop; default: 100", default=100,
     ),
+    "deterministic": Flag(
+        bool, "have a GPU compute the same bits in every run, which may be slower",
+        default=False,
+    ),
 }
 
 
@@ -44,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
             f"--workdir=runs/{given.file.stem}. Given again, the run goes on where it "
             "stopped."
         )
+    if given.deterministic:  # before JAX starts
+        print(determinism.require(), flush=True)
     # Loader workers import the main module anew, and must not import JAX.
     from crossmae_jax import train
 

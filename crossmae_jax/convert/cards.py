@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 import crossmae_jax
 from crossmae_jax import kinds
-from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.names import reading
 from crossmae_jax.models import aggregator, encoders, fusion
-from crossmae_jax.runs import settings
+from crossmae_jax.runs import records, settings
 
 KINDS = ("pretrain", "encoder", "classifier")
 _PARTS = ("encoder", "fusion", "decoder", "aggregator")
@@ -193,9 +193,10 @@ def from_json(text: str) -> Card:
       ConversionError: if the text is not that of a card.
     """
     fields = dataclasses.fields(Card)
-    try:
+    with reading("A card cannot be read"):
         # What old cards do not have.
-        values = {"classes": None, "target": None, "assumed": {}} | json.loads(text)
+        values = {"classes": None, "target": None, "assumed": {}}
+        values |= records.parse(text)
         values = {field.name: values[field.name] for field in fields}
         values["model"] = _model(values["model"])
         for name in ("image_size", "mean", "std", "classes"):
@@ -205,11 +206,6 @@ def from_json(text: str) -> Card:
         if card.kind not in KINDS:
             raise ValueError(f"kind is {card.kind!r}")
         _ = card.parts, card.patch_size
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"A card cannot be read ({type(error).__name__}: {error}); it was written "
-            "by another version of the library, or changed by hand."
-        ) from error
     return card
 
 

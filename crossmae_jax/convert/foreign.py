@@ -65,13 +65,15 @@ def find(
         config = hints.read_json(path / "config.json")
     held = contents.read(path, under=under)
     evidence += held.evidence
+    with names.reading(f"The settings of {path} cannot be read"):
+        if format == "huggingface":
+            facts = hints.of_huggingface(path, config, evidence)
+        elif format == "timm":
+            facts = hints.of_timm(config, evidence)
+        else:
+            facts = hints.of_mae(held.rest, evidence)
     if format == "huggingface":
-        facts = hints.of_huggingface(path, config, evidence)
         held = held._replace(tensors=_respelt(held.tensors, evidence))
-    elif format == "timm":
-        facts = hints.of_timm(config, evidence)
-    else:
-        facts = hints.of_mae(held.rest, evidence)
     return Source(path, format, held, facts)
 
 

@@ -6,12 +6,12 @@ folder of timm or transformers its `config.json`.
 
 import collections
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from crossmae_jax import augment
 from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.runs import records
 
 # Of our norms. A smaller one, as transformers' own 1e-12, differs in rounding only.
 EPSILON = 1e-6
@@ -125,7 +125,7 @@ def usable(facts: Any, *instead: Facts, where: str = "") -> Any:
     """
     try:
         augment.check_statistics(mean=facts.mean, std=facts.std)
-    except ValueError as error:
+    except (ArithmeticError, TypeError, ValueError) as error:  # files have any value
         for other in instead:
             if None not in (other.mean, other.std):
                 return dataclasses.replace(facts, mean=other.mean, std=other.std)
@@ -136,12 +136,9 @@ def usable(facts: Any, *instead: Facts, where: str = "") -> Any:
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file."""
     try:
-        values = json.loads(path.read_text())
+        return records.parse(path.read_bytes())
     except ValueError as error:
         raise ConversionError(f"{path} is no JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path} holds no JSON object.")
-    return values
 
 
 def of_huggingface(

@@ -13,8 +13,9 @@ A row with several of their names joins these along their first axis, such as th
 queries, keys and values that Hugging Face keeps apart, before the layout is changed.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import einops
@@ -28,6 +29,30 @@ from crossmae_jax.convert.files.tensor import Tensor, Tensors
 
 class ConversionError(errors.UserError, ValueError):
     """A file of weights is not what it should be, or cannot become what was asked."""
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Marks the errors of settings that are of another form than code was written for.
+
+    Settings in files of strangers may be anything; which errors that leads to is past
+    listing each.
+
+    Args:
+      what: they are in, and what they are not, for the message.
+    """
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (
+        ArithmeticError, AssertionError, AttributeError, LookupError, TypeError,
+        ValueError,
+    ) as error:
+        raise ConversionError(
+            f"{what} ({type(error).__name__}: {error}); it was written by another "
+            "version of the library, or changed by hand."
+        ) from error
 
 
 class Row(NamedTuple):

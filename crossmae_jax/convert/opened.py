@@ -1,6 +1,9 @@
 """Weights that were opened, of whatever format, and whether they are all there."""
 
 import dataclasses
+import math
+
+import jax
 
 from crossmae_jax.convert import names, structure
 from crossmae_jax.convert.cards import Card
@@ -48,7 +51,7 @@ def check(
     Args:
       advice: what else to do, if they are not.
     """
-    expected = names.without_collections(structure.abstract_variables(card))
+    expected = _expected(tensors, card, path)
     reason = f"{path} is cut, or holds more than a {card.encoder.title}{advice}"
     try:
         names.check_match(
@@ -57,3 +60,31 @@ def check(
         )
     except ConversionError as error:
         raise ConversionError(f"{path}: {error}") from error
+
+
+def _expected(
+    tensors: Tensors, card: Card, path: AnyPath
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the variables of the card's model, which is not larger than the file.
+
+    A card may be anybody's: what it says is found out within the time and memory that
+    a model takes of which the file has the tensors.
+    """
+    most = sum(tensor.size for tensor in tensors.values())
+    with names.reading(f"{path}: its card is none of a model"):
+        depths = [
+            part["depth"] for part in card.model.values()
+            if isinstance(part, dict) and "depth" in part
+        ]
+        larger = {
+            "blocks": max([card.encoder.depth, *depths]) > len(tensors),
+            "patches": math.prod(card.encoder.grid) > most,
+            "channels": max(card.channels, card.encoder.dim) > most,
+        }
+        if any(larger.values()):
+            what = " and ".join(name for name in larger if larger[name])
+            raise ConversionError(
+                f"{path}: its card has more {what} than the file has tensors for; it "
+                "is cut, or its card was changed by hand."
+            )
+        return names.without_collections(structure.abstract_variables(card))

@@ -124,6 +124,15 @@ def _prepared(name: str, data_dir: str | None) -> Any:
         # TFDS appends the list of all sets it knows: one line is enough.
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(_not_there(name, where, reason)) from None
+    except (errors.UserError, OSError):
+        raise
+    except Exception as error:  # what damaged metadata does to TFDS is past listing
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise ValueError(
+            f"The files of TFDS data set {name!r} under {where} cannot be read "
+            f"({type(error).__name__}: {reason}). Copy them again, or prepare the set "
+            "again."
+        ) from error
     if not builder.is_prepared():
         reason = f"{builder.data_path} has no dataset_info.json"
         raise ValueError(_not_there(name, where, reason))

@@ -84,7 +84,17 @@ def _page(run: Run) -> str:
 
 
 def _title(config: Mapping[str, Any]) -> str:
-    """Returns the method, the model and the data, such as "CrossMAE B/16, digits"."""
+    """Returns the method, the model and the data, such as "CrossMAE B/16, digits".
+
+    "A run" of settings that are not ours, or of a later version.
+    """
+    try:
+        return _described(config)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        return "A run"
+
+
+def _described(config: Mapping[str, Any]) -> str:
     if config.get("objective", "pretrain") == "pretrain":
         method = mim.method(**{
             part: config[f"model.{part}.kind"]
@@ -130,10 +140,10 @@ def _results(run: Run) -> str:
         )
         cards.append(("Loss", f"{numbers['train/loss']:.4f}", remark))
     if "eval/accuracy/top1" in numbers:
-        images = int(numbers["eval/accuracy/images"])
+        images = numbers.get("eval/accuracy/images")
         cards.append((
             "Accuracy, top-1", tables.percent(numbers["eval/accuracy/top1"]),
-            f"on {tables.grouped(images)} images",
+            "" if images is None else f"on {tables.grouped(int(images))} images",
         ))
     if run.best:
         name = run.best["metric"]

@@ -68,7 +68,7 @@ class Best:
         self._step, measured = step, self._checkpoints.notes(step)
         if measured is None:  # of runs from before there were notes
             measured = records.recalled(
-                self._directory / FILE, then="it is written anew", usable=_measured
+                self._directory / FILE, then="it is written anew", usable=is_measured
             )
             if measured is not None and measured["step"] != step:
                 measured = None  # of a state that is no longer there
@@ -129,7 +129,7 @@ class Best:
             self._checkpoints.close()
 
 
-def _measured(copy: dict[str, Any]) -> bool:
+def is_measured(copy: dict[str, Any]) -> bool:
     """Says whether a copy of the notes has all of them."""
     return isinstance(copy.get("metric"), str) and all(
         records.is_number(copy.get(name)) for name in ("step", "value")

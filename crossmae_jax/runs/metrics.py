@@ -10,6 +10,7 @@ neither NaN nor infinity: both are `null` here, themselves in TensorBoard, for w
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,18 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or not _is_step(row.get("step")):
         return None
-    numbers = all(isinstance(x, (int, float, type(None))) for x in row.values())
+    # Whole numbers of JSON may be larger than any that we compute with.
+    numbers = all(
+        isinstance(x, (float, type(None)))
+        or isinstance(x, int) and abs(x) <= sys.float_info.max for x in row.values()
+    )
     return row if numbers else None
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
 
 
 def curves(path: AnyPath) -> Curves:

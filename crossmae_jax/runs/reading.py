@@ -4,7 +4,7 @@ Of a run that goes on, was interrupted or is old, some files are not there yet.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import metrics, records, results, walltime, workdir
+from crossmae_jax.runs import best, metrics, records, results, walltime, workdir
 
 Series = metrics.Curves
+_YEAR_9999 = 253_370_000_000  # in seconds; no date comes after it
 
 
 class Run(NamedTuple):
@@ -67,8 +68,8 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
     name = str(directory) if name is None else name
     config = workdir.read_config(directory)
     series = _series(directory / metrics.FILE)
-    dataset = _json(directory / "dataset.json")
-    time = _json(directory / walltime.FILE)
+    dataset = _json(directory / "dataset.json", _is_dataset)
+    time = _json(directory / walltime.FILE, _are_sums)
     saved = steps.committed(paths.path(name) / "checkpoints")
     newest = {metric: values[max(values)] for metric, values in series.items()}
     if time.get("finished"):
@@ -78,16 +79,38 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
     return Run(
         name=name, config=workdir.flatten(config.to_dict()), series=series,
         numbers=newest, time=time,
-        environment=_json(directory / "environment.json"), dataset=dataset,
-        best=_json(directory / "best" / "best.json"), saved=saved,
+        environment=_json(directory / "environment.json", _is_environment),
+        dataset=dataset, best=_json(directory / "best" / best.FILE, best.is_measured),
+        saved=saved,
         reached=max([0, *saved, *(max(values) for values in series.values())]),
         total=_total(config, dataset),
         panel=max(drawn, key=lambda path: path.name, default=None),
     )
 
 
-def _json(path: AnyPath) -> dict[str, Any]:
-    return records.recalled(path, then="it is left out") or {}
+def _json(
+    path: AnyPath, usable: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    return records.recalled(path, then="it is left out", usable=usable) or {}
+
+
+def _is_dataset(values: dict[str, Any]) -> bool:
+    number = values.get("num_images", 0)
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _are_sums(values: dict[str, Any]) -> bool:
+    """Says whether these are sums whose last moment is one of a calendar."""
+    return walltime.are_sums(values) and 0 <= values["until"] < _YEAR_9999
+
+
+def _is_environment(values: dict[str, Any]) -> bool:
+    def words(name: str) -> bool:
+        listed = values.get(name) or []
+        return isinstance(listed, list) and all(isinstance(x, str) for x in listed)
+
+    versions = isinstance(values.get("versions", {}), dict)
+    return versions and words("devices") and words("command")
 
 
 def _series(path: AnyPath) -> Series:
@@ -101,6 +124,8 @@ def _series(path: AnyPath) -> Series:
 
 
 def _total(config: ConfigDict, dataset: Mapping[str, Any]) -> int | None:
-    if "num_images" not in dataset:
+    usable = records.is_number(config.epochs) and config.data.batch_size > 0
+    if "num_images" not in dataset or not usable:
         return None
-    return int(config.epochs * dataset["num_images"] // config.data.batch_size)
+    total = config.epochs * dataset["num_images"] // config.data.batch_size
+    return int(total) if math.isfinite(total) else None

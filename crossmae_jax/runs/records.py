@@ -33,7 +33,7 @@ def read(path: AnyPath, *, cure: str) -> dict[str, Any]:
       FileNotFoundError: if there is no file.
     """
     try:
-        return _object(path.read_bytes())
+        return parse(path.read_bytes())
     except ValueError as error:
         raise DamagedRecord(f"{path} is damaged ({error}); {cure}.") from error
 
@@ -51,7 +51,7 @@ def recalled(
       usable: whether an object is one that the file can have.
     """
     try:
-        values = _object(path.read_bytes())
+        values = parse(path.read_bytes())
         if not usable(values):
             raise ValueError(f"not what is written there: {str(values)[:60]}")
     except FileNotFoundError:
@@ -71,10 +71,13 @@ def is_number(value: Any) -> bool:
     return number and abs(value) <= sys.float_info.max
 
 
-def _object(text: bytes) -> dict[str, Any]:
-    """Returns the object that a text is; raises ValueError if it is none."""
+def parse(text: bytes | str) -> dict[str, Any]:
+    """Returns the object that a text is; raises ValueError if it is none.
+
+    One that is nested too deeply to be walked through is none.
+    """
     try:
-        values = json.loads(text.decode())
+        values = json.loads(text.decode() if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("nested too deeply to be read") from None
     if not isinstance(values, dict):

@@ -70,7 +70,7 @@ class WallTime:
         noted = None
         if resuming:
             noted = records.recalled(
-                self._path, then="where the time goes is added up anew", usable=_sums
+                self._path, then="where the time goes is added up anew", usable=are_sums
             )
         if noted is not None:
             self._seconds |= noted["seconds"]
@@ -129,7 +129,7 @@ class WallTime:
         )
 
 
-def _sums(noted: dict[str, Any]) -> bool:
+def are_sums(noted: dict[str, Any]) -> bool:
     """Says whether these are sums that `WallTime.write` noted."""
     seconds = noted.get("seconds")
     if not isinstance(seconds, dict) or not isinstance(noted.get("finished"), bool):

@@ -47,6 +47,10 @@ _CURE = (
 _SETTINGS = {
     "data": dict, "epochs": (int, float), "model": dict, "optim": dict, "seed": int,
 }
+# What there is whatever the objective, once it is completed.
+_NEEDED = {
+    "data.source": str, "data.batch_size": int, "model.encoder.size": str,
+}
 RUN = ownership.Kind(
     "a run", "config.json", frozenset(_SETTINGS),
     early=r"run\.lock(\.tmp)?|config\.json\.tmp|checkpoints", cure=_CURE,
@@ -94,7 +98,18 @@ def _stored_settings(path: AnyPath) -> dict[str, Any]:
             f"{path} is not the configuration of a run: {', '.join(lacking)} missing; "
             "give the --workdir that a run was started with."
         )
-    return settings.completed(stored)
+    try:
+        completed = settings.completed(stored)
+    except (AttributeError, TypeError) as error:  # a group that is a value, or inversely
+        raise records.DamagedRecord(f"{path} is damaged ({error}); {_CURE}.") from error
+    flat = flatten(completed)
+    if wrong := [name for name, kind in _NEEDED.items()
+                 if not isinstance(flat.get(name), kind)]:
+        raise records.DamagedRecord(
+            f"{path} is damaged ({', '.join(wrong)} missing, or of another kind); "
+            f"{_CURE}."
+        )
+    return completed
 
 
 def check_ours(workdir: AnyPath) -> None:
@@ -117,7 +132,12 @@ def read_classes(workdir: str | AnyPath) -> tuple[str, ...] | None:
     """
     path = paths.path(workdir) / "dataset.json"
     stored = records.read(path, cure=_CURE) if path.exists() else {}
-    return tuple(stored.get("classes") or ()) or None
+    classes = stored.get("classes") or []
+    if not isinstance(classes, list) or not all(isinstance(x, str) for x in classes):
+        raise records.DamagedRecord(
+            f"{path} is damaged (its classes are no list of names); {_CURE}."
+        )
+    return tuple(classes) or None
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,0 +1,588 @@
+"""Files of strangers, changed at random: each is read, or refused with its own error.
+
+Whatever lies in a file, its reader returns or raises what its docstring says, within
+memory and seconds that the size of the file warrants. Hypothesis changes small valid
+files: bytes are flipped, cut, put in and repeated, lengths in headers become others, and
+trees of JSON lose, gain and exchange their parts.
+
+The examples are the same each time. More of them, and others each time:
+
+    FUZZ_EXAMPLES=20000 python -m pytest -n 2 tests/test_fuzz.py
+
+What was found stands below as ordinary tests; put there what you find.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from crossmae_jax import errors
+from crossmae_jax.checkpoints import digests
+from crossmae_jax.convert import cards, names, opened, opening, structure
+from crossmae_jax.convert.files import safetensors_file, tensor, torch_file
+from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.data import bad_images, decoding, sources
+from crossmae_jax.data.sets import digits
+from crossmae_jax.report import run_page
+from crossmae_jax.runs import metrics, workdir
+from tests import image_files, torch_files
+from tests.saved_runs import tiny_config
+
+_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+_MOST_SECONDS = 20  # of the processor, for one file of some kilobytes
+_MOST_BYTES = 1_000_000_000  # of addresses, beside what the tests have already
+
+
+def fuzzed(examples, **strategies):
+    """Runs a test with so many files, or as many as FUZZ_EXAMPLES says."""
+    def decorate(test):
+        return settings(
+            max_examples=_EXAMPLES or examples, derandomize=not _EXAMPLES,
+            database=None, deadline=None, suppress_health_check=list(HealthCheck),
+            phases=[Phase.explicit, Phase.generate],
+        )(given(**strategies)(test))
+
+    return decorate
+
+
+def _too_long(*_):
+    raise AssertionError(f"a small file took {_MOST_SECONDS} s of the processor")
+
+
+@pytest.fixture(autouse=True)
+def little_memory():
+    """Lets a test have no more memory than a small file can need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        with open("/proc/self/statm") as file:
+            now = int(file.read().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:  # not Linux
+        now = None
+    before = signal.signal(signal.SIGVTALRM, _too_long)
+    if now is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (now + _MOST_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def refused_with(*kinds):
+    """Allows a reader nothing but these errors, and so many seconds."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, _MOST_SECONDS)
+    try:
+        yield
+    except kinds as error:
+        assert not isinstance(error, UnicodeError), "not what a user can act on"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+
+
+# What is done to bytes: each is a place, as a share of the file, and what happens there.
+_LENGTHS = st.sampled_from([
+    b"\xff" * 8, b"\xff\xff\xff\x7f", b"\0" * 8, b"\0\0\0\x80\0\0\0\0",
+    b"\x40\x42\x0f\0\0\0\0\0",
+])
+_EDITS = st.tuples(
+    st.floats(0, 1),
+    st.one_of(
+        st.tuples(st.just("flip"), st.integers(1, 255)),
+        st.tuples(st.just("put"), st.binary(min_size=1, max_size=6)),
+        st.tuples(st.just("over"), st.one_of(_LENGTHS, st.binary(max_size=4))),
+        st.tuples(st.just("drop"), st.integers(1, 40)),
+        st.tuples(st.just("again"), st.integers(1, 40)),
+        st.tuples(st.just("cut"), st.none()),
+    ),
+)
+edits = st.lists(_EDITS, min_size=1, max_size=4)
+
+
+def edited(content, changes):
+    """Returns bytes with changes made, one after the other."""
+    for share, (what, value) in changes:
+        at = round(share * max(0, len(content) - 1))
+        before, after = content[:at], content[at:]
+        if what == "flip" and after:
+            content = before + bytes([after[0] ^ value]) + after[1:]
+        elif what == "put":
+            content = before + value + after
+        elif what == "over":
+            content = before + value + after[len(value):]
+        elif what == "drop":
+            content = before + after[value:]
+        elif what == "again":
+            content = before + after[:value] + after
+        elif what == "cut":
+            content = before
+    return content
+
+
+# What a value of JSON becomes. Numbers larger than any float are valid JSON, too.
+_DEEP = json.loads("[" * 200 + "]" * 200)
+_JUNK = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 5),
+    st.sampled_from([
+        10**400, -(10**400), 2**31, 2**63, 1e308, float("nan"), float("inf"), 0.5,
+        "", "x", "\ud800", "\0", "../x", "/x", "<script>", "W32-D99999999-H2/4",
+        "W-1-D0-H0/0", [], {}, [[]], {"": {}}, [None] * 5, {"kind": "vit"},
+        {"kind": ["mae"]}, "9" * 5000, _DEEP,
+    ]),
+    st.text(max_size=5), st.lists(st.integers(-1, 300), max_size=4),
+)
+_JSON_EDITS = st.tuples(
+    st.integers(0, 10**6), st.sampled_from(["becomes", "goes", "gains", "moves"]), _JUNK
+)
+json_edits = st.lists(_JSON_EDITS, min_size=1, max_size=3)
+
+
+def _nodes(tree):
+    """Returns each place in a tree, as what holds it and its key there."""
+    found, level = [], [tree]
+    while level:
+        holder = level.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder))
+        for key in keys:
+            found.append((holder, key))
+            if isinstance(holder[key], (dict, list)):
+                level.append(holder[key])
+    return found
+
+
+def edited_tree(tree, changes):
+    """Returns a tree of JSON with changes made, one after the other."""
+    tree = copy.deepcopy(tree)
+    for number, what, junk in changes:
+        junk, nodes = copy.deepcopy(junk), _nodes(tree)
+        if not nodes:
+            return junk
+        holder, key = nodes[number % len(nodes)]
+        if what == "becomes":
+            holder[key] = junk
+        elif what == "goes":
+            del holder[key]
+        elif what == "gains" and isinstance(holder, dict):
+            holder[f"{key}x"] = junk
+        elif what == "moves":
+            holder[key] = {"kind": holder[key]}
+    return tree
+
+
+def _text(tree):
+    return json.dumps(tree).encode()
+
+
+# Bytes that no edit of a small tree gives.
+ODD_JSON = [
+    b"", b"\xff\xfe", b"\xef\xbb\xbf{}", b"null", b"[]", b"7", b"[" * 100_000,
+    b'{"a":' * 100_000, b"9" * 100_000, b'{"a": ' + b"9" * 100_000 + b"}", b"{}{}",
+    b'{"a": NaN}', b'"\\ud800"', b"\0" * 9,
+]
+
+
+# Images.
+
+
+IMAGES = {
+    "jpeg": image_files.encode(image_files.pixels(0, 20, 30), "JPEG"),
+    "progressive": image_files.encode(
+        image_files.pixels(0, 20, 30), "JPEG", progressive=True
+    ),
+    "png": image_files.encode(image_files.pixels(1, 12, 9), "PNG"),
+    "grey": image_files.encode(image_files.pixels(1, 12, 9, 1), "PNG"),
+    "bmp": image_files.encode(image_files.pixels(2, 8, 8), "BMP"),
+    "ppm": image_files.encode(image_files.pixels(2, 8, 8), "PPM"),
+    "tiff": image_files.encode(image_files.pixels(3, 8, 8), "TIFF"),
+    "lzw": image_files.encode(
+        image_files.pixels(3, 8, 8), "TIFF", compression="tiff_lzw"
+    ),
+    "webp": image_files.encode(image_files.pixels(4, 16, 16), "WEBP"),
+}
+
+
+def _decode(content, channels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, about metadata
+        with refused_with(decoding.BadImage, decoding.ChannelMismatch):
+            picture = decoding.open_image(content, name="x", max_pixels=1_000_000)
+            bands = picture.decode(channels)
+            assert all(band.size == picture.size[::-1] for band in bands)
+
+
+@fuzzed(400, name=st.sampled_from(sorted(IMAGES)), changes=edits,
+        channels=st.sampled_from([1, 3]))
+def test_images(name, changes, channels):
+    _decode(edited(IMAGES[name], changes), channels)
+
+
+# Weights.
+
+
+@pytest.fixture(scope="module")
+def card():
+    return cards.of_run(tiny_config("digits_cross"), step=3, origin="runs/x")
+
+
+@pytest.fixture(scope="module")
+def card_tree(card):
+    return json.loads(card.to_json())
+
+
+@pytest.fixture(scope="module")
+def weights(card):
+    """Tensors of the card's model, of which the values take no memory."""
+    expected = names.without_collections(structure.abstract_variables(card))
+    return {
+        name: tensor.of_array(np.zeros(leaf.shape, leaf.dtype))
+        for name, leaf in expected.items()
+    }
+
+
+def _read_card(text):
+    with refused_with(ConversionError):
+        card = cards.from_json(text)
+        assert card.lines()
+        cards.from_json(card.to_json())
+
+
+@fuzzed(400, changes=json_edits)
+def test_cards(card_tree, changes):
+    _read_card(json.dumps(edited_tree(card_tree, changes)))
+
+
+@pytest.mark.parametrize("text", ODD_JSON, ids=range(len(ODD_JSON)))
+def test_cards_that_are_no_json(text):
+    _read_card(text.decode("latin1"))
+
+
+def _open(path):
+    with refused_with(ConversionError):
+        opened_weights = opening.open_weights(path)
+        for value in opened_weights.tensors.values():
+            value.read()
+
+
+@fuzzed(60, changes=json_edits)
+def test_cards_beside_their_weights(card_tree, weights, tmp_path_factory, changes):
+    path = tmp_path_factory.mktemp("w", numbered=True) / "model.safetensors"
+    text = json.dumps(edited_tree(card_tree, changes))
+    safetensors_file.write(path, weights, {opened.CARD: text})
+    _open(path)
+    shutil.rmtree(path.parent)
+
+
+FEW = {
+    "patch_embed.proj.weight": tensor.of_array(np.zeros((2, 3, 2, 2), np.float32)),
+    "b": tensor.of_array(np.arange(3)), "c": tensor.of_array(np.zeros((), bool)),
+}
+
+
+def _read_tensors(reader, path):
+    with refused_with(ValueError):
+        content = reader(path)
+        level = [content]
+        while level:
+            for value in list(level.pop().values()):
+                if isinstance(value, dict):
+                    level.append(value)
+                elif isinstance(value, tensor.Tensor):
+                    value.read()
+
+
+def _tensors_of_safetensors(path):
+    return safetensors_file.read(path)[0]
+
+
+def _dictionary(path):
+    content = torch_file.read(path)
+    return content if isinstance(content, dict) else {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def small_files(folder):
+    safetensors_file.write(folder / "a.safetensors", FEW, {"format": "pt"})
+    torch_file.write(folder / "a.pth", {"model": FEW})
+    described = torch_files.built(torch_files.stored(), 0, (2, 2), (2, 1))
+    torch_files.make(
+        folder / "b.pth", "legacy",
+        b"}(" + torch_files.plain("w") + described + b"u",
+    )
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "b.pth"])
+def test_files_of_weights(small_files, folder, name):
+    reader = _tensors_of_safetensors if name.endswith("tensors") else _dictionary
+    path = folder / f"changed_{name}"
+
+    @fuzzed(300, changes=edits)
+    def change(changes):
+        path.write_bytes(edited(small_files[name], changes))
+        _read_tensors(reader, path)
+        _open(path)
+
+    change()
+
+
+@fuzzed(200, changes=json_edits)
+def test_headers_of_safetensors(small_files, folder, changes):
+    whole, path = small_files["a.safetensors"], folder / "header.safetensors"
+    length = int.from_bytes(whole[:8], "little")
+    text = _text(edited_tree(json.loads(whole[8:8 + length]), changes))
+    path.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + length:])
+    _read_tensors(_tensors_of_safetensors, path)
+
+
+@fuzzed(300, changes=edits)
+def test_pickles_inside_of_pytorch_files(small_files, folder, changes):
+    path = folder / "inside.pth"
+    with zipfile.ZipFile(io.BytesIO(small_files["a.pth"])) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            inside = name.endswith("data.pkl")
+            archive.writestr(name, edited(content, changes) if inside else content)
+    _read_tensors(_dictionary, path)
+
+
+# A folder of another library.
+
+
+@fuzzed(150, changes=json_edits, which=st.sampled_from(["timm", "huggingface"]))
+def test_settings_of_other_libraries(folder, changes, which):
+    tree = {
+        "timm": {
+            "architecture": "vit_tiny_patch16_224", "num_classes": 0,
+            "pretrained_cfg": {
+                "input_size": [3, 224, 224], "mean": [0.5] * 3, "std": [0.5] * 3,
+            },
+        },
+        "huggingface": {
+            "model_type": "vit_mae", "image_size": 4, "patch_size": 2, "hidden_size": 2,
+            "num_attention_heads": 1, "num_hidden_layers": 1, "mask_ratio": 0.75,
+            "norm_pix_loss": False, "decoder_hidden_size": 2, "num_channels": 3,
+        },
+    }[which]
+    path = folder / which
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_bytes(_text(edited_tree(tree, changes)))
+    if not (path / "model.safetensors").exists():
+        safetensors_file.write(path / "model.safetensors", FEW, {"format": "pt"})
+    _open(path)
+
+
+@pytest.mark.parametrize("text", ODD_JSON, ids=range(len(ODD_JSON)))
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_settings_that_are_no_json(tmp_path, name, text):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / name).write_bytes(text)
+    _open(tmp_path)
+
+
+# A workdir.
+
+
+@pytest.fixture(scope="module")
+def run_files():
+    """The small files of a run that was made, as trees and as bytes."""
+    config = json.loads(tiny_config("digits_cross").to_json())
+    return {
+        "config.json": config,
+        "dataset.json": {
+            "num_images": 40, "fingerprint": "40-ab", "classes": ["a", "b"],
+            "content": "0:ab 1:cd",
+        },
+        "environment.json": {
+            "versions": {"jax": "1"}, "devices": ["cpu", "cpu"], "processes": 1,
+            "command": ["python", "-m", "x"],
+        },
+        "time.json": {
+            "seconds": {
+                "steps": 1.5, "data": 0.1, "compile": 2.0, "evaluate": 0.5,
+                "save": 0.1, "start": 1.0, "restart": 0.0,
+            },
+            "until": 1.7e9, "saved_until": 1.7e9, "finished": True,
+        },
+        "results.json": {
+            "train/loss": 0.5, "eval/knn/top1": 0.5, "pixels/knn/top1": 0.25,
+            "eval/accuracy/top1": 0.5, "eval/accuracy/images": 10,
+        },
+        "best/best.json": {
+            "metric": "eval/knn/top1", "value": 0.5, "step": 2, "higher": True,
+        },
+    }
+
+
+METRICS = b"".join(
+    json.dumps({"step": step, "train/loss": 1 / step, "train/epoch": 0.5 * step})
+    .encode() + b"\n" for step in range(1, 6)
+)
+
+
+@pytest.fixture
+def run(run_files, tmp_path):
+    for name, tree in run_files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(_text(tree))
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_bytes(METRICS)
+    return tmp_path
+
+
+def _read_run(path):
+    """Reads all that there is to read of a run; a page can always be made of it."""
+    with refused_with(errors.UserError, FileNotFoundError):
+        workdir.read_config(path)
+    with refused_with(errors.UserError):
+        workdir.read_classes(path)
+    with refused_with(ValueError):
+        metrics.rows(path / "metrics.jsonl")
+    with refused_with(ValueError):
+        metrics.curves(path / "metrics.jsonl")
+    with refused_with(errors.UserError):
+        run_page.write(path)
+
+
+RUN_FILES = (
+    "config.json", "dataset.json", "environment.json", "time.json", "results.json",
+    "best/best.json",
+)
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_files_of_a_run(run, run_files, name, capsys):
+    @fuzzed(60 if name == "config.json" else 40, changes=json_edits)
+    def change(changes):
+        (run / name).write_bytes(_text(edited_tree(run_files[name], changes)))
+        _read_run(run)
+
+    change()
+
+
+@pytest.mark.parametrize("text", ODD_JSON, ids=range(len(ODD_JSON)))
+def test_files_of_a_run_that_are_no_json(run, text):
+    for name in RUN_FILES:
+        (run / name).write_bytes(text)
+        _read_run(run)
+
+
+def test_metrics(run):
+    @fuzzed(60, changes=edits)
+    def change(changes):
+        (run / "metrics.jsonl").write_bytes(edited(METRICS, changes))
+        _read_run(run)
+
+    change()
+
+
+@pytest.mark.parametrize("line", [
+    b'{"step": ' + b"9" * 5000 + b"}", b'{"step": ' + b"9" * 400 + b', "a": 1}',
+    b'{"step": 1, "a": ' + b"9" * 400 + b"}", b'{"step": 1, "a": 1e999}',
+    b'{"step": -5, "\\ud800": 1}', b'{"step": true, "train/loss": false}', *ODD_JSON,
+])
+def test_odd_lines_of_metrics(run, line):
+    (run / "metrics.jsonl").write_bytes(METRICS + line + b"\n")
+    _read_run(run)
+
+
+def test_lists_of_bad_images(tmp_path):
+    listed = bad_images.BadImages(5, 1.0, str(tmp_path))
+    listed.add(3, [bad_images.Bad(f"a/{k}.png", "cut short", k, k) for k in range(3)])
+    path = tmp_path / "bad_images.jsonl"
+    whole = path.read_bytes()
+
+    class Source:
+        def __len__(self):
+            return 5
+
+        def name(self, index):
+            return f"a/{index}.png"
+
+    @fuzzed(300, changes=edits)
+    def change(changes):
+        path.write_bytes(edited(whole, changes))
+        with refused_with():
+            bad_images.listed(tmp_path)
+            again = bad_images.BadImages(5, 1.0, str(tmp_path))
+            again.resume(Source(), 10, lambda index: 1)
+            again.add(1, [bad_images.Bad("a/4.png", "cut", 4, 4)])
+
+    change()
+
+
+def test_lists_of_digests(tmp_path):
+    (tmp_path / "part" / "deep").mkdir(parents=True)
+    for name in ("a", "b", "deep/c"):
+        (tmp_path / "part" / name).write_text(name)
+    digests.write(tmp_path)
+    whole = (tmp_path / digests.LIST).read_bytes()
+    assert digests.damage(tmp_path, ("part",)) is None
+
+    @fuzzed(300, changes=edits)
+    def change(changes):
+        content = edited(whole, changes)
+        (tmp_path / digests.LIST).write_bytes(content)
+        with refused_with():
+            found = digests.damage(tmp_path, ("part",))
+            assert found or set(content.split()) == set(whole.split())
+
+    change()
+
+
+# A TFDS data set.
+
+
+@pytest.fixture(scope="module")
+def tfds_set(tmp_path_factory):
+    prepared = digits.prepare(str(tmp_path_factory.mktemp("digits")))
+    folder = tmp_path_factory.mktemp("sets") / digits.NAME / "1.0.0"
+    shutil.copytree(f"{prepared}/{digits.NAME}/1.0.0", folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
+def test_metadata_of_a_tfds_set(tfds_set, name):
+    whole = (tfds_set / name).read_bytes()
+    tree = json.loads(whole)
+
+    def check(content):
+        (tfds_set / name).write_bytes(content)
+        with refused_with(ValueError):
+            source = sources.TfdsSource(
+                digits.NAME, data_dir=str(tfds_set.parent.parent), split="train"
+            )
+            assert len(source) >= 0 and source.name(0)
+
+    @fuzzed(100, changes=json_edits)
+    def change_tree(changes):
+        check(_text(edited_tree(tree, changes)))
+
+    @fuzzed(60, changes=edits)
+    def change_bytes(changes):
+        check(edited(whole, changes))
+
+    try:
+        change_tree()
+        change_bytes()
+        for text in ODD_JSON:
+            check(text)
+    finally:
+        (tfds_set / name).write_bytes(whole)
