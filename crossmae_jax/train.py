@@ -250,10 +250,15 @@ def _claim(
         "num_images": len(images), "fingerprint": images.fingerprint,
         "classes": list(images.classes), "content": content.digests(images),
     }
-    workdir.claim(
+    reordered = workdir.claim(
         home.local, config, resuming=resuming, dataset=dataset, name=home.path,
         image_name=images.name,
     )
+    if reordered:
+        parallel.say(
+            f"sums are made in another order now ({'; '.join(reordered)}): weights "
+            "agree to rounding with those of a run without the change, not to the bit"
+        )
     if home.local == home.path:
         cluster.check_shared(home.local / "config.json")
     return Best(home, config, dataset)

@@ -170,7 +170,9 @@ PARSED = {name: [name] for name in front_door.COMMANDS} | {
     "checkpoints": ["checkpoints", "ls"],
     "convert": ["convert", "export"], "data": ["data", "prepare", "digits"],
     "evaluate": ["evaluate", "--checkpoint=x", CONFIG],
-} | {name: [name, CONFIG] for name in ("train", "sweep", "cost", "estimate")}
+} | {name: [name, CONFIG] for name in (
+    "train", "sweep", "cost", "estimate", "verify-resume"
+)}
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_every_command_is_a_module_and_every_module_a_command():
     modules = {
         path.stem for path in (ROOT / "crossmae_jax" / "commands").glob("*.py")
     } - {"__init__", "flags", "session"}  # what the commands share
-    assert set(front_door.COMMANDS) == modules
+    assert {name.replace("-", "_") for name in front_door.COMMANDS} == modules
     for path in front_door.COMMANDS.values():
         assert callable(importlib.import_module(path).main)
 

@@ -20,6 +20,7 @@ from crossmae_jax.models import aggregator, encoders, fusion
 from crossmae_jax.runs import records, settings
 
 KINDS = ("pretrain", "encoder", "classifier")
+_MOST_BLOCKS = 10_000
 _PARTS = ("encoder", "fusion", "decoder", "aggregator")
 
 
@@ -205,7 +206,9 @@ def from_json(text: str) -> Card:
         card = Card(**values)
         if card.kind not in KINDS:
             raise ValueError(f"kind is {card.kind!r}")
-        _ = card.parts, card.patch_size
+        if card.encoder.depth > _MOST_BLOCKS:  # of which lists would be made
+            raise ValueError(f"{card.encoder.depth} blocks")
+        _ = card.parts, card.patch_size, card.lines()
     return card
 
 

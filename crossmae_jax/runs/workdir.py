@@ -66,6 +66,10 @@ _FREE = (
 )
 
 
+# Of these, those that change in which order sums are made.
+_OF_ROUNDING = ("model.remat", "mesh")
+
+
 def is_run(path: str | AnyPath) -> bool:
     """Says whether a path is the workdir of a run with checkpoints."""
     path = paths.path(path)
@@ -156,20 +160,38 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, 
 
     Names are "optim.base_lr"; of a setting that is not there the value is "absent".
     """
+    return {
+        name: values for name, values in _differing(old, new).items()
+        if not _among(name, _FREE)
+    }
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     old, new = flatten(old), flatten(new)
     return {
         name: (old.get(name, "absent"), new.get(name, "absent"))
         for name in sorted(old.keys() | new.keys())
         if old.get(name, "absent") != new.get(name, "absent")
-        and not any(name == free or name.startswith(f"{free}.") for free in _FREE)
     }
 
 
+def _among(name: str, settings_or_groups: tuple[str, ...]) -> bool:
+    return any(name == n or name.startswith(f"{n}.") for n in settings_or_groups)
+
+
+def _lines(changes: dict[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name}: {old!r} -> {new!r}" for name, (old, new) in changes.items()]
+
+
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}: {before!r} -> {now!r}"
-        for name, (before, now) in differing(old, new).items()
-    ]
+    return _lines(differing(old, new))
+
+
+def _reordered(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return _lines({
+        name: values for name, values in _differing(old, new).items()
+        if _among(name, _OF_ROUNDING)
+    })
 
 
 def _other_data(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -245,8 +267,11 @@ def check_space(
 def claim(
     workdir: Path, config: ConfigDict, *, dataset: dict[str, Any], resuming: bool,
     name: AnyPath | None = None, image_name: Callable[[int], str] = "image {}".format,
-) -> None:
+) -> list[str]:
     """Writes what the run is; when resuming, first checks that it is the same run.
+
+    Returns the changes, to settings that may change, of the order of sums: from here on
+    weights are those of before to rounding, not to the bit.
 
     Args:
       name: of the workdir in errors, where these files are copies.
@@ -259,7 +284,7 @@ def claim(
       ValueError: if the directory's checkpoints belong to another configuration or to
         other data; lists every difference.
     """
-    shown = name or workdir
+    shown, reordered = name or workdir, []
     own = {"config.json": json.loads(config.to_json()), "dataset.json": dataset}
     if resuming:
         for file, new in own.items():
@@ -269,7 +294,9 @@ def claim(
                     "which run they belong to; give a new --workdir."
                 )
             if file == "config.json":
-                changed = _differences(_stored_settings(workdir / file), new)
+                stored = _stored_settings(workdir / file)
+                changed = _differences(stored, new)
+                reordered = _reordered(stored, new)
             else:
                 old = records.read(workdir / file, cure=_CURE)
                 changed = _other_data(old, new)
@@ -282,7 +309,8 @@ def claim(
                     + "\nGo on with the old settings and data, or give a new --workdir."
                 )
     if jax.process_index() != 0:
-        return
+        return reordered
     workdir.mkdir(parents=True, exist_ok=True)
     for file, new in own.items():
         paths.write_whole(workdir / file, json.dumps(new, indent=2) + "\n")
+    return reordered
