@@ -231,7 +231,7 @@ class _Runs:
         return int(resumed[1]) if resumed else 0
 
     def kill(self, name: str, *, after: int) -> int:
-        """Trains until a step is logged and one is saved, and kills the process at once.
+        """Trains until a step is logged and one is saved; then kills the process.
 
         Returns the last step that was logged. Without a checkpoint there would be
         nothing to go on from.
@@ -291,8 +291,9 @@ def _compare(
     one: Path, other: Path, step: int
 ) -> tuple[tuple[int, int], list[Difference], list[Difference]]:
     """Returns how many arrays and lines there are, and those that differ."""
-    arrays = [checkpointer.restore_arrays(run / "checkpoints", step) for run in (one, other)]
-    rows = [metrics.rows(run / metrics.FILE) for run in (one, other)]
+    runs = (one, other)
+    arrays = [checkpointer.restore_arrays(run / "checkpoints", step) for run in runs]
+    rows = [metrics.rows(run / metrics.FILE) for run in runs]
     lines = [
         {
             f"step {row['step']}, {name}": value for row in of

@@ -2,8 +2,8 @@
 
 Whatever lies in a file, its reader returns or raises what its docstring says, within
 memory and seconds that the size of the file warrants. Hypothesis changes small valid
-files: bytes are flipped, cut, put in and repeated, lengths in headers become others, and
-trees of JSON lose, gain and exchange their parts.
+files: bytes are flipped, cut, put in and repeated, lengths in headers become others,
+and trees of JSON lose, gain and exchange their parts.
 
 The examples are the same each time. More of them, and others each time:
 
@@ -93,7 +93,7 @@ def refused_with(*kinds):
         assert not isinstance(error, UnicodeError), "not what a user can act on"
 
 
-# What is done to bytes: each is a place, as a share of the file, and what happens there.
+# What is done to bytes: a place, as a share of the file, and what happens there.
 _LENGTHS = st.sampled_from([
     b"\xff" * 8, b"\xff\xff\xff\x7f", b"\0" * 8, b"\0\0\0\x80\0\0\0\0",
     b"\x40\x42\x0f\0\0\0\0\0",
@@ -650,7 +650,7 @@ def test_statistics_of_timm_that_are_no_numbers_are_refused(tmp_path, statistics
     lambda config: config["data"].update(batch_size="8"),
     lambda config: config["model"].pop("encoder"),
 ])
-def test_a_configuration_with_other_kinds_of_settings_is_refused(run, run_files, change):
+def test_a_configuration_of_other_kinds_is_refused(run, run_files, change):
     config = copy.deepcopy(run_files["config.json"])
     change(config)
     (run / "config.json").write_bytes(_text(config))
@@ -708,7 +708,7 @@ def test_a_tfds_set_whose_metadata_is_none_is_refused(tfds_set):
     whole = path.read_bytes()
     path.write_text('{"supervisedKeys": {"tuple": {"items": [null]}}}')
     try:
-        with pytest.raises(ValueError, match="'sklearn_digits' under .* cannot be read"):
+        with pytest.raises(ValueError, match="'sklearn_digits' .* cannot be read"):
             sources.TfdsSource(
                 digits.NAME, data_dir=str(tfds_set.parent.parent), split="train"
             )

@@ -41,7 +41,7 @@ def test_a_run_that_is_killed_on_two_devices_is_found_equal(digits_dir, tmp_path
     )
     assert found.returncode == 0, found.stdout + found.stderr
     said = found.stdout
-    assert said.startswith("verify-resume: `tests/quick_digits.py` with `data.data_dir=")
+    assert said.startswith("verify-resume: `tests/quick_digits.py` with `data.data_")
     assert "40 steps, --seed=3" in said
     assert re.search(r"\| arrays of the last checkpoint +\| +152 \| +0 \|", said)
     assert re.search(r"\| lines of metrics.jsonl +\| +40 \| +0 \|", said)

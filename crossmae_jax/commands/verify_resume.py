@@ -35,11 +35,13 @@ _FLAGS = {
 @session.command(error_status=2)  # 1 is a run that is not the same
 def main(argv: Sequence[str]) -> int:
     """Verifies what `argv` describes."""
-    given = flags.parse("verify-resume", argv, _FLAGS, doc=__doc__, config=flags.of_file)
+    given = flags.parse(
+        "verify-resume", argv, _FLAGS, doc=__doc__, config=flags.of_file
+    )
     if paths.is_remote(given.workdir):
         flags.stop(
-            f"{given.workdir} lies in a bucket; give a directory on a disk, whose files "
-            "can be watched."
+            f"{given.workdir} lies in a bucket; give a directory on a disk, whose "
+            "files can be watched."
         )
     seed = secrets.randbelow(1000) if given.seed is None else given.seed
     environment = dict(os.environ)

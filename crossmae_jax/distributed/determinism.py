@@ -30,11 +30,14 @@ def require(environment: MutableMapping[str, str] = os.environ) -> str:
     """
     if "jax" in sys.modules:
         raise errors.SetupError(
-            f"--deterministic comes too late: JAX is imported. Set XLA_FLAGS={FLAG}=true "
-            "before that."
+            "--deterministic comes too late: JAX is imported. Set "
+            f"XLA_FLAGS={FLAG}=true before that."
         )
     given = environment.get("XLA_FLAGS", "").split()
-    values = [flag.partition("=")[2] for flag in given if flag.partition("=")[0] == FLAG]
+    values = [
+        value for name, _, value in (flag.partition("=") for flag in given)
+        if name == FLAG
+    ]
     if any(value.lower() not in ("", "true", "1") for value in values):
         raise errors.SetupError(
             f"XLA_FLAGS has {FLAG}={values[-1]}, but --deterministic asks for the "

@@ -104,11 +104,12 @@ def _stored_settings(path: AnyPath) -> dict[str, Any]:
         )
     try:
         completed = settings.completed(stored)
-    except (AttributeError, TypeError) as error:  # a group that is a value, or inversely
+    except (AttributeError, TypeError) as error:  # of a value in place of a group
         raise records.DamagedRecord(f"{path} is damaged ({error}); {_CURE}.") from error
     flat = flatten(completed)
-    if wrong := [name for name, kind in _NEEDED.items()
-                 if not isinstance(flat.get(name), kind)]:
+    if wrong := [
+        name for name, kind in _NEEDED.items() if not isinstance(flat.get(name), kind)
+    ]:
         raise records.DamagedRecord(
             f"{path} is damaged ({', '.join(wrong)} missing, or of another kind); "
             f"{_CURE}."
