@@ -78,8 +78,8 @@ class Verdict(NamedTuple):
       drawn: the step to kill after.
       kill_step: the last that the killed run had logged; `resumed_step`, from which it
         went on.
-      counts: how many arrays and lines of metrics were compared.
-      arrays: those that differ, in order of their names; likewise `lines`.
+      counts: how many arrays and values of metrics were compared.
+      arrays: those that differ, in their order; likewise `values`, by steps.
     """
 
     drawn: int
@@ -87,17 +87,17 @@ class Verdict(NamedTuple):
     resumed_step: int
     counts: tuple[int, int]
     arrays: list[Difference]
-    lines: list[Difference]
+    values: list[Difference]
 
     @property
     def equal(self) -> bool:
         """Whether everything is the same, bit for bit."""
-        return not self.arrays and not self.lines
+        return not self.arrays and not self.values
 
     def __str__(self) -> str:
         parts = zip(
-            ("arrays of the last checkpoint", "lines of metrics.jsonl"),
-            self.counts, (self.arrays, self.lines), strict=True,
+            ("arrays of the last checkpoint", "values in metrics.jsonl"),
+            self.counts, (self.arrays, self.values), strict=True,
         )
         rows = tuple(
             (
@@ -112,15 +112,15 @@ class Verdict(NamedTuple):
             f"from step {self.resumed_step}", "",
             tables.markdown(tables.Table(header, rows)), "",
         ]
-        for found in (self.arrays, self.lines):
+        for found in (self.arrays, self.values):
             lines += [f"{name} differs by {amount:.3g}" for name, amount in found[:5]]
         if self.equal:
             return "\n".join([*lines, "equal, bit for bit"])
         return "\n".join([
             *lines,
-            "NOT equal. A GPU computes the same bits twice only with --deterministic; "
-            "with it, or on a CPU or a TPU, this is a bug: please report it with these "
-            "lines and the files beside shortened.py.",
+            "NOT equal. A GPU computes the same bits twice only with --deterministic. "
+            "With it, or on a CPU, this is a bug: please report it with these lines "
+            "and the files beside shortened.py.",
         ])
 
 
@@ -170,10 +170,8 @@ def verify(
             f"The run was to be killed after step {drawn}, but had made and saved all "
             f"{steps} before the signal came; give more --steps."
         )
-    counts, arrays, lines = _compare(
-        directory / "undisturbed", directory / "killed", steps
-    )
-    return Verdict(drawn, kill_step, resumed_step, counts, arrays, lines)
+    compared = _compare(directory / "undisturbed", directory / "killed", steps)
+    return Verdict(drawn, kill_step, resumed_step, *compared)
 
 
 def shortened(config: ConfigDict, *, steps: int, save_every: int) -> ConfigDict:
@@ -290,24 +288,25 @@ def _last_step(path: Path) -> int:
 def _compare(
     one: Path, other: Path, step: int
 ) -> tuple[tuple[int, int], list[Difference], list[Difference]]:
-    """Returns how many arrays and lines there are, and those that differ."""
+    """Returns how many arrays and values there are, and those that differ."""
     runs = (one, other)
     arrays = [checkpointer.restore_arrays(run / "checkpoints", step) for run in runs]
-    rows = [metrics.rows(run / metrics.FILE) for run in runs]
-    lines = [
+    values = [
         {
-            f"step {row['step']}, {name}": value for row in of
-            for name, value in row.items() if name not in TIMES
+            f"step {row['step']}, {name}": value
+            for row in metrics.rows(run / metrics.FILE) for name, value in row.items()
+            if name != "step" and name not in TIMES
         }
-        for of in rows
+        for run in runs
     ]
-    return (len(arrays[0]), len(rows[0])), differing(*arrays), differing(*lines)
+    counts = len(arrays[0]), len(values[0])
+    return counts, differing(*arrays), differing(*values)
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
-    """Returns the values that are not the same in every bit, in order of names."""
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[Difference]:
+    """Returns the values that are not the same in every bit, in their order."""
     found = []
-    for name in sorted(one.keys() | other.keys()):
+    for name in one | other:
         a, b = (np.asarray(values.get(name)) for values in (one, other))
         if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype == object:
             if a.dtype != object or a.item() != b.item():
