@@ -5,7 +5,8 @@ memory and seconds that the size of the file warrants. Hypothesis changes small 
 files: bytes are flipped, cut, put in and repeated, lengths in headers become others,
 and trees of JSON lose, gain and exchange their parts.
 
-The examples are the same each time. More of them, and others each time:
+The examples are the same each time, whatever other tests run. More of them, and others
+each time:
 
     FUZZ_EXAMPLES=20000 python -m pytest -n 2 tests/test_fuzz.py
 
@@ -30,6 +31,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
 
 from crossmae_jax import errors
 from crossmae_jax.checkpoints import digests
@@ -46,6 +48,12 @@ from tests.saved_runs import tiny_config
 _EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 _MOST_SECONDS = 20  # of the processor, for one file of some kilobytes
 _MOST_BYTES = 1_000_000_000  # of addresses, beside what the tests have already
+
+
+if not _EXAMPLES:
+    # Hypothesis also takes constants out of the modules that happen to be loaded, and
+    # examples would depend on the tests before. There is no public setting for it.
+    providers._get_local_constants = lambda none=providers._local_constants: none
 
 
 def fuzzed(examples, **strategies):
