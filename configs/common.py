@@ -24,6 +24,7 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         objective="pretrain",
         epochs=epochs,
         log_every_steps=50,
+        watchdog_minutes=30.0,  # without a sign of life, then the run ends; 0: never
         init_from="",  # weights of any format to start from, see docs/weights.md
         init_channels="",  # "mean", "repeat", "sum": for another number of channels
         target=dict(kind="pixels", normalize=True),

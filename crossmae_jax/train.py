@@ -14,6 +14,7 @@ for bit, as if it had never stopped: the data order and the masks are functions 
 import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from crossmae_jax.checkpoints import checkpointer, schedule, space
 from crossmae_jax.convert import starting
 from crossmae_jax.cost import out_of_memory
 from crossmae_jax.data import content, order, pipeline, sources
-from crossmae_jax.data.batches import StoppedWaiting
+from crossmae_jax.data.batches import Batch, StoppedWaiting
 from crossmae_jax.distributed import (
     cluster,
     environment,
@@ -37,7 +38,7 @@ from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
-from crossmae_jax.runs import lock, mirror, resuming, workdir
+from crossmae_jax.runs import lock, mirror, resuming, watchdog, workdir
 from crossmae_jax.runs.best import Best
 from crossmae_jax.runs.journal import Journal
 from crossmae_jax.train_step import TrainState
@@ -102,6 +103,9 @@ def run(
     Ctrl-C, SIGHUP and SIGUSR1 make it save and exit with status 75: run the same
     command again to go on.
 
+    Where it stands still for `config.watchdog_minutes` it ends the process, see
+    `runs.watchdog`.
+
     Args:
       resume: "must" is an error where there is no checkpoint, "never" where there is
         one; see `runs.resuming`.
@@ -119,20 +123,25 @@ def run(
     with errors.setting_up():
         directory = paths.path(directory)
     environment.check_accelerator()
-    if jax.process_index() == 0:  # the others find what it has written already
-        resuming.check(directory, resume)
-        workdir.check_ours(directory)
-    with (
-        space.writing(directory), lock.held(directory),
-        mirror.opened(directory) as home, contextlib.ExitStack() as stack,
-    ):
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(
+            watchdog.watching(directory, minutes=config.watchdog_minutes)
+        )
+        if jax.process_index() == 0:  # the others find what it has written already
+            resuming.check(directory, resume)
+            workdir.check_ours(directory)
+        stack.enter_context(space.writing(directory))
+        stack.enter_context(lock.held(directory))
+        home = stack.enter_context(mirror.opened(directory))
         with errors.setting_up():
             job = plan(config, home, stack)
+        watch.alive()
         stack.enter_context(out_of_memory.advising(job.config))
         state, resumed = begin(job, resume)
         first = int(state.step)
+        watch.alive()
         check_kernels(job, state, steps_left=job.total - first)
-        stop = stack.enter_context(preemption.stop_requests())
+        stop = stack.enter_context(preemption.stop_requests(watch.alive))
         with errors.setting_up():
             batches = stack.enter_context(pipeline.train_batches(
                 job.images["train"], job.config.data, seed=job.config.seed,
@@ -145,10 +154,10 @@ def run(
                 home.local, batches, total=job.total, first_step=first,
                 resumed=resumed, begun=begun,
                 images_per_step=job.config.data.batch_size,
-                steps_per_epoch=job.steps_per_epoch,
+                steps_per_epoch=job.steps_per_epoch, watch=watch,
             ))
         try:
-            state = train(job, state, batches, journal, stop)
+            state = train(job, state, watch.awaiting(batches), journal, stop)
             return close(job, state, journal, stop)
         except preemption.Interrupted:  # the state is saved wherever this is raised
             journal.say(
@@ -315,7 +324,7 @@ def check_kernels(job: Job, state: TrainState, *, steps_left: int) -> None:
 def train(
     job: Job,
     state: TrainState,
-    batches: pipeline.Batches,
+    batches: Iterator[Batch],
     journal: Journal,
     stop: preemption.Stop,
 ) -> TrainState:

@@ -16,12 +16,15 @@ order. What Grain leaves to its user is done here:
   Ours has no end: the reader closes the iterator when it has what it wants.
 """
 
+import faulthandler
 import functools
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,6 +41,9 @@ _CHUNKS_ALIVE = 4
 _ENDLESS = 1 << 62
 _START_PAYS_OFF = 2000  # images; for fewer, threads are done before a process starts
 _THREADS_OF_GRAIN = 4  # in a worker, and in the parent for each of them
+_PRINT_STACKS = signal.SIGUSR2
+
+_boards: weakref.WeakSet[Activity] = weakref.WeakSet()  # of all loaders there are
 
 ADVICE = (
     "There is a limit on their number (ulimit -u, or the pids limit of a container: "
@@ -111,6 +117,7 @@ def start(
     )
     if num_workers:
         activity.share()
+        _boards.add(activity)
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=1
@@ -148,6 +155,14 @@ def kill(activity: Activity) -> None:
             process.kill()
 
 
+def print_stacks() -> None:
+    """Asks all worker processes to print on stderr what their threads do."""
+    known = set().union(*(activity.processes() for activity in _boards))
+    for process in multiprocessing.active_children():
+        if process.pid in known:
+            os.kill(process.pid, _PRINT_STACKS)
+
+
 def _try_threads(number: int) -> None:
     """Raises CannotStart unless so many threads can run at the same time."""
     done, threads = threading.Event(), []
@@ -173,6 +188,10 @@ def _begin(activity: Activity, index: int, count: int) -> None:
     # processes; the parent decides what it means, and needs its workers until it has.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if sys.__stderr__:
+        faulthandler.register(_PRINT_STACKS, sys.__stderr__)
+    else:
+        signal.signal(_PRINT_STACKS, signal.SIG_IGN)
     activity.enter(index)
     try:
         threading.Thread(target=_end_with_parent, daemon=True).start()

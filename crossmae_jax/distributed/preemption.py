@@ -16,7 +16,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -35,10 +35,14 @@ class Interrupted(Exception):
 
 
 class Stop:
-    """Whether the run was asked to stop; the same answer in all of its processes."""
+    """Whether the run was asked to stop; the same answer in all of its processes.
 
-    def __init__(self):
-        self._here = threading.Event()
+    Args:
+      looked: called by each `is_set`: who looks has just done something.
+    """
+
+    def __init__(self, looked: Callable[[], None] = lambda: None):
+        self._here, self._looked = threading.Event(), looked
         self._agreed = False
 
     def request(self) -> None:
@@ -54,6 +58,7 @@ class Stop:
 
     def is_set(self) -> bool:
         """Says whether to stop now. Of several processes all must call it as often."""
+        self._looked()
         if jax.process_count() == 1:
             return self._here.is_set()
         if not self._agreed:
@@ -62,14 +67,17 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Stop]:
+def stop_requests(looked: Callable[[], None] = lambda: None) -> Iterator[Stop]:
     """Turns the first SIGTERM or Ctrl-C into a request; a second acts as usual.
 
     Every SIGHUP and SIGUSR1 is a request, where it would else have ended the process.
     Of several processes all SIGTERMs are requests: JAX's runtime hears them from the
     moment at which they met, also while nobody asks.
+
+    Args:
+      looked: see `Stop`.
     """
-    stop = Stop()
+    stop = Stop(looked)
     if threading.current_thread() is not threading.main_thread():
         yield stop  # handlers can be set in the main thread only (notebooks)
         return

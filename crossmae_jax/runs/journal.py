@@ -18,6 +18,7 @@ from crossmae_jax import errors
 from crossmae_jax.distributed import programs
 from crossmae_jax.runs import metrics, walltime
 from crossmae_jax.runs.progress import Progress
+from crossmae_jax.runs.watchdog import Watchdog
 
 _SHOWN = ("images_per_second", "data_wait")  # beside the loss, on the bar
 
@@ -62,6 +63,7 @@ class Journal:
       first_step: the step that the launch goes on from.
       resumed: whether there were launches before, with a checkpoint.
       begun: when the launch began, seconds of the epoch.
+      watch: is told what the run does, and that it does something.
     """
 
     def __init__(
@@ -75,9 +77,11 @@ class Journal:
         begun: float,
         images_per_step: int,
         steps_per_epoch: float,
+        watch: Watchdog | None = None,
         clock: Callable[[], float] = time.time,
     ):
         self._loader, self._first = loader, first_step
+        self._watch = watch or Watchdog()
         self._images_per_step = images_per_step
         self._steps_per_epoch = steps_per_epoch
         self._writer = metrics.MetricWriter(
@@ -93,6 +97,7 @@ class Journal:
         self._programs, self._open = programs.Record(), contextlib.ExitStack()
         self.latest: dict[str, float] = dict(self._writer.latest)
         self._time.until_now("start")
+        self._watch.started(first_step)
         self._mark()
 
     def __enter__(self) -> "Journal":
@@ -100,6 +105,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self._watch.enter("end")
         self._open.close()
         self._progress.close()
         self._writer.close()
@@ -125,6 +131,7 @@ class Journal:
             compiling = self._programs.told()
             self.say(f"first step: {seconds:.1f} s{compiling and f'; {compiling}'}")
             self._mark()
+        self._watch.stepped(step)
         self._progress.update(step, **(self._log(step) if log else {}))
 
     def _log(self, step: int) -> dict[str, float]:
@@ -165,7 +172,7 @@ class Journal:
     def spent(self, kind: str) -> Iterator[None]:
         """Books the time inside as one kind, see `walltime`."""
         jax.block_until_ready(self._logged)  # steps run ahead on the device
-        with self._time.spent(kind):
+        with self._watch.during(kind), self._time.spent(kind):
             yield
 
     def saved(self) -> None:
@@ -179,6 +186,7 @@ class Journal:
 
     def finish(self) -> str:
         """Closes the books; returns where the time went, in a line."""
+        self._watch.enter("end")
         self._time.write(finished=True)
         return str(self._time)
 

@@ -45,6 +45,7 @@ _BEFORE = {
     "data.transform": "classification",
     "mesh.fsdp": 0,
     "optim.trust_coefficient": 0.001,
+    "watchdog_minutes": 0.0,
 }
 # and of pre-training, which there was first.
 _BEFORE_OF_PRETRAINING = {

@@ -14,6 +14,10 @@
     curve.png           the loss over the steps, drawn at the end
     results.json        what was found at the end, with the baselines
     report.html         all of this on one page, written at the end
+    stacks.process_0.txt
+                        what a run did that stood still, see `watchdog`; of further
+                        processes stacks.process_1.txt, ...
+    hung.json           how often it did
     bad_images.jsonl    images that could not be decoded, if any; of further processes
                         bad_images.process_1.jsonl, ...
 
@@ -53,7 +57,11 @@ _NEEDED = {
 }
 RUN = ownership.Kind(
     "a run", "config.json", frozenset(_SETTINGS),
-    early=r"run\.lock(\.tmp)?|config\.json\.tmp|checkpoints", cure=_CURE,
+    early=(
+        r"(run\.lock|hung\.json|stacks\.process_\d+\.txt)(\.tmp)?|config\.json\.tmp"
+        "|checkpoints"
+    ),
+    cure=_CURE,
 )
 
 # Keys that may differ when a run is resumed: where things lie, how often to look, and
@@ -62,7 +70,7 @@ _FREE = (
     "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
     "data.eval_crop_ratio", "data.max_bad_share", "data.max_pixels",
-    "data.max_skipped_share", "model.remat", "mesh",
+    "data.max_skipped_share", "model.remat", "mesh", "watchdog_minutes",
 )
 
 
