@@ -10,8 +10,10 @@ import multiprocessing
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
-from crossmae_jax.data import pipeline, sources
+from crossmae_jax.commands import session
+from crossmae_jax.data import order, pipeline, sources
 
 AT = 4  # the batch that does not come
 
@@ -46,13 +48,13 @@ class Held:
         return self._source[index]
 
 
-def main(where: str, digits_dir: str, workdir: str, changes: str) -> None:
+@session.command()
+def main(argv: Sequence[str]) -> None:
     """Runs, and hangs."""
     from crossmae_jax.checkpoints import checkpointer
-    from crossmae_jax.commands import session
-    from crossmae_jax.data import order
     from tests import test_train
 
+    where, digits_dir, workdir, changes = argv
     config = test_train._config(digits_dir, **ast.literal_eval(changes))
     make, size = sources.make_source, config.data.batch_size
     held = {
@@ -75,4 +77,4 @@ def main(where: str, digits_dir: str, workdir: str, changes: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -162,6 +162,17 @@ def test_a_process_that_cannot_be_started_says_so(monkeypatch, kind):
     gc.collect()  # Grain complains of what it did not start
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_memory_that_runs_out_is_an_error_that_says_so(num_workers):
+    with _batches(Source(_fail_for_memory), workers=num_workers) as made:
+        with pytest.raises(workers.WorkerDied, match="Memory ran out .*data.workers"):
+            next(made)
+
+
+def _fail_for_memory():
+    raise MemoryError
+
+
 def test_what_is_no_regular_file_is_no_image(tmp_path):
     for name in ("ant/0.png", "bee/0.png", "bee/1.png"):
         write(tmp_path / name, PNG)

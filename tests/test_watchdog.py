@@ -6,6 +6,7 @@ With times of seconds, where a real run waits for half an hour.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -66,6 +67,16 @@ def test_a_run_that_hangs_is_ended_and_started_again_but_not_for_ever(
     assert status == 1, said
     assert "in the phase 'save', after step 12" in said
     assert "It is time 3 in a row without a new checkpoint, so the status is 1" in said
+
+
+def test_threads_that_hang_do_not_keep_a_run_from_ending(digits_dir, tmp_path):
+    given = arguments("data", digits_dir, tmp_path / "run", watchdog_minutes=0.0)
+    with processes.started([given], tmp_path / "logs") as group:
+        group.wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3,')
+        group.processes[0].send_signal(signal.SIGTERM)
+        assert group.wait(60) == [REQUEUE], group.all_said()
+        assert "Threads that read images do not end; they are left." in group.said(0)
+        assert "stopped: step 3 is saved" in group.said(0)
 
 
 def test_of_two_processes_both_say_who_waits_and_for_what(digits_dir, tmp_path):

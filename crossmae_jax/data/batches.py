@@ -1,8 +1,11 @@
 """Batches that are made ahead of their use, and what happens while there are none.
 
 One thread joins what the workers make (`workers`) to batches, and the program takes
-them. It waits where they are not ready, and a wait may have no end: a disk over the
-network that does not answer. So every wait looks each second whether the run shall
+them. A worker that dies is replaced, and the chunk that it was at is made again: a
+chunk is a function of its number, so no batch changes.
+
+The program waits where batches are not ready, and a wait may have no end: a disk over
+the network that does not answer. So every wait looks each second whether the run shall
 stop, and says from time to time which image is being read, and for how long.
 """
 
@@ -11,6 +14,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import functools
 import threading
 import time
 import weakref
@@ -32,6 +36,12 @@ _SPEAK = 30.0  # seconds, after which a wait is said for the first time
 _PATIENCE = 5.0  # seconds for workers to finish what they do when nobody wants it
 _LIMITS = (errno.EAGAIN, errno.ENOMEM)  # of processes and memory
 _SHOWN = 3
+_DEATHS = 3  # of workers at the same chunk, then it is no accident
+_CAUSES = (
+    "Exit code -9 is often the kernel's when memory runs out (dmesg): lower "
+    "data.workers. -7 is shared memory that is full (/dev/shm), or a disk that went "
+    "away. -11 is a crash: move the image away."
+)
 
 _left_behind: list["_Joiner"] = []  # that could not be ended
 
@@ -66,17 +76,19 @@ class Batches(Iterator[Batch]):
         self.wait_seconds = 0.0
         self._loader, self._num_classes, self._stop = loader, num_classes, stop
         self._bad_images = bad_images
-        num_chunks = num_batches * loader.chunks_per_batch
-        self.num_workers, chunks = workers.start(
+        start = functools.partial(
+            workers.start,
             loader,
-            num_chunks=num_chunks,
+            num_chunks=num_batches * loader.chunks_per_batch,
             num_images=num_batches * loader.local.size,
             chunk_bytes=loader.chunk_bytes,
-            num_workers=num_workers,
             activity=loader.activity,
         )
+        self.num_workers, chunks = start(num_workers=num_workers)
         self._remaining = num_batches
-        self._joiner = _Joiner(loader, chunks)
+        self._joiner = _Joiner(
+            loader, chunks, functools.partial(start, num_workers=self.num_workers)
+        )
         # One thread, so that batches are joined in order.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "crossmae-batches")
         self._ahead: collections.deque = collections.deque()
@@ -189,18 +201,23 @@ def _shut(
             activity.remove()
             return
     pool.shutdown(wait=True)
-    with contextlib.suppress(AssertionError):  # Grain's, of processes that never began
-        joiner.chunks.close()
-    joiner.chunks = None  # Grain's iterators complain when the interpreter ends first
+    joiner.close()
     activity.remove()
 
 
 @dataclasses.dataclass
 class _Joiner:
-    """Joins the next chunks to a batch; runs in the thread of `Batches`."""
+    """Joins the next chunks to a batch; runs in the thread of `Batches`.
+
+    Attributes:
+      start: starts workers, which make chunks from a number on.
+    """
 
     loader: Any
     chunks: Any
+    start: Callable[..., tuple[int, Any]]
+    num_made: int = 0
+    num_deaths: int = 0  # since the last chunk
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
     idle: threading.Event = dataclasses.field(default_factory=threading.Event)
 
@@ -217,6 +234,11 @@ class _Joiner:
             raise workers.CannotStart(
                 f"A worker process could not be started ({error}). {workers.ADVICE}"
             ) from error
+        except MemoryError as error:
+            raise workers.WorkerDied(
+                "Memory ran out where images are loaded. Lower data.workers or "
+                "data.max_pixels, or raise the limit (ulimit -v)."
+            ) from error
         finally:
             self.idle.set()
 
@@ -227,11 +249,57 @@ class _Joiner:
             if self.stop.is_set():
                 raise concurrent.futures.CancelledError
             begin, end = self.loader.bounds(part)
-            chunk = next(self.chunks)
+            chunk = self._next()
             for name, array in batch.items():
                 array[begin:end] = chunk["arrays"][name]
             bad.extend(chunk["bad"].images)
         return batch, bad
+
+    def _next(self) -> dict[str, Any]:
+        """Returns the next chunk, whoever dies meanwhile."""
+        while True:
+            try:
+                chunk = next(self.chunks)
+            except RuntimeError as error:
+                died = workers.died(self.loader.activity)
+                if self.stop.is_set() or not died:  # `_shut` kills them
+                    raise
+                self._replace(died, error)
+            else:
+                self.num_made, self.num_deaths = self.num_made + 1, 0
+                return chunk
+
+    def _replace(self, died: list[int], error: RuntimeError) -> None:
+        """Starts all workers anew, from the chunk that is to be made next.
+
+        Raises:
+          WorkerDied: if that was of no use before.
+        """
+        activity, source = self.loader.activity, self.loader.source
+        read = [
+            source.name(reading.index) for reading in activity.readings()
+            if reading.process in died
+        ]
+        who = f"Process {', '.join(map(str, died))}"
+        what = f"while it read {', '.join(read)}" if read else "while it read nothing"
+        said = f"{who} of the loader died {what}. {error}"
+        self.num_deaths += 1
+        if self.num_deaths == _DEATHS:
+            raise workers.WorkerDied(
+                f"{said} It is time {_DEATHS} in a row at the same images. {_CAUSES}"
+            ) from error
+        logging.warning(
+            "%s All are started anew, and no batch changes. %s", said, _CAUSES
+        )
+        self.close()
+        _, self.chunks = self.start(first=self.num_made)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        # Grain's assertion, of processes that never began.
+        with contextlib.suppress(AssertionError):
+            self.chunks.close()
+        self.chunks = None  # Grain's iterators complain when the interpreter ends first
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,9 @@ order. What Grain leaves to its user is done here:
 - A worker that may start no threads (limits of `ulimit` or of a container) cannot send
   what it has, not even its error: it tries for ever, and its parent waits for ever.
   Ours tries to start some first, says in `activity` that it cannot, and ends.
+- A worker that is killed, by a crash or for want of memory, is an error of Grain's, as
+  any exception of one is. Ours say in `activity` when they end in order: who has ended
+  and did not say so `died`, and `batches` starts others in their place.
 - At the end of its input Grain keeps hold of the last results and their shared memory.
   Ours has no end: the reader closes the iterator when it has what it wants.
 """
@@ -26,6 +29,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from multiprocessing import util
 from typing import Any
 
 import grain
@@ -56,6 +60,10 @@ class CannotStart(errors.UserError, RuntimeError):
     """The system starts no further processes or threads, which the loader needs."""
 
 
+class WorkerDied(errors.UserError, RuntimeError):
+    """Who loads images dies again and again at the same ones, or has no memory."""
+
+
 def start(
     load: Callable[[int], Any],
     *,
@@ -64,8 +72,9 @@ def start(
     chunk_bytes: int,
     num_workers: int,
     activity: Activity,
+    first: int = 0,
 ) -> tuple[int, Iterator[Any]]:
-    """Starts mapping `load` over 0, 1, 2, ...
+    """Starts mapping `load` over 0, 1, 2, ..., or from another number on.
 
     Args:
       load: picklable; runs in the workers, also for numbers that will not be read.
@@ -109,7 +118,7 @@ def start(
     threads = 2 if num_workers else max(2, cpus)
     _try_threads(num_workers * _THREADS_OF_GRAIN or threads + 1)
     dataset = (
-        grain.MapDataset.range(_ENDLESS)
+        grain.MapDataset.range(first, _ENDLESS)
         .map(load)
         .to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -145,6 +154,11 @@ def ended(activity: Activity) -> list[int]:
     """Returns the workers that have ended, which none does by itself."""
     alive = {process.pid for process in multiprocessing.active_children()}
     return sorted(activity.processes() - alive - {os.getpid()})
+
+
+def died(activity: Activity) -> list[int]:
+    """Returns the workers that ended without having been told to."""
+    return [pid for pid in ended(activity) if pid not in activity.left()]
 
 
 def kill(activity: Activity) -> None:
@@ -193,14 +207,18 @@ def _begin(activity: Activity, index: int, count: int) -> None:
     else:
         signal.signal(_PRINT_STACKS, signal.SIG_IGN)
     activity.enter(index)
+    util.Finalize(None, activity.leave, exitpriority=0)
     try:
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(
+            target=_end_with_parent, args=(activity,), daemon=True
+        ).start()
         _try_threads(_THREADS_OF_GRAIN)
     except RuntimeError:
         activity.fail()
         os._exit(1)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(activity: Activity) -> None:
     multiprocessing.parent_process().join()
+    activity.remove()  # a parent that was killed could not
     os._exit(1)
