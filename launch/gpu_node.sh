@@ -176,6 +176,6 @@ while ((status == SAVED)); do
     status=0
     train || status=$?
     if ((told_to_end)); then break; fi
-    ((status != SAVED)) || say "the training was told to save; running it again"
+    ((status != SAVED)) || say "the training ended with status 75; running it again"
 done
 exit "$status"

@@ -256,7 +256,7 @@ use_tpu() {
                 "another host in ~/crossmae_jax.log (--keep leaves them)"
             exit "$status"
         fi
-        say "the training was told to save; running the same command again"
+        say "the training ended with status 75; running the same command again"
     done
 }
 

@@ -3,6 +3,8 @@
 With times of seconds, where a real run waits for half an hour.
 """
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -187,6 +189,33 @@ def test_the_phase_is_that_of_what_is_waited_for():
         seen.append(watch.phase)
     first, then = ["data", "compile", "save", "step"], ["data", "step", "save", "step"]
     assert seen == first + then and watch.step == 9
+
+
+def test_a_run_tells_what_it_does_and_each_batch_of_an_evaluation(
+    digits_dir, tmp_path, monkeypatch
+):
+    told = []
+
+    class Told(watchdog.Watchdog):
+        def alive(self):
+            told.append(self.phase)
+
+    @contextlib.contextmanager
+    def watching(directory, *, minutes):
+        assert directory == tmp_path and minutes == 30.0
+        yield Told()
+
+    monkeypatch.setattr(watchdog, "watching", watching)
+    rank = dict(rank=dict(every_epochs=0.5, max_images=200))  # in three batches
+    test_train.train.run(test_train._config(digits_dir, rank), tmp_path)
+    groups = [(phase, len(list(each))) for phase, each in itertools.groupby(told)]
+    phases = [phase for phase, _ in groups]
+    assert phases[:5] == ["start", "compile", "data", "compile", "step"]
+    assert phases[5:10] == ["data", "step"] * 2 + ["data"]
+    assert phases[-1] == "end" and phases.count("data") == 15 + 1
+    assert phases.count("save") >= 3
+    evaluated = [number for phase, number in groups if phase == "evaluate"]
+    assert len(evaluated) == 2 and all(number >= 1 + 3 for number in evaluated)
 
 
 def test_a_time_that_is_none_is_refused(tmp_path):

@@ -8,7 +8,7 @@ it was. `python -m crossmae_jax train` is the same. Everything else can be calle
 notebook: `train.run(config, workdir)`.
 
 Exit status 2 if the command line is wrong, 1 if configuration, data and directory do
-not fit each other, 75 if it was interrupted.
+not fit each other, 75 if it was interrupted or stood still: run it again.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-REQUEUE = 75  # exit status when stopped: saved, run the same command again
+REQUEUE = 75  # exit status: run the same command again; when stopped, it is saved
 
 # Left to whoever ignores or handles them already: nohup, other launchers. And heard any
 # number of times: a terminal that is closed, and its shell, may both send one.
