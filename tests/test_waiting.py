@@ -169,6 +169,17 @@ def test_memory_that_runs_out_is_an_error_that_says_so(num_workers):
             next(made)
 
 
+def test_an_error_of_a_worker_is_not_taken_for_its_death():
+    with _batches(Source(_fail), workers=1) as made:
+        with pytest.raises(RuntimeError, match="of the source") as raised:
+            next(made)
+    assert not isinstance(raised.value, workers.WorkerDied)
+
+
+def _fail():
+    raise RuntimeError("of the source")
+
+
 def _fail_for_memory():
     raise MemoryError
 

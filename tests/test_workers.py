@@ -98,7 +98,8 @@ def test_workers_that_die_are_replaced_and_no_batch_changes(folder, monkeypatch)
                 found.append(next(interrupted))
             assert "All are started anew, and no batch changes." in said[before]
             assert any(f"{process.pid}" in said[before] for process in victims)
-            assert any(f"exit code -{int(number)}" in said[before] for number in numbers)
+            codes = [f"exit code -{int(number)}" for number in numbers]
+            assert any(code in said[before] for code in codes)
         found += list(interrupted)
         assert len(found) == len(expected) == 60
         for ours, theirs in zip(found, expected, strict=True):

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from crossmae_jax import errors
 from crossmae_jax.data import workers
 from crossmae_jax.data.activity import Activity
 from crossmae_jax.data.bad_images import Bad, BadImages
@@ -292,14 +293,17 @@ class _Joiner:
             "%s All are started anew, and no batch changes. %s", said, _CAUSES
         )
         self.close()
-        _, self.chunks = self.start(first=self.num_made)
+        with errors.setting_up():  # shared memory may be less than it was
+            _, self.chunks = self.start(first=self.num_made)
 
     def close(self) -> None:
         """Ends the workers."""
-        # Grain's assertion, of processes that never began.
-        with contextlib.suppress(AssertionError):
-            self.chunks.close()
-        self.chunks = None  # Grain's iterators complain when the interpreter ends first
+        # Grain's iterators complain when the interpreter ends before they are dropped.
+        chunks, self.chunks = self.chunks, None
+        if chunks is not None:
+            # Grain's assertion, of processes that never began.
+            with contextlib.suppress(AssertionError):
+                chunks.close()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ class _Guard:
 
     def _run(self) -> None:
         limit = 60 * self._minutes
-        while not self._over.wait(min(1.0, limit / 10)):
+        while not self._over.wait(min(10.0, limit / 10)):
             self._set_timer()
             if self._watch.silent() >= limit:
                 self._end()
@@ -171,9 +171,9 @@ class _Guard:
         return (
             f"error: host {self._index}/{self._count} gave no sign of life for "
             f"{silent:.0f} s in the phase {phase!r}{made}. Stacks of all threads are "
-            f"above, and in {self._directory / STACKS.format(self._index)}. {then} If "
-            f"it takes so long and nothing is wrong, raise config.watchdog_minutes="
-            f"{self._minutes:g}; 0 is never."
+            f"above, and in {self._directory / STACKS.format(self._index)} if that "
+            f"can be written. {then} If it takes so long and nothing is wrong, raise "
+            f"config.watchdog_minutes={self._minutes:g}; 0 is never."
         )
 
     def _say(self, text: str) -> None:
