@@ -33,8 +33,8 @@ PRETRAIN_NAMES, CLASSIFY_NAMES = (
 
 KEYS = {
     "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
-    "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
-    "watchdog_minutes": float,
+    "watchdog_minutes": float, "baselines": bool,
+    "init_from": str, "init_channels": str,
     "model": {
         "encoder": {"kind": str, "size": str, "mlp_ratio": float},
         "fusion": {"kind": str, "maps": None, "input": bool},

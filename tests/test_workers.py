@@ -88,8 +88,9 @@ def test_workers_that_die_are_replaced_and_no_batch_changes(folder, monkeypatch)
     with made(0) as uninterrupted:
         expected = list(uninterrupted)
     with made(2) as interrupted:
-        found = [next(interrupted)]
+        found = []
         for numbers in ([signal.SIGKILL], [signal.SIGSEGV, signal.SIGBUS]):
+            found += [next(interrupted), next(interrupted)]  # both have begun
             victims = multiprocessing.active_children()
             for process, number in zip(victims, numbers):
                 os.kill(process.pid, number)
@@ -106,6 +107,21 @@ def test_workers_that_die_are_replaced_and_no_batch_changes(folder, monkeypatch)
             for name, array in theirs.items():
                 np.testing.assert_array_equal(ours[name], array)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_worker_that_dies_before_it_begins_is_replaced(folder, monkeypatch):
+    said = []
+    monkeypatch.setattr(batches.logging, "warning", lambda *given: said.append(given))
+    with pipeline.train_batches(
+        folder, config(workers=1), seed=3, start_step=0, num_steps=1
+    ) as made:
+        while not (processes := multiprocessing.active_children()):
+            time.sleep(0.001)
+        processes[0].kill()
+        found = next(made)
+    assert len(said) == 1 and "A new process of the loader died" in said[0][1]
+    np.testing.assert_array_equal(found["image"], _first_batch(folder)["image"])
 
 
 class Crashing:
@@ -132,7 +148,7 @@ def test_an_image_that_crashes_its_reader_is_named_and_an_error(monkeypatch):
         Crashing(), config(workers=1), batch_size=8
     ) as made, pytest.raises(
         workers.WorkerDied,
-        match=r"Process \d+ of the loader died while it read .*NAME5.* exit code -11"
+        match=r"Process \d+ of the loader died, reading .*NAME5.* exit code -11"
         ".* It is time 2 in a row at the same images. .* move the image away",
     ):
         next(made)

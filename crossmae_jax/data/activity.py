@@ -18,7 +18,7 @@ from typing import NamedTuple
 _SLOT = struct.Struct("<qqd")  # process, state, seconds of the clock
 _SLOTS = 1024
 _THREADS = 4  # slots of a worker process: two threads read, one starts them
-_IDLE, _FAILED, _LEFT = 0, -1, -2  # states; others are an image's number, from 1 on
+_IDLE, _FAILED, _RAISED = 0, -1, -2  # states; others are an image's number, from 1 on
 
 _worker: int | None = None  # which worker this process is; None of one with threads
 _threads = threading.local()
@@ -77,17 +77,17 @@ class Activity:
         """Says that this worker cannot start the threads that it needs."""
         self._write(_FAILED)
 
-    def leave(self) -> None:
-        """Says that this process ends, as it was told to."""
-        self._write(_LEFT)
+    def raising(self) -> None:
+        """Says that this thread raises an error, which the parent will get."""
+        self._write(_RAISED)
 
     def processes(self) -> set[int]:
         """Returns the processes that ever read, or were ready to."""
         return {process for process, *_ in self._slots()}
 
-    def left(self) -> set[int]:
-        """Returns the processes that ended as they were told to."""
-        return {process for process, state, _ in self._slots() if state == _LEFT}
+    def raised(self) -> bool:
+        """Says whether a thread raised an error."""
+        return any(state == _RAISED for _, state, _ in self._slots())
 
     def failed(self) -> bool:
         """Says whether a worker could not start its threads."""

@@ -88,7 +88,8 @@ class Batches(Iterator[Batch]):
         self.num_workers, chunks = start(num_workers=num_workers)
         self._remaining = num_batches
         self._joiner = _Joiner(
-            loader, chunks, functools.partial(start, num_workers=self.num_workers)
+            loader, chunks, functools.partial(start, num_workers=self.num_workers),
+            self.num_workers,
         )
         # One thread, so that batches are joined in order.
         self._pool = concurrent.futures.ThreadPoolExecutor(1, "crossmae-batches")
@@ -217,6 +218,7 @@ class _Joiner:
     loader: Any
     chunks: Any
     start: Callable[..., tuple[int, Any]]
+    num_workers: int
     num_made: int = 0
     num_deaths: int = 0  # since the last chunk
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -262,28 +264,29 @@ class _Joiner:
             try:
                 chunk = next(self.chunks)
             except RuntimeError as error:
-                died = workers.died(self.loader.activity)
-                if self.stop.is_set() or not died:  # `_shut` kills them
-                    raise
-                self._replace(died, error)
+                threads = self.num_workers == 0
+                if threads or self.loader.activity.raised() or self.stop.is_set():
+                    raise  # no worker died, or `_shut` killed them
+                self._replace(error)
             else:
                 self.num_made, self.num_deaths = self.num_made + 1, 0
                 return chunk
 
-    def _replace(self, died: list[int], error: RuntimeError) -> None:
+    def _replace(self, error: RuntimeError) -> None:
         """Starts all workers anew, from the chunk that is to be made next.
 
         Raises:
           WorkerDied: if that was of no use before.
         """
         activity, source = self.loader.activity, self.loader.source
+        died = workers.ended(activity)
         read = [
             source.name(reading.index) for reading in activity.readings()
             if reading.process in died
         ]
-        who = f"Process {', '.join(map(str, died))}"
-        what = f"while it read {', '.join(read)}" if read else "while it read nothing"
-        said = f"{who} of the loader died {what}. {error}"
+        who = f"Process {', '.join(map(str, died))}" if died else "A new process"
+        what = f", reading {', '.join(read)}" if read else ", reading nothing"
+        said = f"{who} of the loader died{what}. {error}"
         self.num_deaths += 1
         if self.num_deaths == _DEATHS:
             raise workers.WorkerDied(

@@ -12,9 +12,9 @@ order. What Grain leaves to its user is done here:
 - A worker that may start no threads (limits of `ulimit` or of a container) cannot send
   what it has, not even its error: it tries for ever, and its parent waits for ever.
   Ours tries to start some first, says in `activity` that it cannot, and ends.
-- A worker that is killed, by a crash or for want of memory, is an error of Grain's, as
-  any exception of one is. Ours say in `activity` when they end in order: who has ended
-  and did not say so `died`, and `batches` starts others in their place.
+- The end of a worker that is killed, by a crash or for want of memory, is a
+  RuntimeError, as a worker itself may raise one. Ours say in `activity` when they raise;
+  an error that none raised is a death, and `batches` starts others in their place.
 - At the end of its input Grain keeps hold of the last results and their shared memory.
   Ours has no end: the reader closes the iterator when it has what it wants.
 """
@@ -29,7 +29,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from multiprocessing import util
 from typing import Any
 
 import grain
@@ -119,7 +118,7 @@ def start(
     _try_threads(num_workers * _THREADS_OF_GRAIN or threads + 1)
     dataset = (
         grain.MapDataset.range(first, _ENDLESS)
-        .map(load)
+        .map(functools.partial(_loaded, load, activity))
         .to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         )
@@ -156,11 +155,6 @@ def ended(activity: Activity) -> list[int]:
     return sorted(activity.processes() - alive - {os.getpid()})
 
 
-def died(activity: Activity) -> list[int]:
-    """Returns the workers that ended without having been told to."""
-    return [pid for pid in ended(activity) if pid not in activity.left()]
-
-
 def kill(activity: Activity) -> None:
     """Ends the worker processes, whatever they do."""
     own = activity.processes()
@@ -175,6 +169,14 @@ def print_stacks() -> None:
     for process in multiprocessing.active_children():
         if process.pid in known:
             os.kill(process.pid, _PRINT_STACKS)
+
+
+def _loaded(load: Callable[[int], Any], activity: Activity, number: int) -> Any:
+    try:
+        return load(number)
+    except BaseException:
+        activity.raising()
+        raise
 
 
 def _try_threads(number: int) -> None:
@@ -207,7 +209,6 @@ def _begin(activity: Activity, index: int, count: int) -> None:
     else:
         signal.signal(_PRINT_STACKS, signal.SIG_IGN)
     activity.enter(index)
-    util.Finalize(None, activity.leave, exitpriority=0)
     try:
         threading.Thread(
             target=_end_with_parent, args=(activity,), daemon=True
