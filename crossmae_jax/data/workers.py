@@ -13,8 +13,8 @@ order. What Grain leaves to its user is done here:
   what it has, not even its error: it tries for ever, and its parent waits for ever.
   Ours tries to start some first, says in `activity` that it cannot, and ends.
 - The end of a worker that is killed, by a crash or for want of memory, is a
-  RuntimeError, as a worker itself may raise one. Ours say in `activity` when they raise;
-  an error that none raised is a death, and `batches` starts others in their place.
+  RuntimeError, as a worker itself may raise one. Ours say in `activity` when they
+  raise; an error that none raised is a death, and `batches` starts others instead.
 - At the end of its input Grain keeps hold of the last results and their shared memory.
   Ours has no end: the reader closes the iterator when it has what it wants.
 """
