@@ -25,6 +25,7 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         epochs=epochs,
         log_every_steps=50,
         watchdog_minutes=30.0,  # without a sign of life, then the run ends; 0: never
+        log_norms=False,  # of gradients and updates, for every block
         init_from="",  # weights of any format to start from, see docs/weights.md
         init_channels="",  # "mean", "repeat", "sum": for another number of channels
         target=dict(kind="pixels", normalize=True),
@@ -48,6 +49,9 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
             clip_norm=placeholder(float),
             accum_steps=1,
             layer_decay=1.0,  # rate of a block, over that of the next one
+            # Steps whose loss or gradient is not finite, which change nothing: so many
+            # in a row end the run.
+            max_skipped_in_a_row=5,
         ),
         checkpoint=dict(
             every_epochs=1.0,

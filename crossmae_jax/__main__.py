@@ -25,6 +25,7 @@ COMMANDS = {
     "data": "crossmae_jax.commands.data",
     "doctor": "crossmae_jax.commands.doctor",
     "verify-resume": "crossmae_jax.commands.verify_resume",
+    "debug-nan": "crossmae_jax.commands.debug_nan",
 }
 
 

@@ -38,9 +38,9 @@ from crossmae_jax.evals import while_training
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
-from crossmae_jax.runs import lock, mirror, resuming, watchdog, workdir
+from crossmae_jax.runs import lock, mirror, replay, resuming, watchdog, workdir
 from crossmae_jax.runs.best import Best
-from crossmae_jax.runs.journal import Journal
+from crossmae_jax.runs.journal import Journal, NotFinite
 from crossmae_jax.train_step import TrainState
 
 _MOST_STEPS = 2**31 - 1  # the state counts them in int32
@@ -53,7 +53,7 @@ class Job:
     Attributes:
       home: where its files lie.
       images: the sources of the splits "train" and, where there is one, "eval".
-      init_key: of the parameters that are drawn.
+      init_key: of the parameters that are drawn, and `step_key` of what steps draw.
       mesh_line: how the state lies on the mesh, for people.
       abstract: shapes and shardings of the state.
       init: jitted; key -> state.
@@ -66,6 +66,7 @@ class Job:
     home: mirror.Home
     images: dict[str, sources.Source]
     init_key: Key[Array, ""]
+    step_key: Key[Array, ""]
     mesh: jax.sharding.Mesh
     mesh_line: str
     abstract: TrainState
@@ -116,7 +117,7 @@ def run(
       RestoreError: if there are checkpoints, but none that can be restored.
       KernelError: if a kernel does not compute what it should on these devices.
       OutOfMemory: if memory ends; says what the step needs, and what needs less.
-      NotFinite: if the loss is no longer finite.
+      NotFinite: if loss or gradient were not finite in too many steps in a row.
       DiskError: if the disk is full or gone; what was whole before is.
     """
     begun = time.time()
@@ -155,6 +156,7 @@ def run(
                 resumed=resumed, begun=begun,
                 images_per_step=job.config.data.batch_size,
                 steps_per_epoch=job.steps_per_epoch, watch=watch,
+                max_skipped_in_a_row=job.config.optim.max_skipped_in_a_row,
             ))
         try:
             state = train(job, state, watch.awaiting(batches), journal, stop)
@@ -191,7 +193,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     total, steps_per_epoch = _duration(config, len(images["train"]))
     # The kind of key is named: JAX's default may be set to another elsewhere.
     root = jax.random.key(config.seed, impl="threefry2x32")
-    init_key, mask_key, panel_key = jax.random.split(root, 3)
+    init_key, step_key, panel_key = jax.random.split(root, 3)
     saving = schedule.of(
         config.checkpoint, steps_per_epoch=steps_per_epoch, total=total
     )
@@ -203,8 +205,9 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         config, objective, images, mesh=mesh, directory=home.local, key=panel_key
     )
     init, step = train_step.compile_steps(
-        objective, tx, mesh, schedule=rate, key=mask_key,
-        accum_steps=config.optim.accum_steps,
+        objective, tx, mesh, schedule=rate, key=step_key,
+        accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
+        max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
     )
     workdir.check_space(
         home.path, checkpoint_bytes=sharding.num_bytes(abstract),
@@ -224,8 +227,9 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     best = _claim(config, home, images["train"], resuming=resuming)
     stack.callback(best.close)
     return Job(
-        config=config, home=home, images=images, init_key=init_key, mesh=mesh,
-        mesh_line=mesh_line, init=init, step=step, total=total,
+        config=config, home=home, images=images, init_key=init_key,
+        step_key=step_key, mesh=mesh, mesh_line=mesh_line, init=init, step=step,
+        total=total,
         abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
         steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
         checkpoints=checkpoints, best=best, weights=weights,
@@ -279,7 +283,7 @@ def begin(job: Job, resume: str) -> tuple[TrainState, bool]:
     A checkpoint comes before `init_from`, and both before drawn parameters: what a run
     has learnt is never overwritten by what it once began with.
     """
-    restored = job.checkpoints.restore_latest(job.abstract)
+    restored = job.checkpoints.restore_latest(job.abstract, younger=("skipped",))
     if restored is not None:
         step, state = restored
         parallel.say(f"RESUMED at step {step} of {job.total} from {job.home.path}")
@@ -331,12 +335,13 @@ def train(
     """Makes the steps that are left; returns the last state.
 
     Where a state is both saved and evaluated it is saved first, and the run stops when
-    it is saved: neither can lose a step. The loss is looked at before: a state whose
-    loss is not finite is none, and is never saved.
+    it is saved: neither can lose a step. Steps that are not finite are skipped on the
+    device (`optim.guard`), so a state may be saved whatever its last loss was.
 
     Raises:
       Interrupted: if `stop` is set, also while a batch is waited for; the state is
         saved then.
+      NotFinite: if too many steps in a row were skipped; the first can be made again.
     """
     first, make_step = int(state.step), journal.compiled_once(job.step)
     if first == job.checkpoints.last_step:  # a stop may have cut its evaluation short
@@ -352,6 +357,10 @@ def train(
             if stopping:
                 raise preemption.Interrupted
             evaluate(job, job.due(step), step, state, journal, stop)
+    except NotFinite as error:
+        raise replay.kept(
+            error, job.home, job.config, job.images["train"], state, key=job.step_key
+        ) from None
     except StoppedWaiting as waiting:
         journal.say(str(waiting))
         save(job, int(state.step), state, journal, wait=True)
@@ -362,8 +371,7 @@ def train(
 def save(
     job: Job, step: int, state: TrainState, journal: Journal, *, wait: bool
 ) -> None:
-    """Saves a state whose loss is finite, unless it is saved already."""
-    journal.check_finite()
+    """Saves a state, unless it is saved already."""
     with journal.spent("save"):
         if step != job.checkpoints.last_step:
             job.checkpoints.save(step, state)

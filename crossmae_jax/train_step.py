@@ -1,7 +1,7 @@
 """One step: loss -> gradient -> parameters, for every objective alike.
 
 The step is one program over all devices. It knows an objective's `init` and `loss` and
-nothing of what they compute.
+nothing of what they compute. What is not finite is left out, see `optim.guard`.
 """
 
 from collections.abc import Callable
@@ -14,15 +14,24 @@ import optax
 from jaxtyping import Array, Key
 
 from crossmae_jax.distributed import parallel, sharding
+from crossmae_jax.optim import guard, layerwise
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that changes from step to step."""
+    """Everything that changes from step to step.
+
+    Attributes:
+      skipped: how many steps changed nothing but the step, see `optim.guard`.
+    """
 
     step: Any  # i32[]; like the rest, an array or what stands for one in a tree
     variables: dict[str, Any]
     opt_state: optax.OptState
+    skipped: Any = flax.struct.field(default_factory=guard.none_skipped)
+
+
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 def init_state(
@@ -53,16 +62,38 @@ def make_train_step(
     objective: Any,
     tx: optax.GradientTransformation,
     *,
+    max_skipped_in_a_row: int | None = None,
+    **options: Any,
+) -> Step:
+    """Returns the step of `make_update`, of which only what is finite counts.
+
+    Args:
+      max_skipped_in_a_row: see `optim.guard`.
+      options: those of `make_update`.
+    """
+    update = make_update(objective, tx, **options)
+    return guard.guarded(update, max_in_a_row=max_skipped_in_a_row)
+
+
+def make_update(
+    objective: Any,
+    tx: optax.GradientTransformation,
+    *,
     schedule: Callable[[Array], Array],
     key: Key[Array, ""],
     accum_steps: int = 1,
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]:
+    log_norms: bool = False,
+) -> Step:
     """Returns `step(state, batch) -> (state, metrics)`: one update of the parameters.
 
     With `accum_steps` the batch is worked through in that many parts, one after the
     other, whose gradients are averaged in float32, and so is what the loss gives
     beside its value. It is still one step: schedule, logs and checkpoints do not change
     their meaning.
+
+    With `log_norms` the metrics have lengths of gradient and update for each part of
+    the model, "grad_norm/encoder/blocks_3": see `layerwise.norms`. The update is what
+    is added to the weights; of a step that is skipped, what would have been.
     """
 
     def step(state, batch):
@@ -92,7 +123,13 @@ def make_train_step(
         logged = aux.metrics | {
             "lr": schedule(state.step), "grad_norm": optax.tree.norm(gradient)
         }
-        return TrainState(state.step + 1, variables, opt_state), logged
+        if log_norms:
+            logged |= layerwise.norms(gradient, prefix="grad_norm/")
+            logged |= layerwise.norms(updates, prefix="update_norm/")
+        new_state = state.replace(
+            step=state.step + 1, variables=variables, opt_state=opt_state
+        )
+        return new_state, logged
 
     return step
 
@@ -104,18 +141,18 @@ def compile_steps(
     *,
     schedule: Callable[[Array], Array],
     key: Key[Array, ""],
-    accum_steps: int = 1,
+    **options: Any,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
+
+    Options are those of `make_train_step`.
 
     The state lies on the mesh as `sharding` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
     shardings = sharding.shardings(mesh, abstract_state(objective, tx, key))
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=shardings)
-    step = make_train_step(
-        objective, tx, schedule=schedule, key=key, accum_steps=accum_steps
-    )
+    step = make_train_step(objective, tx, schedule=schedule, key=key, **options)
     step = jax.jit(
         parallel.within(mesh, step), donate_argnums=0,
         out_shardings=(shardings, parallel.replicated(mesh)),

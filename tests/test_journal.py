@@ -23,7 +23,7 @@ class Loader:
 def begun(directory, clock, loader, **changes):
     options = dict(
         total=100, first_step=0, resumed=False, begun=clock.now, images_per_step=64,
-        steps_per_epoch=10.0, clock=clock,
+        steps_per_epoch=10.0, max_skipped_in_a_row=3, clock=clock,
     ) | changes
     return journal.Journal(directory, loader, **options)
 
@@ -33,8 +33,12 @@ def rows(directory):
     return [json.loads(line) for line in lines]
 
 
-def metrics_of(loss):
-    return {"loss": jnp.float32(loss), "lr": jnp.float32(0.5)}
+def metrics_of(loss, *, total=0, in_a_row=0):
+    return {
+        "loss": jnp.float32(loss), "lr": jnp.float32(0.5),
+        "grad_norm": jnp.float32(loss), "skipped_steps": jnp.int32(total),
+        "skipped_in_a_row": jnp.int32(in_a_row),
+    }
 
 
 def test_speed_is_that_of_steps_and_waiting_alone(tmp_path):
@@ -81,16 +85,54 @@ def test_what_ends_in_an_error_is_booked_too(tmp_path):
     assert seconds["evaluate"] == 5
 
 
-def test_a_number_that_is_not_finite_ends_the_run_and_is_not_written(tmp_path):
+NAN = float("nan")
+
+
+def test_a_skipped_step_is_told_and_logged_as_null_and_the_run_goes_on(
+    tmp_path, capsys
+):
     with begun(tmp_path, Clock(), Loader()) as book:
         book.stepped(1, metrics_of(0.5), log=True)
-        book.stepped(2, metrics_of(float("nan")), log=False)
-        with pytest.raises(journal.NotFinite, match="train/loss not finite at step 2"):
-            book.check_finite()
-        message = r"at step 3, still finite at step 1; .*optim\.base_lr"
+        book.stepped(2, metrics_of(NAN, total=1, in_a_row=1), log=True)
+        book.stepped(3, metrics_of(0.25, total=1), log=True)
+    first, second, third = rows(tmp_path)
+    assert second["train/loss"] is second["train/grad_norm"] is None
+    assert (first["train/skipped_steps"], third["train/skipped_steps"]) == (0, 1)
+    said = [x for x in capsys.readouterr().err.splitlines() if "skipped" in x]
+    assert said == [
+        "step 2 was skipped and changed no weight: loss nan, length of the gradient "
+        "nan; skipped so far: 1"
+    ]
+
+
+def test_of_many_skipped_steps_every_tenth_is_told(tmp_path, capsys):
+    with begun(tmp_path, Clock(), Loader()) as book:
+        for step in range(1, 35):
+            values = metrics_of(NAN, total=step, in_a_row=step % 2 + 1)
+            book.stepped(step, values, log=step == 34)
+    said = [x for x in capsys.readouterr().err.splitlines() if "was skipped" in x]
+    steps = [int(line.split()[1]) for line in said]
+    assert steps == [*range(1, 11), 20, 30]
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path):
+    with begun(tmp_path, Clock(), Loader()) as book:
+        book.stepped(1, metrics_of(NAN, total=4, in_a_row=1), log=False)
+        book.stepped(2, metrics_of(NAN, total=5, in_a_row=2), log=True)
+        message = "Not finite 3 times in a row: loss inf, length of the gradient inf"
         with pytest.raises(journal.NotFinite, match=message):
-            book.stepped(3, metrics_of(float("inf")), log=True)
-    assert [row["step"] for row in rows(tmp_path)] == [1]
+            book.stepped(3, metrics_of(float("inf"), total=6, in_a_row=3), log=True)
+    assert [row["step"] for row in rows(tmp_path)] == [2]
+
+
+def test_a_step_is_looked_at_some_steps_later_where_nothing_is_logged(tmp_path):
+    with begun(tmp_path, Clock(), Loader()) as book:
+        book.stepped(1, metrics_of(0.5), log=True)
+        for step in range(2, 8):
+            values = metrics_of(NAN, total=step - 1, in_a_row=step - 1)
+            book.stepped(step, values, log=False)
+        with pytest.raises(journal.NotFinite, match="Not finite 3 times in a row"):
+            book.stepped(8, metrics_of(NAN, total=7, in_a_row=7), log=False)
 
 
 def test_evaluations_are_written_and_shown(tmp_path, capsys):

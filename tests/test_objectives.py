@@ -43,7 +43,9 @@ def test_a_step_replaces_collections_and_averages_them_over_micro_batches(accum_
         init(jax.random.key(0)), parallel.place_batch(mesh, {"image": image})
     )
     mean = image.mean()
-    assert set(logged) == {"loss", "error", "lr", "grad_norm"}
+    assert set(logged) == {
+        "loss", "error", "lr", "grad_norm", "skipped_steps", "skipped_in_a_row"
+    }
     np.testing.assert_allclose(logged["error"], -mean, rtol=1e-6)
     np.testing.assert_allclose(logged["loss"], (image**2).mean(), rtol=1e-6)
     np.testing.assert_allclose(state.variables["params"]["w"], mean / 2, rtol=1e-6)

@@ -214,7 +214,9 @@ class Checkpoints:
         with space.saving(self.directory, self.last_step):
             self._manager.close()
 
-    def restore_latest(self, abstract_state: Any) -> tuple[int, Any] | None:
+    def restore_latest(
+        self, abstract_state: Any, *, younger: Iterable[str] = ()
+    ) -> tuple[int, Any] | None:
         """Returns the newest intact step and its state; None if nothing was ever saved.
 
         Steps that are damaged are named, and renamed to `300.damaged` once an older one
@@ -222,6 +224,8 @@ class Checkpoints:
 
         Args:
           abstract_state: `jax.ShapeDtypeStruct`s with the shardings to restore into.
+          younger: fields of the state that steps of older versions do not have; of
+            these they are zero.
 
         Raises:
           RestoreError: if there are steps and all are damaged.
@@ -232,9 +236,12 @@ class Checkpoints:
         step, damaged = _newest_intact(self.directory, items)
         if step is None:
             return None
-        _check_match(self.directory / str(step), items)
         path = self.directory / str(step)
-        restored = {
+        zeros = matching.absent(
+            items.get(OPTIMIZER, {}), lambda: tensors.stored(path / OPTIMIZER), younger
+        )
+        _check_match(path, items)
+        restored = zeros | {
             names if name == OPTIMIZER else (VARIABLES, *names): leaf
             for name, leaves in items.items()
             for names, leaf in tensors.read(path / name, leaves).items()

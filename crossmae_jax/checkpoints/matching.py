@@ -1,7 +1,10 @@
-"""In what a checkpoint and a model differ, in words."""
+"""In what a checkpoint and a model differ, in words; and what only seems to differ."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import jax
+import numpy as np
 
 from crossmae_jax.paths import AnyPath
 
@@ -9,6 +12,28 @@ _MAX_NAMES = 10  # tensors named per kind of difference
 
 Name = tuple[str, ...]  # the item, then the tensor's path in it
 Tensors = Mapping[Name, tuple[tuple[int, ...], Any]]  # shape and type
+
+
+def absent(
+    wanted: dict[Name, Any], stored: Callable[[], Iterable[Name]],
+    younger: Iterable[str],
+) -> dict[Name, jax.Array]:
+    """Takes out of what is wanted what a step lacks of some fields; returns zeros for it.
+
+    Args:
+      wanted: `jax.ShapeDtypeStruct`s with shardings, by path.
+      stored: returns the paths that the step has; called if they matter.
+      younger: fields, the first names of paths, that older steps do not have.
+    """
+    zeros = {}
+    asked = {name for name in wanted if name[0] in younger}
+    for name in asked.difference(stored()) if asked else ():
+        leaf = wanted.pop(name)
+        blank = np.zeros(leaf.shape, leaf.dtype)
+        zeros[name] = jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, blank.__getitem__
+        )
+    return zeros
 
 
 def differences(path: AnyPath, stored: Tensors, wanted: Tensors) -> str:

@@ -19,10 +19,13 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 _TOKENS = re.compile(r"encoder/(cls_token|pos_embed|patch_embed)(/|$)")
 _BLOCK = re.compile(r"encoder/blocks_(\d+)/(\w+)")
+_ANY_BLOCK = re.compile(r".*?blocks_\d+(?=/|$)")
 
 
 def names(params: Any) -> Any:
@@ -30,6 +33,27 @@ def names(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), params
     )
+
+
+def part(name: str) -> str:
+    """Returns the part of a model that a tensor or module is of.
+
+    That is its block, "decoder/blocks_3", or outside of blocks its module, down to the
+    second level: "encoder/patch_embed", "head"; "encoder" of its tokens.
+    """
+    if block := _ANY_BLOCK.match(name):
+        return block[0]
+    *modules, tensor = name.split("/")
+    return "/".join(modules[:2]) or tensor
+
+
+def norms(tree: Any, *, prefix: str = "") -> dict[str, Float[Array, ""]]:
+    """Returns the length of what a tree has of each part of a model, by its name."""
+    squares: dict[str, Array] = {}
+    for name, x in zip(jax.tree.leaves(names(tree)), jax.tree.leaves(tree)):
+        square = jnp.sum(jnp.square(x.astype(jnp.float32)))
+        squares[part(name)] = squares.get(part(name), 0.0) + square
+    return {f"{prefix}{name}": jnp.sqrt(square) for name, square in squares.items()}
 
 
 def _layer(name: str, depth: int) -> int:

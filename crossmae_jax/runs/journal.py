@@ -16,15 +16,16 @@ from jax.experimental import multihost_utils
 
 from crossmae_jax import errors
 from crossmae_jax.distributed import programs
-from crossmae_jax.runs import metrics, walltime
+from crossmae_jax.runs import metrics, skips, walltime
 from crossmae_jax.runs.progress import Progress
 from crossmae_jax.runs.watchdog import Watchdog
 
 _SHOWN = ("images_per_second", "data_wait")  # beside the loss, on the bar
+_SAID = 10  # skipped steps that have a line each; then every so many have one
 
 
 class NotFinite(errors.UserError, FloatingPointError):
-    """A loss is infinite or no number; no state was saved since it last was one."""
+    """Loss or gradient were not finite in so many steps in a row that a run ends."""
 
 
 @runtime_checkable
@@ -63,6 +64,7 @@ class Journal:
       first_step: the step that the launch goes on from.
       resumed: whether there were launches before, with a checkpoint.
       begun: when the launch began, seconds of the epoch.
+      max_skipped_in_a_row: after so many skipped steps the run ends.
       watch: is told what the run does, and that it does something.
     """
 
@@ -77,6 +79,7 @@ class Journal:
         begun: float,
         images_per_step: int,
         steps_per_epoch: float,
+        max_skipped_in_a_row: int,
         watch: Watchdog | None = None,
         clock: Callable[[], float] = time.time,
     ):
@@ -92,7 +95,8 @@ class Journal:
             directory, begun=begun, resuming=resumed,
             waited=lambda: loader.wait_seconds, clock=clock,
         )
-        self._step, self._finite_at = first_step, first_step
+        self._step = first_step
+        self._skips, self._max_skipped = skips.Skips(), max_skipped_in_a_row
         self._logged: Mapping[str, Any] = {}
         self._programs, self._open = programs.Record(), contextlib.ExitStack()
         self.latest: dict[str, float] = dict(self._writer.latest)
@@ -120,9 +124,11 @@ class Journal:
         The first step of a launch compiles, and counts as that.
 
         Raises:
-          NotFinite: if a metric to log is not finite.
+          NotFinite: if too many steps in a row were skipped; of the last few steps
+            that is known only if `log`.
         """
         self._step, self._logged = step, logged
+        self._tell(self._skips.stepped(step, logged))
         if step == self._first + 1:
             jax.block_until_ready(logged)
             before = sum(self._time.seconds("compile", "data"))
@@ -136,8 +142,8 @@ class Journal:
 
     def _log(self, step: int) -> dict[str, float]:
         """Writes the last step's metrics and the speed; returns what the bar shows."""
+        self._tell(self._skips.look())
         values = {f"train/{name}": float(v) for name, v in self._logged.items()}
-        self._check_finite(values)
         self._time.until_now("steps")
         self._time.write()
         speed = _slowest(self._speed(step))
@@ -163,11 +169,6 @@ class Journal:
             shown = (f"{name} {value:.4g}" for name, value in measured.items())
             self.say(f"step {step}  " + "  ".join(shown))
 
-    def check_finite(self) -> None:
-        """Raises NotFinite if the loss of the last step is not finite."""
-        if "loss" in self._logged:
-            self._check_finite({"train/loss": float(self._logged["loss"])})
-
     @contextlib.contextmanager
     def spent(self, kind: str) -> Iterator[None]:
         """Books the time inside as one kind, see `walltime`."""
@@ -190,16 +191,17 @@ class Journal:
         self._time.write(finished=True)
         return str(self._time)
 
-    def _check_finite(self, values: Mapping[str, float]) -> None:
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if bad:
-            raise NotFinite(
-                f"{', '.join(bad)} not finite at step {self._step}, still finite at "
-                f"step {self._finite_at}; nothing was saved since. Usual cures: lower "
-                "config.optim.base_lr, config.optim.clip_norm=1.0, "
-                "config.model.dtype=float32."
-            )
-        self._finite_at = self._step
+    def _tell(self, skipped: list[skips.Skipped]) -> None:
+        """Says which steps were skipped; ends the run if it were too many in a row."""
+        for x in skipped:
+            what = f"loss {x.loss:.4g}, length of the gradient {x.grad_norm:.4g}"
+            if x.total <= _SAID or x.total % _SAID == 0:
+                self.say(
+                    f"step {x.step} was skipped and changed no weight: {what}; "
+                    f"skipped so far: {x.total}"
+                )
+            if x.in_a_row >= self._max_skipped:
+                raise NotFinite(f"Not finite {x.in_a_row} times in a row: {what}.")
 
     def _mark(self) -> None:
         """Begins to measure speed."""

@@ -43,7 +43,9 @@ _BEFORE = {
     "data.max_pixels": 178_956_970,
     "data.max_skipped_share": 1.0,
     "data.transform": "classification",
+    "log_norms": False,
     "mesh.fsdp": 0,
+    "optim.max_skipped_in_a_row": 5,
     "optim.trust_coefficient": 0.001,
     "watchdog_minutes": 0.0,
 }

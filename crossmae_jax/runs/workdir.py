@@ -18,6 +18,8 @@
                         what a run did that stood still, see `watchdog`; of further
                         processes stacks.process_1.txt, ...
     hung.json           how often it did
+    nan_step_7.npz      a step to make again, of a run that came to numbers that are not
+                        finite; see `replay`
     bad_images.jsonl    images that could not be decoded, if any; of further processes
                         bad_images.process_1.jsonl, ...
 
@@ -66,11 +68,13 @@ RUN = ownership.Kind(
 
 # Keys that may differ when a run is resumed: where things lie, how often to look, and
 # which files are good enough: who has stopped at a bad one may repair it, or allow it.
+# Likewise who has stopped at steps that are not finite may allow more of them.
 _FREE = (
-    "log_every_steps", "checkpoint", "evals", "baselines", "data.workers",
+    "log_every_steps", "log_norms", "checkpoint", "evals", "baselines", "data.workers",
     "data.dir", "data.data_dir", "data.eval_dir", "data.eval_split",
     "data.eval_crop_ratio", "data.max_bad_share", "data.max_pixels",
-    "data.max_skipped_share", "model.remat", "mesh", "watchdog_minutes",
+    "data.max_skipped_share", "model.remat", "mesh", "optim.max_skipped_in_a_row",
+    "watchdog_minutes",
 )
 
 

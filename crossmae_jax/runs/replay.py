@@ -1,0 +1,199 @@
+"""What a run that came to numbers that are not finite leaves: a step to make again.
+
+    nan_step_48207.npz     in the workdir
+      batch/NAME           the whole batch, as the step had it
+      variables/...        weights and statistics, as the step had them
+      key                  what masks and the like are drawn with
+      about                JSON: step, configuration, names of the images, versions
+
+It is the first of the steps in a row that were skipped. Weights have not changed since,
+so those in memory are the ones that it had; its batch is made once more, as batches are
+functions of (seed, step). NumPy alone reads the file:
+
+    np.load("nan_step_48207.npz")["variables/params/encoder/cls_token"]
+
+Of several processes the first one writes it, with the weights of all.
+"""
+
+import dataclasses
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+from jax.experimental import multihost_utils
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from crossmae_jax import errors
+from crossmae_jax.data import order, pipeline, sources
+from crossmae_jax.distributed import environment
+from crossmae_jax.runs import mirror, settings
+from crossmae_jax.runs.journal import NotFinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """A step to make again.
+
+    Attributes:
+      step: its number; the weights are those after `step - 1`.
+      in_a_row: how many steps from it on were not finite.
+      names: of the images, in the order of the batch. Where an image could not be
+        decoded another stood in for it, see bad_images.jsonl.
+      versions: of the libraries that made it.
+    """
+
+    step: int
+    in_a_row: int
+    config: ConfigDict
+    key: Key[Array, ""]
+    variables: dict[str, Any]
+    batch: dict[str, np.ndarray]
+    names: list[str]
+    versions: dict[str, str]
+
+
+def kept(
+    error: NotFinite, home: mirror.Home, config: ConfigDict, images: sources.Source,
+    state: Any, *, key: Key[Array, ""],
+) -> NotFinite:
+    """Keeps the step that a run ends at; returns the error that also says where.
+
+    Called by all processes; arguments are those of `keep`.
+    """
+    path, failed = keep(home.local, config, images, state, key=key)
+    path, limit = home.name(path), config.optim.max_skipped_in_a_row
+    last = int(state.step)
+    first = last - int(state.skipped["in_a_row"]) + 1
+    where = f"Step {first} cannot be kept in {path}: {failed}" if failed else (
+        f"Batch, key and weights of step {first} are kept: python -m crossmae_jax "
+        f"debug-nan {path} names the first bad tensor and the images."
+    )
+    return NotFinite(
+        f"{error} These are steps {first} to {last}; they have changed no weight since "
+        f"step {first - 1}. {where} Usual cures: lower config.optim.base_lr, "
+        "config.optim.clip_norm=1.0, config.model.dtype=float32. To go past such "
+        f"steps, raise config.optim.max_skipped_in_a_row={limit}."
+    )
+
+
+def keep(
+    directory: Path, config: ConfigDict, images: sources.Source, state: Any,
+    *, key: Key[Array, ""],
+) -> tuple[Path, str]:
+    """Writes the step that a state came to a halt at; called by all processes.
+
+    Args:
+      images: those of training.
+      state: with the counts of `optim.guard`, and one step at least skipped in a row.
+      key: of the training step.
+
+    Returns:
+      Where the file is, and why it could not be written, "" if it was.
+    """
+    in_a_row = int(state.skipped["in_a_row"])
+    step = int(state.step) - in_a_row + 1
+    path = directory / f"nan_step_{step}.npz"
+    flat = traverse_util.flatten_dict({"variables": state.variables}, sep="/")
+    arrays = {}
+    for name, array in flat.items():
+        value = _whole(array)
+        if jax.process_index() == 0:
+            arrays[name] = value
+    if jax.process_index() != 0:
+        return path, ""
+    try:
+        batch, names = _batch(config, images, step)
+        arrays |= {f"batch/{name}": array for name, array in batch.items()}
+        about = {
+            "step": step, "in_a_row": in_a_row, "names": names,
+            "config": json.loads(config.to_json()),
+            "key_impl": str(jax.random.key_impl(key)),
+            "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
+            "versions": environment.versions(),
+        }
+        arrays["key"] = np.asarray(jax.random.key_data(key))
+        _write(path, arrays | {"about": np.array(json.dumps(about))})
+    except (errors.UserError, OSError) as error:
+        return path, str(error)
+    return path, ""
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """Returns an array of which devices of other processes may hold parts."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _batch(
+    config: ConfigDict, images: sources.Source, step: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Returns the batch of a step, of all processes, and the names of its images."""
+    data = config.data.copy_and_resolve_references()
+    data.workers, data.max_bad_share = 0, 1.0
+    with pipeline.train_batches(
+        images, data, seed=config.seed, start_step=step - 1, num_steps=1
+    ) as batches:
+        batch = next(batches)
+    first, count = (step - 1) * data.batch_size, len(images)
+    numbers = (
+        order.shuffled(sample, num_images=count, seed=config.seed)
+        for sample in range(first, first + data.batch_size)
+    )
+    return batch, [images.name(number) for number in numbers]
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a file in one step, see `paths.write_whole`."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as out:
+        np.savez(out, **arrays)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(path)
+
+
+def read(path: str | os.PathLike) -> Replay:
+    """Reads the file of a step to make again.
+
+    Raises:
+      SetupError: if it is none, or damaged.
+      FileNotFoundError: if there is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            arrays = {
+                name: file[name].view(np.dtype(dtype))
+                for name, dtype in about["dtypes"].items()
+            }
+            key = jax.random.wrap_key_data(file["key"], impl=about["key_impl"])
+        variables = {
+            name: array for name, array in arrays.items()
+            if name.startswith("variables/")
+        }
+        return Replay(
+            step=about["step"], in_a_row=about["in_a_row"], key=key,
+            config=ConfigDict(
+                settings.as_written(settings.completed(about["config"]))
+            ),
+            variables=traverse_util.unflatten_dict(variables, sep="/")["variables"],
+            batch={
+                name.removeprefix("batch/"): array for name, array in arrays.items()
+                if name.startswith("batch/")
+            },
+            names=about["names"], versions=about["versions"],
+        )
+    except (
+        AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile
+    ) as error:
+        raise errors.SetupError(
+            f"{path} is not the file of a step to make again, or is damaged ({error}); "
+            "give a nan_step_*.npz of a workdir."
+        ) from error
