@@ -422,11 +422,12 @@ def test_a_run_keeps_some_of_its_checkpoints_for_good(digits_dir, tmp_path):
     assert kept == [6, 12, 15]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
+def test_a_loss_that_stays_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     config = _config(digits_dir, optim__base_lr=1e30, optim__warmup_epochs=0.0)
-    with pytest.raises(journal.NotFinite, match="train/loss not finite at step 4"):
+    with pytest.raises(journal.NotFinite, match="These are steps 2 to 6; they have"):
         train.run(config, tmp_path)
     assert checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2).steps() == []
+    assert (tmp_path / "nan_step_2.npz").is_file()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -439,6 +440,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_unsaved(digits_dir, tmp_path):
     (dict(data__mean=(77.775,)), r"divided by 255: give mean=\(0.305,\)"),
     (dict(data__std=(0.0,)), "expected values above 0 in std"),
     (dict(log_every_steps=0), "log_every_steps=0 must be 1 or more"),
+    (dict(optim__max_skipped_in_a_row=0), "max_skipped_in_a_row=0 must be 1 or more"),
     (dict(epochs=-1.0), "config.epochs=-1.0 must be above 0"),
     (dict(epochs=float("nan")), "config.epochs=nan must be a finite number"),
     (dict(epochs=1e9), "are 15020833333 steps, and at most 2147483647 are counted"),

@@ -14,14 +14,15 @@ the same.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from flax import traverse_util
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from crossmae_jax import errors, objectives, tables
 from crossmae_jax.optim import layerwise
@@ -72,8 +73,16 @@ class Diagnosis:
 
     @property
     def images(self) -> list[int]:
-        """Places in the batch of the images that the first bad tensor is bad for."""
-        return [] if self.first_bad is None else self.first_bad.rows.tolist()
+        """Places in the batch of the images that the first bad tensor is bad for.
+
+        All, where it is not of images, such as a parameter; none if there is no such
+        tensor.
+        """
+        bad = self.first_bad
+        if bad is None:
+            return []
+        rows = bad.rows if bad.finite.ndim else range(len(self.replay.names))
+        return list(map(int, rows))
 
     def __str__(self) -> str:
         replay, bad, size = self.replay, self.first_bad, len(self.replay.names)
@@ -91,11 +100,8 @@ class Diagnosis:
             ])
         where = f" (block {bad.part})" if "blocks_" in bad.part else ""
         lines.append(f"First bad tensor: {bad.name}{where}")
-        named = self.images
-        if not named:
-            lines.append("Images: it is not of any image, and so of all.")
-        else:
-            lines.append(f"Images: {len(named)} of {size}")
+        named = self.images if len(self.images) < size else []
+        lines.append(f"Images: {len(named) or 'all'} of {size}")
         lines += ["", tables.markdown(self._around())]
         if named:
             lines += ["", tables.markdown(self._named(named))]
@@ -147,7 +153,7 @@ def diagnose(replay: Replay, *, parts: int | None = None) -> Diagnosis:
             f"--parts={parts}: expected a number that divides the {size} images of the "
             "batch."
         )
-    looked, calls = _looking(objective, replay)
+    looked, titles = _looking(objective, replay)
     found, total = [], None
     for part in range(parts):
         batch = {name: array[part::parts] for name, array in replay.batch.items()}
@@ -156,7 +162,16 @@ def diagnose(replay: Replay, *, parts: int | None = None) -> Diagnosis:
         total = gradient if total is None else jax.tree.map(np.add, total, gradient)
     joined = jax.tree.map(lambda *x: _joined(x, size), *found, is_leaf=_is_look)
     mean = jax.tree.map(lambda x: np.float32(x / parts), total)
-    return Diagnosis(replay, list(_in_order(replay, joined, mean, calls)))
+    return Diagnosis(replay, list(_in_order(replay, joined, mean, titles)))
+
+
+class _Titles(NamedTuple):
+    """Module and what of it, of all that is looked at; forward, and in the order of
+    the modules' ends.
+    """
+
+    forward: list[tuple[str, str]]
+    back: list[tuple[str, str]]
 
 
 @jax.tree_util.register_pytree_node_class
@@ -216,24 +231,32 @@ class _Watch:
 
     Args:
       zeros: for each call what is added to its floating outputs; none: nothing is.
+
+    Attributes:
+      seen: what was looked at, in order, and `titles` module and what of it that is.
+      outputs: titles of the gradients of what came out, and `shapes` zeros like that.
     """
 
     def __init__(self, size: int, zeros: list[list[Array]] | None = None):
         self.size, self.zeros = size, zeros
-        self.calls: list[str] = []
+        self.titles: list[tuple[str, str]] = []
+        self.seen: list[_Look] = []
+        self.outputs: list[tuple[str, str]] = []
         self.shapes: list[list[Array]] = []
-        self.inputs: list[_Look] = []
-        self.outputs: list[_Look] = []
 
     def __call__(self, function: Callable, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name != "__call__":
             return function(*args, **kwargs)
-        given = _look((args, kwargs), self.size)
+        module = "/".join(context.module.path) or "model"
+        before = self.titles.count((module, "input"))
+        self.titles.append((module, "input"))
+        self.seen.append(_look((args, kwargs), self.size))
         out = function(*args, **kwargs)
-        number = len(self.calls)
-        self.calls.append("/".join(context.module.path) or "model")
-        self.inputs.append(given)
-        self.outputs.append(_look(out, self.size))
+        number = len(self.outputs)
+        again = f" (call {before + 1})" if before else ""
+        self.titles.append((module, f"output{again}"))
+        self.seen.append(_look(out, self.size))
+        self.outputs.append((module, f"gradient of the output{again}"))
         self.shapes.append([jnp.zeros(x.shape, x.dtype) for x in _floats(out)])
         if self.zeros is None:
             return out
@@ -244,15 +267,13 @@ class _Watch:
         )
 
 
-def _looking(
-    objective: Any, replay: Replay
-) -> tuple[Callable[..., Any], list[str]]:
-    """Returns a function that looks at all of the step of a batch, and the modules.
+def _looking(objective: Any, replay: Replay) -> tuple[Callable[..., Any], _Titles]:
+    """Returns a function that looks at all of the step of a batch, and what at.
 
-    The function returns what it saw, and the gradient of the weights. The modules are
-    in the order in which they are called, once the function was.
+    The function returns what it saw, and the gradient of the weights. The titles are
+    there once the function was called.
     """
-    calls: list[str] = []
+    titles = _Titles([], [])
     params = replay.variables["params"]
 
     def loss(params, zeros, batch):
@@ -261,24 +282,20 @@ def _looking(
             value, aux = objective.loss(
                 {**replay.variables, "params": params}, batch, replay.key
             )
-        calls[:] = watch.calls
+        titles.forward[:], titles.back[:] = watch.titles, watch.outputs
         seen = {
             "batch": {name: _look(x, watch.size) for name, x in batch.items()},
-            "inputs": watch.inputs, "outputs": watch.outputs,
-            "loss": {"loss": _look(value)} | {
-                name: _look(x) for name, x in aux.metrics.items()
-            },
-            "collections": {
-                name: _look(x) for name, x in
-                traverse_util.flatten_dict(dict(aux.collections), sep="/").items()
+            "modules": watch.seen,
+            "results": {"loss": _look(value)} | {
+                name: _look(x) for name, x in _flat(aux.metrics | aux.collections)
             },
         }
         return value, (seen, watch.shapes)
 
     @jax.jit
     def looked(params, batch):
-        _, (_, shapes) = jax.eval_shape(functools.partial(loss, zeros=None),
-                                        params, batch=batch)
+        unseen = functools.partial(loss, zeros=None)
+        _, (_, shapes) = jax.eval_shape(unseen, params, batch=batch)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradient, back), (seen, _) = jax.grad(loss, argnums=(0, 1), has_aux=True)(
             params, zeros, batch
@@ -286,60 +303,46 @@ def _looking(
         size = len(batch["sample"])
         return seen | {"back": [_look(x, size) for x in back]}, gradient
 
-    return functools.partial(looked, params), calls
+    return functools.partial(looked, params), titles
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    """Returns what is in nested dicts by whole names, in the order of the dicts."""
+    return list(traverse_util.flatten_dict(dict(tree), sep="/").items())
 
 
 def _in_order(
-    replay: Replay, seen: dict[str, Any], gradient: Any, calls: list[str]
+    replay: Replay, seen: dict[str, Any], gradient: Any, titles: _Titles
 ) -> Iterator[Tensor]:
     """Yields all tensors in the order in which they are computed."""
 
     def tensor(name: str, look: _Look, part: str = "") -> Tensor:
         return Tensor(name, part, float(look.largest), np.asarray(look.finite))
 
-    def place(name: str) -> int:
-        """When the module of a parameter is called: the innermost that is known."""
-        modules = name.split("/")[:-1]
-        while modules and "/".join(modules) not in first:
-            modules.pop()
-        return first["/".join(modules)] if modules else -1
+    def of_module(title: tuple[str, str], look: _Look) -> Tensor:
+        module, what = title
+        return tensor(f"{module}: {what}", look, layerwise.part(f"{module}/"))
 
-    first = {name: i for i, name in reversed(list(enumerate(calls)))}
-    numbered = _numbered(calls)
+    def place(name_and_value: tuple[str, Any]) -> int:
+        """When the module of a parameter is called: the innermost that is known."""
+        modules = name_and_value[0].split("/")[:-1]
+        while modules and "/".join(modules) not in called:
+            modules.pop()
+        return called["/".join(modules)] if modules else -1
+
+    called: dict[str, int] = {}
+    for i, (module, _) in enumerate(titles.forward):
+        called.setdefault(module, i)
     for name, look in seen["batch"].items():
         yield tensor(f"batch: {name}", look)
     for collection, tree in replay.variables.items():
-        flat = traverse_util.flatten_dict(tree, sep="/")
         title = "parameter" if collection == "params" else collection
-        for name in sorted(flat, key=place):
-            yield tensor(f"{title} {name}", _look(flat[name]), layerwise.part(name))
-    for i, name in enumerate(calls):
-        part = layerwise.part(f"{name}/")
-        yield tensor(f"{numbered[i]}: input", seen["inputs"][i], part)
-        yield tensor(f"{numbered[i]}: output", seen["outputs"][i], part)
-    for name, look in (seen["loss"] | seen["collections"]).items():
+        for name, value in sorted(_flat(tree), key=place):
+            yield tensor(f"{title} {name}", _look(value), layerwise.part(name))
+    yield from map(of_module, titles.forward, seen["modules"])
+    for name, look in seen["results"].items():
         yield tensor(name, look)
-    for i in reversed(range(len(calls))):
-        part = layerwise.part(f"{calls[i]}/")
-        title = f"{numbered[i]}: gradient of the output"
-        yield tensor(title, seen["back"][i], part)
-    flat = traverse_util.flatten_dict(gradient, sep="/")
-    for name in sorted(flat, key=place, reverse=True):
-        yield tensor(f"gradient of {name}", _look(flat[name]), layerwise.part(name))
-    yield tensor("length of the gradient", _look(_length(flat)))
-
-
-def _length(gradient: dict[str, np.ndarray]) -> Float[Array, ""]:
-    """Returns the length as the step has it, which may overflow."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in gradient.values()))
-
-
-def _numbered(calls: list[str]) -> list[str]:
-    """Returns the names of modules; of one that is called again with a number."""
-    counts: dict[str, int] = {}
-    names = []
-    for name in calls:
-        counts[name] = counts.get(name, 0) + 1
-        again = f" (call {counts[name]})" if counts[name] > 1 else ""
-        names.append(f"{name}{again}")
-    return names
+    yield from map(of_module, reversed(titles.back), reversed(seen["back"]))
+    for name, value in sorted(_flat(gradient), key=place, reverse=True):
+        yield tensor(f"gradient of {name}", _look(value), layerwise.part(name))
+    yield tensor("length of the gradient", _look(optax.tree.norm(gradient)))

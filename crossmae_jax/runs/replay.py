@@ -167,7 +167,7 @@ def read(path: str | os.PathLike) -> Replay:
       FileNotFoundError: if there is no such file.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             arrays = {
                 name: file[name].view(np.dtype(dtype))
