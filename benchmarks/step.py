@@ -113,8 +113,12 @@ def _set(config: ConfigDict, override: str) -> None:
         )
 
 
-def prepare(name: str, config: ConfigDict) -> Run:
-    """Compiles a training step and runs it once."""
+def prepare(name: str, config: ConfigDict, *, guarded: bool = True) -> Run:
+    """Compiles a training step and runs it once.
+
+    Args:
+      guarded: whether what is not finite is left out, as training does.
+    """
     objective, data = OBJECTIVES[config.objective](config), config.data
     parallel.check_batch_size(
         data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
@@ -126,7 +130,8 @@ def prepare(name: str, config: ConfigDict) -> Run:
     mesh, _ = sharding.make_mesh(config, state)
     init, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=step_key,
-        accum_steps=config.optim.accum_steps,
+        accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
+        **({} if guarded else {"make": train_step.make_update}),
     )
     state = init(init_key)
     shape = (data.batch_size, *data.image_size, data.channels)

@@ -141,18 +141,19 @@ def compile_steps(
     *,
     schedule: Callable[[Array], Array],
     key: Key[Array, ""],
+    make: Callable[..., Step] = make_train_step,
     **options: Any,
 ) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
     """Returns `init(key) -> state` and the step of `make_train_step`, both jitted.
 
-    Options are those of `make_train_step`.
+    Options are those of `make_train_step`, or of `make_update` if that is to `make` it.
 
     The state lies on the mesh as `sharding` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
     shardings = sharding.shardings(mesh, abstract_state(objective, tx, key))
     init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=shardings)
-    step = make_train_step(objective, tx, schedule=schedule, key=key, **options)
+    step = make(objective, tx, schedule=schedule, key=key, **options)
     step = jax.jit(
         parallel.within(mesh, step), donate_argnums=0,
         out_shardings=(shardings, parallel.replicated(mesh)),

@@ -1,6 +1,5 @@
 """A run with steps that are not finite: it goes on, or ends and says what was first."""
 
-import json
 import shutil
 
 import jax
@@ -196,7 +195,7 @@ def test_images_are_named_whatever_the_parts_of_the_batch(kept, capsys):
 
 
 class BadGradient(Pretrain):
-    """Its loss is finite; the slope of a root at 0, of one image or a weight, is not."""
+    """Its loss is finite; the slope of a root at 0, or the length, is not."""
 
     def loss(self, variables, batch, key):
         value, aux = super().loss(variables, batch, key)

@@ -18,7 +18,7 @@ def absent(
     wanted: dict[Name, Any], stored: Callable[[], Iterable[Name]],
     younger: Iterable[str],
 ) -> dict[Name, jax.Array]:
-    """Takes out of what is wanted what a step lacks of some fields; returns zeros for it.
+    """Takes what a step lacks of some fields out of `wanted`, and returns zeros for it.
 
     Args:
       wanted: `jax.ShapeDtypeStruct`s with shardings, by path.
