@@ -128,10 +128,11 @@ def prepare(name: str, config: ConfigDict, *, guarded: bool = True) -> Run:
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     state = train_step.abstract_state(objective, tx, init_key)
     mesh, _ = sharding.make_mesh(config, state)
+    guard = {"max_skipped_in_a_row": config.optim.max_skipped_in_a_row}
     init, step = train_step.compile_steps(
         objective, tx, mesh, schedule=schedule, key=step_key,
         accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
-        **({} if guarded else {"make": train_step.make_update}),
+        **(guard if guarded else {"make": train_step.make_update}),
     )
     state = init(init_key)
     shape = (data.batch_size, *data.image_size, data.channels)

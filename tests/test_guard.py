@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import guard as guard_benchmark
 from benchmarks import step as step_benchmark
 from crossmae_jax import train_step
 from crossmae_jax.data import pipeline
@@ -253,3 +254,20 @@ def test_lengths_of_gradient_and_update_are_logged_for_each_part():
     found = {name: float(x) for name, x in logged.items() if "norm/" in name}
     assert found == pytest.approx(expected, rel=1e-5)
     assert logged["grad_norm"] == pytest.approx((0.25 + 2) ** 0.5, rel=1e-5)
+
+
+def test_the_benchmark_sets_the_guard_beside_no_guard(capsys):
+    guard_benchmark.main([
+        "--config=configs/finetune_digits.py", "--batch=8", "--steps=3",
+        "--override=model.encoder.size=W16-D1-H2/4", "--override=data.num_classes=10",
+    ])
+    said = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith("|")][2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0] for row in cells] == [
+        "without", "guarded", "guarded, lengths of blocks"
+    ]
+    operations = [float(row[4]) for row in cells]
+    assert operations == sorted(operations) and operations[0] == 1 < operations[1]
+    assert "finetune_digits, batch 8, 3 steps in turns" in said
+    assert "On the host" in said

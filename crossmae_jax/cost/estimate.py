@@ -231,7 +231,9 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
         state = train_step.abstract_state(objective, tx, key)
         mesh, line = sharding.make_mesh(config, state, devices)
     _, step = train_step.compile_steps(
-        objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps
+        objective, tx, mesh, schedule=schedule, key=key, accum_steps=accum_steps,
+        log_norms=config.log_norms,
+        max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
     )
     batch = pipeline.blank_batch(data, batch_size=data.batch_size)
     state = parallel.with_sharding(state, sharding.shardings(mesh, state))
