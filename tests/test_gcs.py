@@ -19,7 +19,7 @@ from crossmae_jax.convert import ConversionError, starting
 from crossmae_jax.data import pipeline, sources
 from crossmae_jax.data.sets import digits, imagenet
 from crossmae_jax.report import run_page
-from crossmae_jax.runs import mirror, workdir
+from crossmae_jax.runs import journal, mirror, replay, workdir
 from tests import bucket as buckets
 from tests import test_train
 from tests.image_files import config as settings
@@ -330,6 +330,23 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     like = jax.eval_shape(objectives.make(config).init, jax.random.key(0))
     plan = starting.plan(RUN, like, config)  # config.init_from
     assert not plan.new and RUN in "\n".join(plan.report)
+
+
+def test_a_step_to_make_again_is_kept_in_the_bucket(bucket, digits_dir):
+    config = test_train._config(digits_dir)
+    state = train.TrainState(
+        jax.numpy.asarray(2), {"params": {"w": jax.numpy.arange(3.0)}}, (),
+        {"total": jax.numpy.asarray(1), "in_a_row": jax.numpy.asarray(1)},
+    )
+    with mirror.opened(RUN) as home:
+        error = replay.kept(
+            journal.NotFinite("Not finite."), home, config,
+            sources.make_source(config.data, "train"), state, key=jax.random.key(0),
+        )
+    assert f"debug-nan {RUN}/nan_step_2.npz names" in str(error)
+    kept = replay.read(f"{RUN}/nan_step_2.npz")
+    assert (kept.step, kept.config.seed) == (2, config.seed)
+    np.testing.assert_array_equal(kept.variables["params"]["w"], [0, 1, 2])
 
 
 def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):

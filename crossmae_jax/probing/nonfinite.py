@@ -30,14 +30,15 @@ from crossmae_jax.runs.replay import Replay
 
 _AROUND = 3  # tensors that are shown before the first bad one, and after it
 _MOST_IMAGES = 20
+_GRADIENT, _LENGTH = "gradient of ", "length of the gradient"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
     """What is known of a tensor of the step.
 
     Attributes:
-      name: "encoder/blocks_3/attn: gradient of its output", for people.
+      name: "encoder/blocks_3/attn: gradient of the output", for people.
       part: of the model, see `layerwise.part`; "" outside of it.
       largest: the largest magnitude of what is finite.
       finite: whether all of it is, [b] for each image, or one for the whole.
@@ -110,6 +111,10 @@ class Diagnosis:
     def _around(self) -> tables.Table:
         at = self.tensors.index(self.first_bad)
         shown = self.tensors[max(0, at - _AROUND):at + _AROUND + 1]
+        if self.first_bad.name == _LENGTH:  # so what makes it long is of interest
+            parts = [x for x in self.tensors if x.name.startswith(_GRADIENT)]
+            parts.sort(key=lambda tensor: tensor.largest, reverse=True)
+            shown = [*parts[:2 * _AROUND], self.first_bad]
         return tables.Table(
             ("tensor, in the order of computation", "largest finite", "not finite"),
             tuple((x.name, f"{x.largest:.3g}", _extent(x)) for x in shown),
@@ -344,5 +349,5 @@ def _in_order(
         yield tensor(name, look)
     yield from map(of_module, reversed(titles.back), reversed(seen["back"]))
     for name, value in sorted(_flat(gradient), key=place, reverse=True):
-        yield tensor(f"gradient of {name}", _look(value), layerwise.part(name))
-    yield tensor("length of the gradient", _look(optax.tree.norm(gradient)))
+        yield tensor(f"{_GRADIENT}{name}", _look(value), layerwise.part(name))
+    yield tensor(_LENGTH, _look(optax.tree.norm(gradient)))

@@ -29,9 +29,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors
+from crossmae_jax import errors, paths
 from crossmae_jax.data import order, pipeline, sources
 from crossmae_jax.distributed import environment
+from crossmae_jax.paths import AnyPath
 from crossmae_jax.runs import mirror, settings
 from crossmae_jax.runs.journal import NotFinite
 
@@ -159,15 +160,16 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary.replace(path)
 
 
-def read(path: str | os.PathLike) -> Replay:
-    """Reads the file of a step to make again.
+def read(path: str | AnyPath) -> Replay:
+    """Reads the file of a step to make again, on a disk or in a bucket.
 
     Raises:
       SetupError: if it is none, or damaged.
       FileNotFoundError: if there is no such file.
     """
+    path = paths.path(path)
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             arrays = {
                 name: file[name].view(np.dtype(dtype))
