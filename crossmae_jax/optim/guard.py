@@ -3,8 +3,9 @@
     finite    loss, length of the gradient, and new statistics such as a batch norm's
     skipped   what is not: weights, moments and statistics stay as they were
 
-It is decided inside the compiled step, by numbers that all devices have anyway, so a
-step costs no more and nobody waits for anybody. A gradient whose length overflows
+It is decided inside the compiled step, by numbers that all devices have anyway; nobody
+waits for anybody. The price is that no weight can be changed before the last gradient
+is there, so that all gradients are in memory at once. A gradient whose length overflows
 counts as not finite: its square, a moment, would be infinite. Of a batch in
 micro-batches one bad part makes the whole step bad.
 
