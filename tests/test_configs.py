@@ -33,7 +33,7 @@ PRETRAIN_NAMES, CLASSIFY_NAMES = (
 
 KEYS = {
     "seed": int, "objective": str, "epochs": float, "log_every_steps": int,
-    "watchdog_minutes": float, "baselines": bool,
+    "watchdog_minutes": float, "log_norms": bool, "baselines": bool,
     "init_from": str, "init_channels": str,
     "model": {
         "encoder": {"kind": str, "size": str, "mlp_ratio": float},
@@ -57,7 +57,7 @@ KEYS = {
         "base_lr": float, "min_lr": float, "warmup_epochs": float,
         "weight_decay": float, "b1": float, "b2": float, "lr_scale": str,
         "clip_norm": None, "accum_steps": int, "name": str, "decay_tokens": bool,
-        "layer_decay": float, "trust_coefficient": float,
+        "layer_decay": float, "trust_coefficient": float, "max_skipped_in_a_row": int,
     },
     "data": {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,
