@@ -5,94 +5,33 @@ started again it goes on from its newest checkpoint, and ends with the same weig
 for bit, as if it had never stopped: the data order and the masks are functions of
 (seed, sample number), and the state holds the rest.
 
-    plan    everything that the user can have got wrong; nothing is computed
+    plan    everything that the user can have got wrong; nothing is computed (`job`)
     begin   the state: of a checkpoint, of other weights, or drawn
     train   step, log, save, stop, evaluate, in this order
     close   the last evaluation, baselines, the table and the page
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from crossmae_jax import errors, objectives, paths, ranges, train_step
-from crossmae_jax.checkpoints import checkpointer, schedule, space
-from crossmae_jax.convert import starting
+from crossmae_jax import errors, paths
+from crossmae_jax.checkpoints import space
 from crossmae_jax.cost import out_of_memory
-from crossmae_jax.data import content, order, pipeline, sources
+from crossmae_jax.data import pipeline, sources
 from crossmae_jax.data.batches import Batch, StoppedWaiting
-from crossmae_jax.distributed import (
-    cluster,
-    environment,
-    parallel,
-    preemption,
-    sharding,
-)
-from crossmae_jax.evals import while_training
+from crossmae_jax.distributed import environment, parallel, preemption
+from crossmae_jax.job import Job, plan
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
 from crossmae_jax.runs import lock, mirror, replay, resuming, watchdog, workdir
-from crossmae_jax.runs.best import Best
 from crossmae_jax.runs.journal import Journal, NotFinite
 from crossmae_jax.train_step import TrainState
-
-_MOST_STEPS = 2**31 - 1  # the state counts them in int32
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What a run is going to do, and with what; made by `plan`.
-
-    Attributes:
-      home: where its files lie.
-      images: the sources of the splits "train" and, where there is one, "eval".
-      init_key: of the parameters that are drawn, and `step_key` of what steps draw.
-      mesh_line: how the state lies on the mesh, for people.
-      abstract: shapes and shardings of the state.
-      init: jitted; key -> state.
-      step: jitted; (state, batch) -> (state, metrics).
-      total: steps of the whole run.
-      weights: what to start from where there is no checkpoint; none: drawn parameters.
-    """
-
-    config: ConfigDict
-    home: mirror.Home
-    images: dict[str, sources.Source]
-    init_key: Key[Array, ""]
-    step_key: Key[Array, ""]
-    mesh: jax.sharding.Mesh
-    mesh_line: str
-    abstract: TrainState
-    init: jax.stages.Wrapped
-    step: jax.stages.Wrapped
-    total: int
-    steps_per_epoch: float
-    saving: schedule.Schedule
-    evaluations: while_training.Evaluations
-    checkpoints: checkpointer.Checkpoints
-    best: Best
-    weights: list[starting.Start]
-
-    def logs(self, step: int) -> bool:
-        """Says whether metrics are logged after a step; they are at each save, too."""
-        return step % self.config.log_every_steps == 0
-
-    def saves(self, step: int) -> bool:
-        """Says whether a checkpoint is due after a step; one always is at the end."""
-        return step == self.total or self.saving.saves(step)
-
-    def due(self, step: int) -> list[str]:
-        """Returns which evaluations run after a step; those at the end are apart."""
-        if step == self.total:
-            return []
-        return self.evaluations.due(step, self.steps_per_epoch)
 
 
 def run(
@@ -167,114 +106,6 @@ def run(
                 "run the same command again to go on"
             )
             raise SystemExit(preemption.REQUEUE) from None
-
-
-def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> Job:
-    """Puts together a run, and finds out whether its parts fit each other.
-
-    Args:
-      stack: closes what is opened here.
-
-    Raises:
-      ValueError: if configuration, data or directory contradict each other.
-    """
-    cluster.check_same(config.to_json(sort_keys=True) + str(home.path))
-    ranges.check_finite(config)
-    order.check_seed(config.seed)
-    images = {"train": sources.make_source(config.data, "train")}
-    classes = images["train"].classes
-    config = objectives.with_classes(config, len(classes))
-    objective = objectives.make(config)
-    if held_out := sources.make_source(config.data, "eval", classes=classes):
-        images["eval"] = held_out
-    parallel.check_batch_size(
-        config.data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
-    )
-    total, steps_per_epoch = _duration(config, len(images["train"]))
-    # The kind of key is named: JAX's default may be set to another elsewhere.
-    root = jax.random.key(config.seed, impl="threefry2x32")
-    init_key, step_key, panel_key = jax.random.split(root, 3)
-    saving = schedule.of(
-        config.checkpoint, steps_per_epoch=steps_per_epoch, total=total
-    )
-    rate = optimizers.make_schedule(config, steps_per_epoch=steps_per_epoch)
-    tx = optimizers.make_optimizer(config, rate)
-    abstract = train_step.abstract_state(objective, tx, init_key)
-    mesh, mesh_line = sharding.make_mesh(config, abstract)
-    evaluations = while_training.Evaluations(
-        config, objective, images, mesh=mesh, directory=home.local, key=panel_key
-    )
-    init, step = train_step.compile_steps(
-        objective, tx, mesh, schedule=rate, key=step_key,
-        accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
-        max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
-    )
-    workdir.check_space(
-        home.path, checkpoint_bytes=sharding.num_bytes(abstract),
-        keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
-    )
-    checkpoints = checkpointer.Checkpoints(
-        home.path / "checkpoints", keep=config.checkpoint.keep,
-        keep_every=saving.keep_every, before_save=home.push,
-    )
-    stack.callback(checkpoints.close)
-    resuming = bool(checkpoints.steps())
-    weights = []
-    if not resuming:
-        weights = starting.plan_all(
-            objective.starts, abstract.variables, config, classes=classes
-        )
-    best = _claim(config, home, images["train"], resuming=resuming)
-    stack.callback(best.close)
-    return Job(
-        config=config, home=home, images=images, init_key=init_key,
-        step_key=step_key, mesh=mesh, mesh_line=mesh_line, init=init, step=step,
-        total=total,
-        abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
-        steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
-        checkpoints=checkpoints, best=best, weights=weights,
-    )
-
-
-def _duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
-    """Returns the number of steps, and steps per epoch, which need not be whole."""
-    ranges.check("log_every_steps", config.log_every_steps, least=1)
-    ranges.check("epochs", config.epochs, above=0)
-    total = int(config.epochs * num_images // config.data.batch_size)
-    if total < 1:
-        raise ValueError(
-            f"epochs={config.epochs} of {num_images} images do not fill one batch of "
-            f"{config.data.batch_size}; raise config.epochs or lower "
-            "config.data.batch_size."
-        )
-    if total > _MOST_STEPS:
-        raise ValueError(
-            f"epochs={config.epochs} are {total} steps, and at most {_MOST_STEPS} are "
-            "counted; lower config.epochs."
-        )
-    return total, num_images / config.data.batch_size
-
-
-def _claim(
-    config: ConfigDict, home: mirror.Home, images: sources.Source, *, resuming: bool
-) -> Best:
-    """Makes the directory, or checks that it is this run's; opens its best state."""
-    dataset = {
-        "num_images": len(images), "fingerprint": images.fingerprint,
-        "classes": list(images.classes), "content": content.digests(images),
-    }
-    reordered = workdir.claim(
-        home.local, config, resuming=resuming, dataset=dataset, name=home.path,
-        image_name=images.name,
-    )
-    if reordered:
-        parallel.say(
-            f"sums are made in another order now ({'; '.join(reordered)}): weights "
-            "agree to rounding with those of a run without the change, not to the bit"
-        )
-    if home.local == home.path:
-        cluster.check_shared(home.local / "config.json")
-    return Best(home, config, dataset)
 
 
 def begin(job: Job, resume: str) -> tuple[TrainState, bool]:

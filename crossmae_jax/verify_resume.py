@@ -170,7 +170,7 @@ def verify(
             f"The run was to be killed after step {drawn}, but had made and saved all "
             f"{steps} before the signal came; give more --steps."
         )
-    compared = _compare(directory / "undisturbed", directory / "killed", steps)
+    compared = compare(directory / "undisturbed", directory / "killed", steps)
     return Verdict(drawn, kill_step, resumed_step, *compared)
 
 
@@ -285,7 +285,7 @@ def _last_step(path: Path) -> int:
     return max((row["step"] for row in metrics.rows(path)), default=0)
 
 
-def _compare(
+def compare(
     one: Path, other: Path, step: int
 ) -> tuple[tuple[int, int], list[Difference], list[Difference]]:
     """Returns how many arrays and values there are, and those that differ."""

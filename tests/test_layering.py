@@ -23,7 +23,7 @@ ROWS = (
     ("objectives", "visualize", "train_step"),
     ("report", "convert", "cost"),
     ("evals",),
-    ("train", "probing"),
+    ("job", "train", "probing"),
     ("sweep", "verify_resume"),
     ("main", "commands", "__main__"),
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configs import digits_cross
-from crossmae_jax import errors, train, verify_resume
+from crossmae_jax import errors, job, verify_resume
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.commands import verify_resume as command
 from crossmae_jax.distributed import determinism
@@ -67,7 +67,7 @@ def test_a_run_that_is_killed_on_two_devices_is_found_equal(digits_dir, tmp_path
 def test_a_short_form_has_so_many_steps_and_the_same_model(digits_dir, steps):
     config = _config(digits_dir)
     short = verify_resume.shortened(config, steps=steps, save_every=2)
-    total, steps_per_epoch = train._duration(short, 1442)
+    total, steps_per_epoch = job.duration(short, 1442)
     assert total == steps
     assert max(1, round(short.checkpoint.every_epochs * steps_per_epoch)) == 2
     for group in ("data", "loss", "masking", "model", "seed", "target"):
@@ -91,9 +91,9 @@ def _run(directory, value, loss, *, dtype=np.float32):
 
 def test_what_differs_is_named_with_how_much(tmp_path):
     one = _run(tmp_path / "one", [1.0, 2.0], 0.5)
-    same = verify_resume._compare(one, _run(tmp_path / "same", [1.0, 2.0], 0.5), 2)
+    same = verify_resume.compare(one, _run(tmp_path / "same", [1.0, 2.0], 0.5), 2)
     assert same == ((3, 1), [], [])  # neither the step nor a time is compared
-    counts, arrays, lines = verify_resume._compare(
+    counts, arrays, lines = verify_resume.compare(
         one, _run(tmp_path / "other", [1.0, 2.25], 0.75), 2
     )
     assert arrays == [("variables/params/w", 0.25)]
@@ -104,7 +104,7 @@ def test_what_differs_is_named_with_how_much(tmp_path):
     assert "variables/params/w differs by 0.25" in said
     assert "step 2, train/loss differs by 0.25" in said
     other = _run(tmp_path / "type", [1.0, 2.0], None, dtype=np.float16)
-    _, arrays, lines = verify_resume._compare(one, other, 2)
+    _, arrays, lines = verify_resume.compare(one, other, 2)
     assert arrays == [("variables/params/w", float("inf"))]
     assert lines == [("step 2, train/loss", float("inf"))]
 

@@ -83,6 +83,31 @@ def test_threads_that_do_not_come_back_are_named_and_left_at_a_stop(spoken):
         time.sleep(0.01)
 
 
+def test_threads_that_read_ahead_are_left_behind_as_well(spoken):
+    first, ahead = threading.Event(), threading.Event()
+
+    class TwoBatches(Source):
+        def __len__(self):
+            return 16
+
+        def __getitem__(self, index):
+            if index == 10:
+                ahead.wait()
+            return super().__getitem__(index)
+
+    made = _batches(TwoBatches(first.wait), stop=lambda: bool(spoken))
+    with pytest.raises(batches.StoppedWaiting), made:
+        next(made)
+    first.set()
+    assert made._joiner.idle.wait(10)  # the batch that was asked for is there
+    assert batches.any_left_behind()
+    ahead.set()
+    deadline = time.monotonic() + 10
+    while batches.any_left_behind():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_worker_processes_are_named_and_ended_at_a_stop(spoken, tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "_PATIENCE", 3.0)  # Grain looks each second
     os.mkfifo(tmp_path / "pipe")

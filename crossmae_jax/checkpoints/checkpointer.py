@@ -37,8 +37,6 @@ from crossmae_jax.checkpoints import digests, matching, space, steps, tensors
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
 
-VARIABLES = "variables"
-OPTIMIZER = "optimizer"
 NOTES = "notes"
 _NOTES_FILE = "metadata"  # the name that Orbax gives to a JSON item
 _NONE, _ALL_DAMAGED = -1, -2  # what process 0 tells the others instead of a step
@@ -96,7 +94,7 @@ class Checkpoints:
                     "it); removing it."
                 )
                 paths.remove(path)
-            steps.settle(self.directory, (VARIABLES,))
+            steps.settle(self.directory, (tensors.VARIABLES,))
         ocp.multihost.sync_global_processes("crossmae_jax:steps_settled")
         policies = ocp.checkpoint_managers
         kept = [policies.LatestN(keep)]
@@ -140,7 +138,7 @@ class Checkpoints:
           FileError: if nothing can be written into the directory.
           OSError: or whatever else made the previous save fail in the background.
         """
-        items = _split(state)
+        items = tensors.by_item(state)
         for name, leaves in items.items():
             for path, leaf in leaves.items():
                 if not isinstance(leaf, jax.Array):
@@ -198,7 +196,7 @@ class Checkpoints:
         self._manager.reload()
         self.save(step, state, wait=True, notes=notes)
         if jax.process_index() == 0:
-            steps.settle(self.directory, (VARIABLES,))
+            steps.settle(self.directory, (tensors.VARIABLES,))
 
     def wait(self) -> None:
         """Waits until the last save is committed.
@@ -232,25 +230,26 @@ class Checkpoints:
           MismatchError: if the newest intact step does not fit `abstract_state`.
         """
         self.wait()
-        items = _split(abstract_state)
+        items = tensors.by_item(abstract_state)
         step, damaged = _newest_intact(self.directory, items)
         if step is None:
             return None
         path = self.directory / str(step)
         zeros = matching.absent(
-            items.get(OPTIMIZER, {}), lambda: tensors.stored(path / OPTIMIZER), younger
+            items.get(tensors.OPTIMIZER, {}),
+            lambda: tensors.stored(path / tensors.OPTIMIZER), younger,
         )
         _check_match(path, items)
         restored = zeros | {
-            names if name == OPTIMIZER else (VARIABLES, *names): leaf
+            names if name == tensors.OPTIMIZER else (tensors.VARIABLES, *names): leaf
             for name, leaves in items.items()
             for names, leaf in tensors.read(path / name, leaves).items()
         }
         self._put_aside(damaged)
         self.last_step = step
-        names = [_names(path) for path, _ in _leaves(abstract_state)]
         return step, jax.tree.unflatten(
-            jax.tree.structure(abstract_state), [restored[name] for name in names]
+            jax.tree.structure(abstract_state),
+            [restored[name] for name in tensors.leaf_names(abstract_state)],
         )
 
     def _write_digests(self) -> None:
@@ -281,7 +280,7 @@ def read_notes(step: AnyPath) -> dict[str, Any] | None:
 def newest_step(directory: str | AnyPath) -> int:
     """Returns the newest intact step; raises RestoreError if there is none."""
     directory = paths.absolute(directory)
-    step, _ = _newest_intact(directory, (VARIABLES,))
+    step, _ = _newest_intact(directory, (tensors.VARIABLES,))
     if step is None:
         contents = steps.contents(directory)
         raise RestoreError(f"No checkpoint in {directory}; {contents}.")
@@ -310,13 +309,13 @@ def restore_variables(
     if step is None:
         step = newest_step(directory)
     else:
-        _check_intact(directory, step, (VARIABLES,))
+        _check_intact(directory, step, (tensors.VARIABLES,))
     path = directory / str(step)
     if abstract_variables is None:
-        return traverse_util.unflatten_dict(tensors.read(path / VARIABLES))
-    items = _split({VARIABLES: abstract_variables})
+        return traverse_util.unflatten_dict(tensors.read(path / tensors.VARIABLES))
+    items = tensors.by_item({tensors.VARIABLES: abstract_variables})
     _check_match(path, items)
-    restored = tensors.read(path / VARIABLES, items[VARIABLES])
+    restored = tensors.read(path / tensors.VARIABLES, items[tensors.VARIABLES])
     return jax.tree.unflatten(
         jax.tree.structure(abstract_variables), list(restored.values())
     )
@@ -328,7 +327,7 @@ def restore_arrays(directory: str | AnyPath, step: int) -> dict[str, np.ndarray]
     Raises:
       RestoreError: if there is no such step, or it is not intact.
     """
-    directory, items = paths.absolute(directory), (VARIABLES, OPTIMIZER)
+    directory, items = paths.absolute(directory), (tensors.VARIABLES, tensors.OPTIMIZER)
     _check_intact(directory, step, items)
     return {
         "/".join((item, *names)): np.asarray(leaf) for item in items
@@ -392,29 +391,3 @@ def _check_match(path: AnyPath, items: dict[str, tensors.Leaves]) -> None:
             theirs |= {(item, *names): value for names, value in stored.items()}
     if ours != theirs:
         raise MismatchError(matching.differences(path, theirs, ours))
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _names(path: tuple) -> tuple[str, ...]:
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def _split(state: Any) -> dict[str, tensors.Leaves]:
-    """Returns the state's leaves by item, each under its path as a tuple of names."""
-    items: dict[str, tensors.Leaves] = {}
-    for path, leaf in _leaves(state):
-        names = _names(path)
-        if names[:1] == (VARIABLES,):
-            items.setdefault(VARIABLES, {})[names[1:]] = leaf
-        else:
-            items.setdefault(OPTIMIZER, {})[names] = leaf
-    bare = any(() in leaves for leaves in items.values())
-    if VARIABLES not in items or bare:
-        raise ValueError(
-            "A state to save or restore needs a field `variables` with arrays in it; "
-            f"got {type(state).__name__}."
-        )
-    return items

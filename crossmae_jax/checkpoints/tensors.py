@@ -10,6 +10,9 @@ from flax import traverse_util
 
 from crossmae_jax.paths import AnyPath
 
+VARIABLES = "variables"
+OPTIMIZER = "optimizer"
+
 Leaves = dict[tuple[str, ...], Any]  # by their paths
 
 
@@ -40,3 +43,32 @@ def read(item: AnyPath, leaves: Leaves | None = None) -> Leaves:
         tree = reader.restore(item, traverse_util.unflatten_dict(leaves))
     restored = traverse_util.flatten_dict(tree)
     return {names: restored[names] for names in leaves}
+
+
+def leaf_names(state: Any) -> list[tuple[str, ...]]:
+    """Returns the paths of a state's leaves, as names, in the order of its leaves."""
+    return [
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    ]
+
+
+def by_item(state: Any) -> dict[str, Leaves]:
+    """Returns a state's leaves by the item that they are saved in, and their paths.
+
+    Raises:
+      ValueError: if it has no field `variables` with arrays in it.
+    """
+    items: dict[str, Leaves] = {}
+    for path, leaf in zip(leaf_names(state), jax.tree.leaves(state), strict=True):
+        if path[:1] == (VARIABLES,):
+            items.setdefault(VARIABLES, {})[path[1:]] = leaf
+        else:
+            items.setdefault(OPTIMIZER, {})[path] = leaf
+    bare = any(() in leaves for leaves in items.values())
+    if VARIABLES not in items or bare:
+        raise ValueError(
+            "A state to save or restore needs a field `variables` with arrays in it; "
+            f"got {type(state).__name__}."
+        )
+    return items

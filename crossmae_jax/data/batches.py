@@ -44,7 +44,7 @@ _CAUSES = (
     "away. -11 is a crash: move the image away."
 )
 
-_left_behind: list["_Joiner"] = []  # that could not be ended
+_left_behind: list[Callable[[], bool]] = []  # say whether threads still read
 
 
 class StoppedWaiting(Exception):
@@ -184,7 +184,7 @@ def any_left_behind() -> bool:
 
     Python waits for all threads before it ends; they may never end.
     """
-    return any(not joiner.idle.is_set() for joiner in _left_behind)
+    return any(still_read() for still_read in _left_behind)
 
 
 def _shut(
@@ -193,18 +193,34 @@ def _shut(
 ) -> None:
     joiner.stop.set()
     pool.shutdown(wait=False, cancel_futures=True)
-    if not joiner.idle.wait(_PATIENCE):
+
+    def still_read() -> bool:
+        # One thread joins what others read; these may be held up longer than it is.
+        reading = num_workers == 0 and bool(activity.readings())
+        return reading or not joiner.idle.is_set()
+
+    if not _comes_true(lambda: not still_read()):
         if num_workers:
             workers.kill(activity)
         # No thread can be ended from outside.
-        if not (num_workers and joiner.idle.wait(_PATIENCE)):
-            _left_behind.append(joiner)
+        if not (num_workers and _comes_true(lambda: not still_read())):
+            _left_behind.append(still_read)
             logging.warning("Threads that read images do not end; they are left.")
             activity.remove()
             return
     pool.shutdown(wait=True)
     joiner.close()
     activity.remove()
+
+
+def _comes_true(condition: Callable[[], bool]) -> bool:
+    """Says whether a condition holds within the time that workers get."""
+    end = time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 @dataclasses.dataclass

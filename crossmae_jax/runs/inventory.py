@@ -12,11 +12,18 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors, paths
-from crossmae_jax.checkpoints import checkpointer, digests, schedule, space, steps
+from crossmae_jax.checkpoints import (
+    checkpointer,
+    digests,
+    schedule,
+    space,
+    steps,
+    tensors,
+)
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.runs import records, workdir
 
-_ITEMS = (checkpointer.VARIABLES, checkpointer.OPTIMIZER)
+_ITEMS = (tensors.VARIABLES, tensors.OPTIMIZER)
 _STATES = {
     "unfinished": "never completed", "put aside": "put aside as damaged",
     "replaced": "being replaced",
