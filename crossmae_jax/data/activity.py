@@ -78,15 +78,19 @@ class Activity:
         self._write(_FAILED)
 
     def raising(self) -> None:
-        """Says that this thread raises an error, which the parent will get."""
-        self._write(_RAISED)
+        """Says that this worker raises an error, which the parent will get.
+
+        In a slot of its own: its threads may read on.
+        """
+        if _worker is not None:
+            self._put(_worker * (_THREADS + 1) + _THREADS, _RAISED)
 
     def processes(self) -> set[int]:
         """Returns the processes that ever read, or were ready to."""
         return {process for process, *_ in self._slots()}
 
     def raised(self) -> bool:
-        """Says whether a thread raised an error."""
+        """Says whether a worker raised an error."""
         return any(state == _RAISED for _, state, _ in self._slots())
 
     def failed(self) -> bool:
@@ -128,7 +132,10 @@ class Activity:
         if number is None:
             number = _threads.number = next(_numbers)
         if _worker is not None:
-            number = _worker * _THREADS + number % _THREADS
+            number = _worker * (_THREADS + 1) + number % _THREADS
+        self._put(number, state)
+
+    def _put(self, number: int, state: int) -> None:
         at = number % _SLOTS * _SLOT.size
         _SLOT.pack_into(self._board, at, os.getpid(), state, time.monotonic())
 
