@@ -36,12 +36,13 @@ class Run:
     Attributes:
       process: the newest; None before the first.
       launches: how often it was started.
+      reached: the last step that was logged when a process had ended.
     """
 
     def __init__(self, config: Path, workdir: Path, images: Path):
         self.workdir, self.images = workdir, images
         self.process: subprocess.Popen | None = None
-        self.launches = 0
+        self.launches = self.reached = 0
         self._config, self._begin = config, 0
         self._log = workdir.with_suffix(".log")
 
@@ -96,7 +97,7 @@ class Run:
             status = self.process.wait(_LONGEST)
         except subprocess.TimeoutExpired:
             raise Unexpected(f"it has not ended in {_LONGEST} s:\n{self.said()}")
-        said = self.said()
+        said, self.reached = self.said(), self.step()
         if status not in statuses or not re.search(saying, said):
             raise Unexpected(
                 f"it ended with status {status}, expected {statuses} and a line with "
@@ -112,6 +113,7 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.reached = self.step()
 
     def workers(self) -> list[int]:
         """Returns its loader processes."""
@@ -137,7 +139,7 @@ def _until_phase(run: Run, phase: str) -> None:
         run.wait_until(lambda: "images, " in run.said(), "the list of images")
         return
     if phase == "compile":
-        run.wait_until(lambda: "steps of" in run.said(), "the first step's line")
+        run.wait_until(lambda: "attention " in run.said(), "what the step takes")
         return
     run.wait_until(lambda: "first step" in run.said(), "the first step")
     if phase == "save":
@@ -204,7 +206,7 @@ def second_start(run: Run, _: random.Random) -> str:
     """The same command, once more, while the run trains."""
     _until_phase(run, "step")
     other = subprocess.run(run.command(), capture_output=True, text=True, check=False)
-    if other.returncode != _REFUSED or "run.lock" not in other.stderr:
+    if other.returncode != _REFUSED or "in use by" not in other.stderr:
         raise Unexpected(f"a second start was not refused:\n{other.stderr[-3000:]}")
     _goes_on(run)
     return "refused the second, went on"

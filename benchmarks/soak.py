@@ -68,7 +68,7 @@ def write_digits(directory: Path) -> None:
 
 
 def config_of(images: Path, *, epochs: float) -> ConfigDict:
-    """Returns what both runs train: evaluations and saves in every epoch."""
+    """Returns what both runs train: with a save twice an epoch, and evaluations."""
     config = digits_cross.get_config()
     config.epochs, config.log_every_steps = epochs, 5
     config.data.source, config.data.name = "folder", ""
@@ -77,8 +77,8 @@ def config_of(images: Path, *, epochs: float) -> ConfigDict:
     config.optim.warmup_epochs = min(5.0, epochs / 4)
     config.checkpoint.update(every_epochs=0.5, best="eval/knn/top1")
     config.evals = {
-        "knn": dict(config.evals.knn.to_dict(), every_epochs=1.0),
-        "reconstruction": dict(config.evals.reconstruction.to_dict(), every_epochs=4.0),
+        "knn": dict(config.evals.knn.to_dict(), every_epochs=4.0),
+        "reconstruction": dict(config.evals.reconstruction.to_dict(), every_epochs=8.0),
     }
     config.baselines = False
     return config
@@ -124,13 +124,13 @@ def among_faults(run: faults.Run, rng: random.Random) -> list[Happened]:
             if not run.running() and run.process.returncode != 0:
                 run.start()
                 run.wait_until(lambda: "RESUMED" in run.said(), "its first lines")
-            happened.append(Happened(name, before, did, _again(run, before, launches)))
+            happened.append(Happened(name, before, did, _again(run, launches)))
             print(f"step {before:6d}  {name}: {did}", flush=True)
     finally:
         run.kill()
 
 
-def _again(run: faults.Run, before: int, launches: int) -> int:
+def _again(run: faults.Run, launches: int) -> int:
     """Returns how many steps are made a second time."""
     if run.launches == launches:
         return 0
@@ -138,7 +138,7 @@ def _again(run: faults.Run, before: int, launches: int) -> int:
         int(line.split()[3]) for line in run.said().splitlines()
         if line.startswith("RESUMED at step ")
     ]
-    return max(0, before - resumed[-1]) if resumed else before
+    return max(0, run.reached - resumed[-1]) if resumed else run.reached
 
 
 def table(happened: list[Happened]) -> str:
