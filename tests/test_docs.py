@@ -67,3 +67,15 @@ def test_the_python_of_a_page_runs(path, directory):
 
 def test_pages_with_python_are_found():
     assert {path.name for path in PAGES} == CHECKS.keys()
+
+
+def test_every_fault_in_the_page_of_faults_has_the_test_that_it_names():
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (?!fault|---)", line)]
+    named = [re.search(r"`(test_\w+)` \|$", row) for row in rows]
+    assert len(rows) > 20 and all(named), rows
+    written = {
+        name for path in (ROOT / "tests").glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert {name[1] for name in named} <= written
