@@ -21,6 +21,7 @@ from pathlib import Path
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.runs import metrics
 
+EVALUATED = 45  # steps between evaluations
 SAVED = 75
 _REFUSED = 1
 _LONGEST = 300  # seconds that a run may take to do what is waited for
@@ -146,8 +147,8 @@ def _until_phase(run: Run, phase: str) -> None:
         saving = run.workdir / "checkpoints"
         run.wait_until(lambda: bool(steps.unfinished(saving)), "a save")
     elif phase == "evaluate":
-        told = run.said().count("eval/knn")
-        run.wait_until(lambda: run.said().count("eval/knn") > told, "an evaluation")
+        due = (run.step() // EVALUATED + 1) * EVALUATED
+        run.wait_until(lambda: run.step() >= due, "an evaluation")
     else:
         before = run.step()
         run.wait_until(lambda: run.step() > before, "a step")

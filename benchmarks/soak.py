@@ -77,7 +77,7 @@ def config_of(images: Path, *, epochs: float) -> ConfigDict:
     config.optim.warmup_epochs = min(5.0, epochs / 4)
     config.checkpoint.update(every_epochs=0.5, best="eval/knn/top1")
     config.evals = {
-        "knn": dict(config.evals.knn.to_dict(), every_epochs=4.0),
+        "knn": dict(config.evals.knn.to_dict(), every_epochs=4.0),  # faults.EVALUATED
         "reconstruction": dict(config.evals.reconstruction.to_dict(), every_epochs=8.0),
     }
     config.baselines = False

@@ -73,10 +73,11 @@ def run(
         stack.enter_context(space.writing(directory))
         stack.enter_context(lock.held(directory))
         home = stack.enter_context(mirror.opened(directory))
+        about = stack.enter_context(out_of_memory.advising(config, alive=watch.alive))
         with errors.setting_up():
             job = plan(config, home, stack)
         watch.alive()
-        stack.enter_context(out_of_memory.advising(job.config))
+        about.config = job.config
         state, resumed = begin(job, resume)
         first = int(state.step)
         watch.alive()

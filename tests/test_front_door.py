@@ -139,11 +139,9 @@ def test_every_declared_package_is_used():
     used = {
         DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in project_imports()
     }
-    # TFDS imports two, but declares the first for Linux only and the second for old
-    # Pythons only. JAX imports filelock where its compilation cache has a limit.
-    assert declared()[""] - used <= {
-        "array-record", "importlib-resources", "filelock"
-    }
+    # TFDS imports both, but declares the first for Linux only and the second for old
+    # Pythons only.
+    assert declared()[""] - used <= {"array-record", "importlib-resources"}
 
 
 def test_neither_tensorflow_nor_torch_is_needed():

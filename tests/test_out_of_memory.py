@@ -41,10 +41,10 @@ def main(argv):
         most = pages * resource.getpagesize() + MORE
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
-    def then_all(config):
+    def then_all(config, alive):
         # An accelerator that is full leaves the compiler what the host has.
         resource.setrlimit(resource.RLIMIT_AS, 2 * (resource.RLIM_INFINITY,))
-        return advice(config)
+        return advice(config, alive)
 
     check, train.check_kernels = train.check_kernels, then_no_more
     advice, out_of_memory.advice = out_of_memory.advice, then_all

@@ -67,6 +67,24 @@ def test_programs_are_kept_up_to_a_size(settings, tmp_path, monkeypatch):
     programs.keep()
     assert settings.jax_compilation_cache_dir == str(tmp_path / "crossmae_jax/programs")
     assert settings.jax_compilation_cache_max_size == 5_000_000_000
+    settings.update("jax_compilation_cache_dir", None)
+    settings.update("jax_compilation_cache_max_size", -1)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")  # no limit
+    programs.keep()
+    assert settings.jax_compilation_cache_max_size == -1
+
+
+def test_a_program_that_was_cut_short_is_removed(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    place = programs.directory()
+    place.mkdir(parents=True)
+    for name in ("jit_step-1-cache", "jit_step-1-atime", "jit_step-2-cache"):
+        (place / name).write_bytes(b"12345678")
+    programs.keep()
+    assert {path.name for path in place.glob("jit*")} == {
+        "jit_step-1-cache", "jit_step-1-atime"
+    }
 
 
 def test_the_environment_comes_first(settings, tmp_path, monkeypatch):
@@ -95,17 +113,20 @@ def test_what_cannot_be_kept_is_compiled(settings, tmp_path, monkeypatch):
 def test_a_function_that_is_compiled_again_says_which_argument_changed():
     said, record = [], programs.Record()
     with record.listening():
-        step = programs.once(
+        step = programs.Once(
             jax.jit(lambda state, batch: state["w"] + batch["x"].sum()),
             ("state", "batch"), record, said.append,
         )
         state, batch = {"w": jnp.float32(1)}, {"x": jnp.ones(4)}
+        jax.jit(lambda x: x + 3)(batch["x"])  # somebody else's
+        assert step.told() == ""
         for _ in range(3):
             assert step(state, batch) == 5
-        assert not said
+        assert not said and len(record.programs) > 1
+        assert step.told() == record.told(len(record.programs) - 1)
         step(state, {"x": jnp.ones(3)})
         assert "WARNING: compiled again" in said[0]
-        assert said[0].endswith("s: batch['x'] was float32[4], is float32[3]")
+        assert said[0].endswith(": batch['x'] was float32[4], is float32[3]")
         step(state, {"x": jnp.ones(3)})
         assert len(said) == 1
         moved = jax.device_put(jnp.ones(4), jax.devices()[1])

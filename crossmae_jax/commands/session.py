@@ -43,6 +43,11 @@ def command(*, error_status: int = 1) -> Callable[[Main], Main]:
             except SystemExit as stopping:
                 _leave_threads(stopping.code)
                 raise
+            except BaseException:  # a bug, or a second Ctrl-C
+                if _threads_left():
+                    traceback.print_exc()
+                    _leave_threads(1)
+                raise
             _leave_threads(status)
             return status
 
@@ -51,13 +56,18 @@ def command(*, error_status: int = 1) -> Callable[[Main], Main]:
     return decorate
 
 
+def _threads_left() -> bool:
+    # What was never imported has left nothing.
+    batches = sys.modules.get("crossmae_jax.data.batches")
+    return batches is not None and batches.any_left_behind()
+
+
 def _leave_threads(status: int | str | None) -> None:
     """Ends the process if threads of the loader read that nothing can end.
 
     Python itself would wait for them, as long as a disk does not answer.
     """
-    batches = sys.modules.get("crossmae_jax.data.batches")
-    if batches is None or not batches.any_left_behind():
+    if not _threads_left():
         return
     if isinstance(status, str):
         print(status, file=sys.stderr)

@@ -7,8 +7,9 @@
 it was. `python -m crossmae_jax train` is the same. Everything else can be called from a
 notebook: `train.run(config, workdir)`.
 
-Exit status 2 if the command line is wrong, 1 if configuration, data and directory do
-not fit each other, 75 if it was interrupted or stood still: run it again.
+Exit status 2 if the command line is wrong; 1 for any other error, such as settings,
+data and directory that do not fit each other, numbers that are not finite, a disk or a
+memory that is full; 75 if it was interrupted or stood still: run it again.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Settings with which a step that does not fit into memory may fit, and by how much."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -80,13 +80,15 @@ def candidates(config: ConfigDict, current: Estimate) -> list[Iterator[dict[str,
 
 
 def suggest(
-    config: ConfigDict, current: Estimate, *, num_tests: int
+    config: ConfigDict, current: Estimate, *, num_tests: int,
+    alive: Callable[[], None] = lambda: None,
 ) -> list[Suggestion]:
     """Returns settings that may make a configuration fit that does not.
 
     Args:
       num_tests: how many compilations may be spent on finding out whether they do. One
         that does not is followed by the next stronger.
+      alive: called before each of them.
     """
     suggestions = []
     for way in candidates(config, current):
@@ -94,6 +96,7 @@ def suggest(
             tried = None
             if num_tests > 0:
                 num_tests -= 1
+                alive()
                 changed = estimate.with_settings(config, settings)
                 tried = estimate.estimate(changed, current.target)
             suggestions.append(Suggestion(settings, tried))

@@ -5,8 +5,9 @@ for the last bytes says little about which setting would have saved them.
 """
 
 import contextlib
+import dataclasses
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from ml_collections import ConfigDict
@@ -22,15 +23,28 @@ class OutOfMemory(errors.UserError, MemoryError):
     """The memory of a device, or of the host, is not enough."""
 
 
+@dataclasses.dataclass
+class Advice:
+    """What is advised about, which may be known better while the run begins."""
+
+    config: ConfigDict
+
+
 @contextlib.contextmanager
-def advising(config: ConfigDict) -> Iterator[None]:
-    """Says of a run that memory ended with what it needs, and how it needs less.
+def advising(
+    config: ConfigDict, *, alive: Callable[[], None] = lambda: None
+) -> Iterator[Advice]:
+    """Says of a run whose memory ends what it needs, and how it needs less.
+
+    Args:
+      alive: called before each compilation, which takes its time.
 
     Raises:
       OutOfMemory: in place of what Python or XLA raise when memory runs out.
     """
+    about = Advice(config)
     try:
-        yield
+        yield about
     except OutOfMemory:
         raise
     except MemoryError as error:
@@ -44,7 +58,9 @@ def advising(config: ConfigDict) -> Iterator[None]:
         # What failed holds arrays, and compiling for a GPU tries kernels out on it.
         traceback.clear_frames(error.__traceback__)
         parallel.say(f"Out of memory{_said(error)}")  # lest nobody come to know it
-        raise OutOfMemory(f"Out of memory{_said(error)}\n{advice(config)}") from error
+        raise OutOfMemory(
+            f"Out of memory{_said(error)}\n{advice(about.config, alive)}"
+        ) from error
 
 
 def _said(error: BaseException) -> str:
@@ -60,7 +76,7 @@ def _host() -> str:
     )
 
 
-def advice(config: ConfigDict) -> str:
+def advice(config: ConfigDict, alive: Callable[[], None]) -> str:
     """Returns what the step of a configuration needs on these devices, and what less.
 
     Compiles the step, and some settings that should do; of several processes, which do
@@ -73,6 +89,7 @@ def advice(config: ConfigDict) -> str:
         )
     parallel.say("Compiling settings that may fit ...")
     try:
+        alive()
         found = estimate.estimate(config, "this")
         verdict = f"Does the step fit? {estimate_text.verdict(found)}."
         if found.fits != "no":
@@ -80,7 +97,9 @@ def advice(config: ConfigDict) -> str:
                 f"{verdict} So something else takes the memory: an evaluation, or "
                 "another process on this device."
             )
-        suggestions = fitting.suggest(config, found, num_tests=_TESTS)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        return f"There is not enough memory to compile what may fit{_said(error)}"
+        suggestions = fitting.suggest(
+            config, found, num_tests=_TESTS, alive=alive
+        )
+    except (jax.errors.JaxRuntimeError, MemoryError, errors.UserError) as error:
+        return f"What may fit could not be compiled{_said(error)}"
     return f"{verdict}\n{estimate_text.told(suggestions)}"

@@ -199,15 +199,16 @@ def _shut(
         reading = num_workers == 0 and bool(activity.readings())
         return reading or not joiner.idle.is_set()
 
+    _left_behind.append(still_read)  # first: a second Ctrl-C may cut the wait short
     if not _comes_true(lambda: not still_read()):
         if num_workers:
             workers.kill(activity)
         # No thread can be ended from outside.
         if not (num_workers and _comes_true(lambda: not still_read())):
-            _left_behind.append(still_read)
             logging.warning("Threads that read images do not end; they are left.")
             activity.remove()
             return
+    _left_behind.remove(still_read)
     pool.shutdown(wait=True)
     joiner.close()
     activity.remove()

@@ -4,7 +4,7 @@ JAX compiles a program for the shapes that it is first called with, which takes 
 for a large model. What was compiled is kept by JAX's persistent compilation cache, so
 that a run that goes on, an evaluation or another seed begin at once. A program that is
 compiled again and again, because one of its arguments changes, makes a run many times
-slower without a word; `once` has that word.
+slower without a word; `Once` has that word.
 
 Source: JAX documentation, "Persistent compilation cache".
 """
@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 
 _MOST_BYTES = 5 * 10**9  # of all programs on disk; the least recently used are removed
+_LOCK_SECONDS = 10.0  # JAX's own patience with it
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _FROM_DISK = "/jax/compilation_cache/cache_hits"
 _SHARED = (
@@ -35,14 +37,16 @@ def directory() -> Path:
 
 
 def keep() -> None:
-    """Makes JAX keep what it compiles, up to 5 GB, in a directory of this machine.
+    """Makes JAX keep what it compiles, up to 5 GB, under the user's ~/.cache.
 
     What the environment says comes first: JAX_COMPILATION_CACHE_DIR (another directory,
     a bucket too), JAX_COMPILATION_CACHE_MAX_SIZE (bytes), and
     JAX_ENABLE_COMPILATION_CACHE=false. Of several processes only the first would write,
-    and those on other hosts find nothing in a directory of its machine: there, nothing
-    is kept unless the environment names a directory. To be called when the processes of
-    a command have joined, before anything is compiled.
+    and those on other hosts may not see its files: there, nothing is kept unless the
+    environment names a directory. What a kill has cut short is removed.
+
+    To be called when the processes of a command have joined, before anything is
+    compiled.
     """
     if jax.config.jax_compilation_cache_dir or jax.distributed.is_initialized():
         return
@@ -51,13 +55,26 @@ def keep() -> None:
     try:
         path = directory()
         path.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path, os.W_OK)
+        _remove_unfinished(path)
     except (OSError, RuntimeError):  # RuntimeError: nobody's home
         return
-    if writable:
-        jax.config.update("jax_compilation_cache_dir", str(path))
-        if jax.config.jax_compilation_cache_max_size < 0:
-            jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    if "JAX_COMPILATION_CACHE_MAX_SIZE" not in os.environ:
+        jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Removes programs that were not written to their end.
+
+    JAX writes a program and then the time of its last use, under this lock. A program
+    without a time is one that was cut short, and JAX keeps none any more as long as it
+    lies there.
+    """
+    with filelock.FileLock(path / ".lockfile", timeout=_LOCK_SECONDS):
+        for program in path.glob("*-cache"):
+            name = program.name.removesuffix("-cache")
+            if not program.with_name(f"{name}-atime").exists():
+                program.unlink()
 
 
 def _kept_in() -> str:
@@ -126,35 +143,43 @@ class Record:
             self._from_disk = False
 
 
-def once(
-    function: Callable, names: tuple[str, ...], record: Record,
-    warn: Callable[[str], None],
-) -> Callable:
-    """Returns a jitted function that warns whenever it is compiled again.
+class Once:
+    """A jitted function that warns whenever it is compiled again.
 
     Args:
       names: of its arguments, which are trees of arrays.
       record: that listens while the function is called.
       warn: called with a line that names the arrays which are other than at first.
     """
-    first: dict[str, str] = {}
 
-    def called(*arguments):
-        before = len(record.programs)
-        result = function(*arguments)
-        if len(record.programs) > before:
+    def __init__(
+        self, function: Callable, names: tuple[str, ...], record: Record,
+        warn: Callable[[str], None],
+    ):
+        self._function, self._names = function, names
+        self._record, self._warn = record, warn
+        self._first: dict[str, str] = {}
+        self._first_told = ""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls the function."""
+        before = len(self._record.programs)
+        result = self._function(*arguments)
+        if len(self._record.programs) > before:
             # Of arrays that the call has used up, shape and sharding are still known.
-            now = _described(dict(zip(names, arguments, strict=True)))
-            if first:
-                seconds = sum(each.seconds for each in record.programs[before:])
-                warn(
-                    f"WARNING: compiled again, {seconds:.1f} s: {_changes(first, now)}"
+            now = _described(dict(zip(self._names, arguments, strict=True)))
+            told = self._record.told(before)
+            if self._first:
+                self._warn(
+                    f"WARNING: compiled again, {told}: {_changes(self._first, now)}"
                 )
             else:
-                first.update(now)
+                self._first, self._first_told = now, told
         return result
 
-    return called
+    def told(self) -> str:
+        """Returns what it took to get the program, in words; "" before there is one."""
+        return self._first_told
 
 
 def _described(arguments: dict[str, Any]) -> dict[str, str]:

@@ -80,6 +80,8 @@ class Evaluation:
       name: of the state, in the names of files, such as "step_00000042".
       wanted: what the evaluators will ask for, see `wanted`; of splits that do not
         exist nothing is extracted.
+      alive: called between the parts of what takes long beside the batches; raises
+        where the evaluation is to stop.
       num_replaced: by split, how many images could not be decoded and were replaced by
         their neighbours; filled by whoever made `batches`.
     """
@@ -94,6 +96,7 @@ class Evaluation:
     directory: pathlib.Path | None = None
     name: str = ""
     wanted: Sequence[Wanted] = ()
+    alive: Callable[[], None] = lambda: None
     num_replaced: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 

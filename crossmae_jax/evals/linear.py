@@ -15,9 +15,8 @@ each other, not with published tables.
 """
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -73,6 +72,7 @@ class Linear:
         return Result(evaluate(
             train, evaluation.features_of("eval"), l2s=self.l2s,
             max_iterations=self.max_iterations, tolerance=self.tolerance,
+            alive=evaluation.alive,
         ))
 
 
@@ -98,6 +98,7 @@ def evaluate(
     l2s: Sequence[float] = L2S,
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Returns the share of test images classified correctly, and the chosen l2.
 
@@ -105,6 +106,7 @@ def evaluate(
       l2s: regularisations to choose from.
       max_iterations: L-BFGS steps at most, for each fit.
       tolerance: largest absolute entry of the gradient at which a fit has converged.
+      alive: called before each fit.
 
     Raises:
       ValueError: for unlabelled or mismatched features, or l2s that cannot be used.
@@ -116,10 +118,13 @@ def evaluate(
     standardise = _standardiser(train.values)
     train = train._replace(values=standardise(train.values))
     test = test._replace(values=standardise(test.values))
-    solve = functools.partial(
-        fit, num_classes=num_classes, max_iterations=max_iterations,
-        tolerance=tolerance,
-    )
+
+    def solve(train, **options):
+        alive()
+        return fit(
+            train, num_classes=num_classes, max_iterations=max_iterations,
+            tolerance=tolerance, **options,
+        )
 
     chosen = l2s[0]
     if len(l2s) > 1:

@@ -177,6 +177,10 @@ def of_sources(
       stop: ends the evaluation with `preemption.Interrupted` once it is set.
       given: of the model, as `evaluator.Evaluation` has it: `predict` at least.
     """
+    def look() -> None:
+        if stop is not None and stop.is_set():
+            raise preemption.Interrupted
+
     def batches(split: str, num_images: int | None) -> Iterator[evaluator.Batch]:
         with pipeline.eval_batches(
             opened[split], data, batch_size=_batch_size(data, mesh, num_images),
@@ -186,8 +190,7 @@ def of_sources(
         ) as made:
             try:
                 for batch in made:
-                    if stop is not None and stop.is_set():
-                        raise preemption.Interrupted
+                    look()
                     yield batch
             except StoppedWaiting:
                 raise preemption.Interrupted from None
@@ -197,7 +200,7 @@ def of_sources(
         batches=batches, directory=workdir,
         num_images={split: len(source) for split, source in opened.items()},
         place=lambda batch: parallel.place_batch(mesh, batch),
-        wanted=wanted, **given,
+        wanted=wanted, alive=look, **given,
     )
     return evaluation
 

@@ -99,6 +99,7 @@ class Journal:
         self._skips, self._max_skipped = skips.Skips(), max_skipped_in_a_row
         self._logged: Mapping[str, Any] = {}
         self._programs, self._open = programs.Record(), contextlib.ExitStack()
+        self._make_step: programs.Once | None = None
         self.latest: dict[str, float] = dict(self._writer.latest)
         self._time.until_now("start")
         self._watch.started(first_step)
@@ -116,7 +117,10 @@ class Journal:
 
     def compiled_once(self, step: Callable) -> Callable:
         """Returns a step that is said to be compiled again, should that happen."""
-        return programs.once(step, ("state", "batch"), self._programs, self.say)
+        self._make_step = programs.Once(
+            step, ("state", "batch"), self._programs, self.say
+        )
+        return self._make_step
 
     def stepped(self, step: int, logged: Mapping[str, Any], *, log: bool) -> None:
         """Takes note of a step; its metrics are fetched and written only if `log`.
@@ -134,7 +138,7 @@ class Journal:
             before = sum(self._time.seconds("compile", "data"))
             self._time.until_now("compile")
             seconds = sum(self._time.seconds("compile", "data")) - before
-            compiling = self._programs.told()
+            compiling = self._make_step.told() if self._make_step else ""
             self.say(f"first step: {seconds:.1f} s{compiling and f'; {compiling}'}")
             self._mark()
         self._watch.stepped(step)

@@ -34,6 +34,7 @@ from typing import Any, TextIO, TypeVar
 import jax
 
 from crossmae_jax import errors, paths, ranges
+from crossmae_jax.checkpoints import steps
 from crossmae_jax.data import workers
 from crossmae_jax.distributed import preemption
 from crossmae_jax.paths import AnyPath
@@ -147,8 +148,10 @@ class _Guard:
 
     def _end(self) -> None:
         silent, phase = self._watch.silent(), self._watch.phase
-        if self._watch.first not in (None, self._noted["step"]):  # a newer checkpoint
-            self._noted = {"times": 0, "step": self._watch.first}
+        newest = [self._watch.first]  # unless the disk still answers
+        _for_a_while(lambda: newest.extend(self._saved()))
+        if newest[-1] not in (None, self._noted["step"]):  # a newer checkpoint
+            self._noted = {"times": 0, "step": newest[-1]}
         times = self._noted["times"] + 1
         status = preemption.REQUEUE if times < _TIMES else 1
         text = self._text(silent, phase, times)
@@ -158,6 +161,9 @@ class _Guard:
             together = min(_TOGETHER, 30 * self._minutes)
             time.sleep(together if self._index else 2 * together)
         os._exit(status)
+
+    def _saved(self) -> list[int]:
+        return steps.committed(self._directory / "checkpoints")
 
     def _text(self, silent: float, phase: str, times: int) -> str:
         watch = self._watch
@@ -213,8 +219,8 @@ def watching(directory: AnyPath, *, minutes: float) -> Iterator[Watchdog]:
         yield watch
         return
     guard = _Guard(watch, directory, minutes)
-    guard.start()
     try:
+        guard.start()
         yield watch
     finally:
         guard.stop()
