@@ -87,13 +87,16 @@ def test_a_host_without_memory_says_what_takes_it(config):
 
 
 def test_where_the_step_fits_something_else_takes_the_memory(config):
-    config.data.batch_size = 8
+    small, signs = config.copy_and_resolve_references(), []
+    small.data.batch_size = 8
+    advising = out_of_memory.advising(config, alive=lambda: signs.append(1))
     with (
         pytest.raises(out_of_memory.OutOfMemory, match=r"fit\? yes: .*") as error,
-        out_of_memory.advising(config),
+        advising as about,
     ):
+        about.config = small
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")
-    assert "an evaluation, or another process" in str(error.value)
+    assert "an evaluation, or another process" in str(error.value) and signs
     assert "more" not in str(error.value).splitlines()[0]
 
 

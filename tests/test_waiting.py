@@ -4,6 +4,8 @@ import gc
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -106,6 +108,26 @@ def test_threads_that_read_ahead_are_left_behind_as_well(spoken):
     while batches.any_left_behind():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_bug_ends_a_program_whose_threads_are_left():
+    program = """if True:
+        import threading
+        from crossmae_jax.commands import session
+        from crossmae_jax.data import batches
+
+        @session.command()
+        def main(argv):
+            threading.Thread(target=threading.Event().wait).start()
+            batches._left_behind.append(lambda: True)
+            raise KeyError("a bug")
+
+        main([])
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1 and "KeyError: 'a bug'" in ended.stderr
 
 
 def test_worker_processes_are_named_and_ended_at_a_stop(spoken, tmp_path, monkeypatch):

@@ -169,6 +169,10 @@ def test_a_newer_checkpoint_is_progress(tmp_path, ended):
     assert hang(400)[:2] == (REQUEUE, 1)
     (tmp_path / "hung.json").write_text("{}")  # damaged: counted anew
     assert hang(400)[:2] == (REQUEUE, 1)
+    assert hang(400)[:2] == (REQUEUE, 2)
+    (tmp_path / "checkpoints" / "450").mkdir(parents=True)  # of this launch
+    assert hang(400) == (REQUEUE, 1, 450, "compile")
+    assert hang(None) == (REQUEUE, 2, 450, "start")
 
 
 def test_the_phase_is_that_of_what_is_waited_for():
