@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
 from crossmae_jax import errors
-from crossmae_jax.checkpoints import checkpointer, digests, schedule
+from crossmae_jax.checkpoints import checkpointer, digests, schedule, steps
 from crossmae_jax.distributed import parallel
 
 
@@ -124,6 +124,18 @@ def test_some_stay_for_good_beside_the_newest(tmp_path):
             checkpoints.save(step, make_state(step))
         checkpoints.close()
     assert checkpoints.steps() == [3, 6, 8, 9]
+
+
+@pytest.mark.parametrize("later", [0, 5])
+def test_what_stays_for_good_does_so_whatever_the_settings_become(tmp_path, later):
+    for last, keep_every in ((7, 3), (10, later), (13, 0)):  # three launches
+        checkpoints = checkpointer.Checkpoints(tmp_path, keep=2, keep_every=keep_every)
+        for step in range(max(checkpoints.steps(), default=0) + 1, last + 1):
+            checkpoints.save(step, make_state(step))
+        checkpoints.close()
+    for_good = [3, 6, 10] if later else [3, 6]
+    assert steps.for_good(tmp_path) == for_good
+    assert checkpoints.steps() == [*for_good, 12, 13]
 
 
 @pytest.mark.parametrize("every, kept, steps_per_epoch, expected", [

@@ -12,7 +12,7 @@ import pytest
 from configs import digits_cross
 from crossmae_jax import __main__ as front_door
 from crossmae_jax import errors
-from crossmae_jax.checkpoints import checkpointer, digests, space
+from crossmae_jax.checkpoints import checkpointer, digests, space, steps
 from crossmae_jax.runs import inventory, lock, workdir
 from tests.test_checkpoint import flip, make_state, payload
 
@@ -181,6 +181,16 @@ def test_what_the_run_keeps_for_good_stays(run, call):
     status, _, err = call("prune", run, "--keep=1", "--yes")
     assert status == 2 and "has no num_images; give --keep_every=STEPS" in err
     assert names(run) == ["20", "40"]
+    assert call("prune", run, "--keep=1", "--keep_every=0", "--yes")[0] == 0
+    assert names(run) == ["40"]
+
+
+def test_what_the_run_once_kept_for_good_stays(run, call):
+    steps.mark_for_good(run / "checkpoints" / "10", 10)
+    status, out, _ = call("prune", run, "--keep=1", "--yes")
+    assert status == 0 and "keep    10  kept for good, as it was saved to be" in out
+    assert names(run) == ["10", "40"]
+    assert call("verify", run)[0] == 0
     assert call("prune", run, "--keep=1", "--keep_every=0", "--yes")[0] == 0
     assert names(run) == ["40"]
 

@@ -4,6 +4,7 @@
     directory/300/optimizer/    all other state: the step and the optimiser's moments
     directory/300/notes/        what is known of this state and of no other, if anything
     directory/300/SHA256SUMS    digests of all (`sha256sum -c SHA256SUMS`)
+    directory/300/FOR_GOOD      in a step that stays when newer ones are saved
 
 Orbax writes and restores the arrays. It has no digests of its own: a flipped byte comes
 back as wrong weights without a word. So each step gets a list of digests while its
@@ -60,7 +61,8 @@ class Checkpoints:
     `jax.Array`s with the weights in its field `variables`.
 
     Args:
-      keep_every: steps that are a multiple of it stay for good; 0: none do.
+      keep_every: steps that are a multiple of it stay for good, whatever it is later;
+        0: none of those to come do.
       before_save: called before each save: a step finds in its place what this puts
         there, and nobody finds the step without.
 
@@ -83,7 +85,7 @@ class Checkpoints:
     ):
         if keep < 1:
             raise ValueError(f"keep={keep} checkpoints; expected at least 1.")
-        self._before_save = before_save
+        self._before_save, self._keep_every = before_save, keep_every
         self.directory = paths.absolute(directory)
         self.last_step: int | None = None
         self._warned = False  # that room is getting short
@@ -97,7 +99,8 @@ class Checkpoints:
             steps.settle(self.directory, (tensors.VARIABLES,))
         ocp.multihost.sync_global_processes("crossmae_jax:steps_settled")
         policies = ocp.checkpoint_managers
-        kept = [policies.LatestN(keep)]
+        for_good = policies.CustomSteps(steps.for_good(self.directory))
+        kept = [policies.LatestN(keep), for_good]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
         self._manager = ocp.CheckpointManager(
@@ -255,7 +258,10 @@ class Checkpoints:
     def _write_digests(self) -> None:
         final = self.directory / str(self.last_step)
         temporary = final.with_name(final.name + ocp.utils.TMP_DIR_SUFFIX)
-        digests.write(temporary if temporary.exists() else final)
+        path = temporary if temporary.exists() else final
+        if self._keep_every and self.last_step % self._keep_every == 0:
+            steps.mark_for_good(path, self._keep_every)
+        digests.write(path)
 
     def _put_aside(self, damaged: Iterable[int]) -> None:
         """Renames damaged steps, so that the run can write these steps again."""

@@ -14,6 +14,7 @@ from crossmae_jax import errors, paths
 from crossmae_jax.checkpoints import digests
 from crossmae_jax.paths import AnyPath
 
+_FOR_GOOD = "FOR_GOOD"
 _REPLACED = ".replaced"
 # Names in a directory of checkpoints that are of our making; any other is not.
 _NUMBER = r"(?P<step>0|[1-9][0-9]*)"
@@ -59,6 +60,20 @@ def found(directory: AnyPath) -> list[Found]:
 def committed(directory: AnyPath) -> list[int]:
     """Returns the complete steps, damaged ones included, in ascending order."""
     return [one.step for one in found(directory) if one.kind == "complete"]
+
+
+def mark_for_good(path: AnyPath, every: int) -> None:
+    """Notes in a step that it stays, also once the settings of its run are others."""
+    text = f"one of every {every} steps, which checkpoint.keep_every_epochs keeps\n"
+    paths.write_whole(path / _FOR_GOOD, text)
+
+
+def for_good(directory: AnyPath) -> list[int]:
+    """Returns the complete steps that are noted to stay, in ascending order."""
+    return [
+        step for step in committed(directory)
+        if (directory / str(step) / _FOR_GOOD).exists()
+    ]
 
 
 def check_place(directory: AnyPath) -> None:

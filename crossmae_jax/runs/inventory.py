@@ -120,7 +120,7 @@ def choose(place: Place, *, keep: int, keep_every: int | None = None) -> Choice:
     Args:
       keep: how many whole ones stay, of the newest.
       keep_every: steps that are a multiple stay, too; 0: none. None: those that the
-        run keeps for good.
+        run keeps for good, by its settings or by those that it had.
 
     Raises:
       SetupError: if the directory is not one of a run's own checkpoints, or none of
@@ -131,7 +131,9 @@ def choose(place: Place, *, keep: int, keep_every: int | None = None) -> Choice:
     if keep_every is not None and keep_every < 0:
         raise errors.SetupError(f"--keep_every={keep_every}; expected 0 or more steps.")
     _check_prunable(place)
-    every = _kept_for_good(place) if keep_every is None else keep_every
+    every, for_good = keep_every, []
+    if keep_every is None:
+        every, for_good = _kept_for_good(place), steps.for_good(place.checkpoints)
     choice, whole = Choice([], []), 0
     for one in reversed(steps.found(place.checkpoints)):
         reason = None
@@ -144,6 +146,8 @@ def choose(place: Place, *, keep: int, keep_every: int | None = None) -> Choice:
             reason = f"damaged: {wrong}" if wrong else "newest"
         elif one.kind == "complete" and every and one.step % every == 0:
             reason = f"kept for good, a multiple of {every}"
+        elif one.kind == "complete" and one.step in for_good:
+            reason = "kept for good, as it was saved to be"
         if reason is None:
             choice.go.append((one, space.num_bytes(one.path)))
         else:
