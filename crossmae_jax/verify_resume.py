@@ -187,7 +187,9 @@ def shortened(config: ConfigDict, *, steps: int, save_every: int) -> ConfigDict:
     config.epochs = (steps + 0.5) / epoch  # rounded down to steps, whatever the rest
     config.optim.warmup_epochs = min(config.optim.warmup_epochs, config.epochs / 4)
     config.log_every_steps = 1
-    config.checkpoint.update(every_epochs=save_every / epoch, best="")
+    config.checkpoint.update(
+        every_epochs=save_every / epoch, keep_every_epochs=0.0, best=""
+    )
     config.evals, config.baselines = ConfigDict(), False
     return config
 
