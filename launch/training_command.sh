@@ -54,7 +54,8 @@ run() {
 take_training_flag() {
     case $1 in
         --config=?* | --workdir=?* | --config.?*=* | --noconfig.?* | \
-            --heartbeat_seconds=?* | --resume=?*) TRAINING+=("$1") ;;
+            --heartbeat_seconds=?* | --resume=?* | \
+            --deterministic | --nodeterministic) TRAINING+=("$1") ;;
         *)
             stop "$1 is neither an option of this script nor a flag of the training" \
                 "(--config=FILE, --workdir=DIR, --config.KEY=VALUE); see --help."

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 TRAINING = [
     "--config=configs/vitb_cross.py", "--workdir=/mnt/shared/run",
-    "--heartbeat_seconds=60", "--resume=must",
+    "--heartbeat_seconds=60", "--resume=must", "--deterministic",
 ]
 
 # One line of bash for each answer: pattern, status, what is printed. "hang" as a status
