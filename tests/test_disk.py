@@ -1,5 +1,6 @@
 """A disk that is full, read-only or gone loses nothing, and is said in a line."""
 
+import errno
 import functools
 import os
 import shutil
@@ -12,12 +13,19 @@ import jax.numpy as jnp
 import pytest
 
 from crossmae_jax import errors, train
-from crossmae_jax.checkpoints import checkpointer, space
+from crossmae_jax.checkpoints import checkpointer, space, steps
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import events, journal, metrics, results, walltime
 from crossmae_jax.visualize import curves
 from tests import full_disk, test_train
-from tests.test_checkpoint import abstract, assert_same, make_state, reopen, saved
+from tests.test_checkpoint import (
+    abstract,
+    assert_same,
+    make_state,
+    payload,
+    reopen,
+    saved,
+)
 from tests.test_ownership import unprivileged
 
 __all__ = ["saved", "unprivileged"]  # fixtures
@@ -110,6 +118,60 @@ def test_a_save_that_does_not_fit_is_a_line_that_says_what_may_go(saved):
     step, restored = checkpoints.restore_latest(abstract(state))
     assert step == 30
     assert_same(restored, state)
+
+
+def test_what_the_run_goes_on_from_and_what_stays_for_good_may_not_go(saved):
+    assert "What may be deleted there: 10 (" in space.cure(saved)
+    steps.mark_for_good(saved / "10", 10)
+    assert "No checkpoint there may be deleted" in space.cure(saved)
+    shutil.copytree(saved / "20", saved / "30")
+    assert f"deleted there: 20 ({space.shown(space.num_bytes(saved / '20'))}); " in (
+        space.cure(saved)
+    )
+    payload(saved / "30").unlink()
+    assert "No checkpoint there may be deleted" in space.cure(saved)
+
+
+@pytest.fixture
+def dead(monkeypatch, tmp_path):
+    """Lets all that is asked of a directory fail, as a mount that is dead does."""
+    directory = tmp_path / "mount"
+
+    def kill(number):
+        def failing(function):
+            def fail(path, *others, **options):
+                if str(path).startswith(str(directory)):
+                    raise OSError(number, os.strerror(number), str(path))
+                return function(path, *others, **options)
+
+            return fail
+
+        for name in ("stat", "lstat", "statvfs", "scandir", "listdir", "mkdir"):
+            monkeypatch.setattr(os, name, failing(getattr(os, name)))
+        with pytest.raises(OSError, match=os.strerror(number)):
+            directory.is_dir()
+
+    directory.mkdir()
+    return directory, kill
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOTCONN, errno.EIO])
+def test_a_mount_that_is_dead_is_a_line(dead, number):
+    mount, kill = dead
+    kill(number)
+    failed = OSError(number, os.strerror(number), str(mount / "metrics.jsonl"))
+    with pytest.raises(space.DiskError) as gone, space.writing(mount):
+        raise failed
+    assert str(gone.value) == f"{mount} is gone: {failed}."
+    with pytest.raises(space.DiskError) as unsaved:
+        with space.saving(mount / "checkpoints", 30):
+            raise failed
+    line, = str(unsaved.value).splitlines()
+    assert line.startswith(
+        f"Step 30 could not be saved in {mount}/checkpoints: {failed}. The disk cannot "
+        f"be reached ([Errno {number}] "
+    )
+    assert line.endswith("mount it again.")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 
 from crossmae_jax import errors, paths
-from crossmae_jax.checkpoints import digests, steps
+from crossmae_jax.checkpoints import digests, steps, tensors
 from crossmae_jax.distributed import cluster
 from crossmae_jax.paths import AnyPath
 
@@ -85,33 +85,45 @@ def check(directory: AnyPath, *, step: int, needed: int) -> bool:
 
 def cure(directory: AnyPath) -> str:
     """Says how much room there is for checkpoints, and what may be deleted of them."""
-    there = free(directory)
     told = []
-    if there is not None:
-        told.append(f"{shown(there)} are free on the disk of {directory}.")
-        told.append(_deletable(directory))
-    with contextlib.suppress(OSError):
-        if complete := steps.committed(directory):
-            told.append(f"The same command goes on from step {complete[-1]}.")
+    try:
+        there, complete = free(directory), steps.committed(directory)
+        if there is not None:
+            told.append(f"{shown(there)} are free on the disk of {directory}.")
+            told.append(_deletable(directory))
+    except OSError as error:
+        return f"The disk cannot be reached ({_line(error)}): mount it again."
+    if complete:
+        told.append(f"The same command goes on from step {complete[-1]}.")
     return " ".join(told)
 
 
 def _deletable(directory: AnyPath) -> str:
-    try:
-        found = steps.found(directory)
-    except OSError:
-        return ""
-    complete = [one.path for one in found if one.kind == "complete"]
-    others = [one.path for one in found if one.kind in ("put aside", "unfinished")]
-    sizes = [
-        f"{path.name} ({shown(num_bytes(path))})" for path in others + complete[:-1]
-    ]
+    """Names what nothing goes on from.
+
+    Not the newest step that has all its files, what is newer, or stays for good.
+    """
+    complete, others = [], []
+    for one in steps.found(directory):
+        if one.kind == "complete":
+            complete.append(one.path)
+        elif one.kind != "replaced":
+            others.append(one.path)
+    newest = max((n for n, path in enumerate(complete) if _has_all(path)), default=0)
+    for_good = steps.for_good(directory)
+    old = [path for path in complete[:newest] if int(path.name) not in for_good]
+    sizes = [f"{path.name} ({shown(num_bytes(path))})" for path in others + old]
     if not sizes:
         return "No checkpoint there may be deleted: make room elsewhere on the disk."
     return (
         f"What may be deleted there: {digests.shorten(sizes, _SHOWN)}; python -m "
         f"crossmae_jax checkpoints prune {directory} --keep=1 shows it."
     )
+
+
+def _has_all(step: AnyPath) -> bool:
+    parts = tensors.VARIABLES, tensors.OPTIMIZER
+    return digests.damage(step, parts, hashed=False) is None
 
 
 @contextlib.contextmanager
@@ -146,12 +158,20 @@ def writing(workdir: AnyPath) -> Iterator[None]:
         full = getattr(cause, "errno", None) in _OF_DISKS
         if isinstance(error, errors.UserError) and not full:
             raise
-        gone = isinstance(workdir, Path) and not workdir.is_dir()
+        gone = _is_gone(workdir)
         if not (full or gone or _is_below(workdir, error.filename)):
             raise
         why = f"{workdir} is gone: {_line(error)}" if gone else _line(error)
         advice = "" if gone else f" {cure(workdir / 'checkpoints')}"
         raise DiskError(f"{why}.{advice}") from error
+
+
+def _is_gone(workdir: AnyPath) -> bool:
+    """Says whether a directory cannot be reached; a dead mount answers with errors."""
+    try:
+        return isinstance(workdir, Path) and not workdir.is_dir()
+    except OSError:
+        return True
 
 
 def _is_below(workdir: AnyPath, name: object) -> bool:
