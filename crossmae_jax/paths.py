@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from etils import epath
 
@@ -82,15 +82,25 @@ def write_whole(file: AnyPath, content: str | bytes) -> None:
     if is_remote(file):
         file.write_bytes(data)
         return
+    with writing_whole(file) as out:
+        out.write(data)
+
+
+@contextlib.contextmanager
+def writing_whole(file: Path) -> Iterator[BinaryIO]:
+    """Yields what is renamed to a file on a disk at the end, as `write_whole` does.
+
+    Of what ends in an error nothing is left.
+    """
     temporary = file.with_name(f"{file.name}.tmp")
     with named(file):
         try:
             with open(temporary, "wb") as out:
-                out.write(data)
+                yield out
                 out.flush()
                 os.fsync(out.fileno())
             temporary.replace(file)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise

@@ -1,6 +1,8 @@
 """A run with steps that are not finite: it goes on, or ends and says what was first."""
 
+import io
 import shutil
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from crossmae_jax.data import sources
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.probing import nonfinite
 from crossmae_jax.runs import journal, replay
-from tests import processes
+from tests import full_disk, processes
 from tests.test_processes import arguments
 from tests.test_train import _assert_same_bits, _config, _final_state, _lines
 
@@ -248,6 +250,49 @@ def test_what_is_no_such_file_is_refused_in_a_line(kept, tmp_path, capsys):
     assert "No such file" in capsys.readouterr().err
 
 
+def _archive(path, **members):
+    """Writes an .npz of members that are arrays, or bytes as they are."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            if not isinstance(content, bytes):
+                array, content = content, io.BytesIO()
+                np.save(content, array)
+                content = content.getvalue()
+            file.writestr(f"{name}.npy", content)
+    return path
+
+
+def _header(shape):
+    """Returns an .npy file of a header alone."""
+    text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize("about", [
+    np.array('{"dtypes": ' + "[" * 100_000 + "]" * 100_000 + "}"),
+    np.array("[" * 10_000), np.array("[1]"), _header(f"({2**42},)"),
+    _header(f"({2**80},)"), _header("(" * 5000), _header("((1,)"), b"", b"\x93NUMPY",
+], ids=range(9))
+def test_whatever_the_file_claims_it_is_refused_in_a_line(tmp_path, capsys, about):
+    path = _archive(tmp_path / "bad.npz", about=about)
+    assert front_door.main(["debug-nan", str(path)]) == 1
+    error, = capsys.readouterr().err.splitlines()
+    assert "bad.npz is not the file of a step to make again, or is damaged (" in error
+
+
+@pytest.mark.parametrize("field, value", [
+    (8, 77), (4, 198),  # an unknown compression; a version of a far future
+    (6, 1),  # encrypted
+])
+def test_an_archive_that_cannot_be_read_here_is_refused(tmp_path, field, value):
+    path = _archive(tmp_path / "bad.npz", about=np.array("{}"))
+    data = bytearray(path.read_bytes())
+    data[field] = data[data.index(b"PK\x01\x02") + field + 2] = value
+    path.write_bytes(data)
+    with pytest.raises(errors.SetupError, match="is damaged"):
+        replay.read(path)
+
+
 def test_a_file_that_cannot_be_written_hides_nothing(kept, digits_dir, tmp_path):
     config = config_of(digits_dir)
     step = replay.read(kept)
@@ -261,6 +306,15 @@ def test_a_file_that_cannot_be_written_hides_nothing(kept, digits_dir, tmp_path)
         key=step.key,
     )
     assert "directory" in failed
+    full = tmp_path / "full"
+    full.mkdir()
+    with full_disk.beyond(kept.stat().st_size // 2):
+        path, failed = replay.keep(
+            full, config, sources.make_source(config.data, "train"), state,
+            key=step.key,
+        )
+    assert failed == f"[Errno 27] File too large: '{path}'"
+    assert list(full.iterdir()) == [], "nothing of it stays on the full disk"
 
 
 def test_several_processes_end_at_the_same_step_and_one_keeps_it(digits_dir, tmp_path):
@@ -278,3 +332,12 @@ def test_several_processes_end_at_the_same_step_and_one_keeps_it(digits_dir, tmp
     bias = kept.variables["params"]["encoder"]["blocks_1"]["mlp"]["fc1"]["bias"]
     assert bias.shape == (128,)
     assert nonfinite.diagnose(kept).first_bad.part == "encoder/blocks_0"
+
+    # Where that fails all say so, and so none has left before process 0 had tried.
+    (tmp_path / "run" / "nan_step_2.npz").unlink()
+    (tmp_path / "run" / "nan_step_2.npz").mkdir()
+    with processes.started([given] * 2, tmp_path / "again") as group:
+        assert group.wait() == [1, 1], group.all_said()
+        for i in range(2):
+            assert "Step 2 cannot be kept in" in group.said(i)
+            assert "Is a directory: '" in group.said(i)

@@ -17,10 +17,11 @@ Of several processes the first one writes it, with the weights of all.
 
 import dataclasses
 import json
-import os
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -33,8 +34,17 @@ from crossmae_jax import errors, paths
 from crossmae_jax.data import order, pipeline, sources
 from crossmae_jax.distributed import environment
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import mirror, settings
+from crossmae_jax.runs import mirror, records, settings
 from crossmae_jax.runs.journal import NotFinite
+
+_LONGEST = 1000  # bytes of an error that all processes are told
+# What zip archives, the headers of arrays and what they hold can be wrong in; a header
+# may claim more than there is memory, or more brackets than a parser can take.
+_OF_DAMAGE = (
+    AttributeError, EOFError, KeyError, MemoryError, OSError, OverflowError,
+    RuntimeError, TypeError, ValueError, tokenize.TokenError, zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +116,38 @@ def keep(
         value = _whole(array)
         if jax.process_index() == 0:
             arrays[name] = value
-    if jax.process_index() != 0:
-        return path, ""
-    try:
-        batch, names = _batch(config, images, step)
-        arrays |= {f"batch/{name}": array for name, array in batch.items()}
-        about = {
-            "step": step, "in_a_row": in_a_row, "names": names,
-            "config": json.loads(config.to_json()),
-            "key_impl": str(jax.random.key_impl(key)),
-            "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
-            "versions": environment.versions(),
-        }
-        arrays["key"] = np.asarray(jax.random.key_data(key))
-        _write(path, arrays | {"about": np.array(json.dumps(about))})
-    except (errors.UserError, OSError) as error:
-        return path, str(error)
-    return path, ""
+    failed = ""
+    if jax.process_index() == 0:
+        try:
+            arrays |= _about(arrays, config, images, key, step=step, in_a_row=in_a_row)
+            with paths.writing_whole(path) as out:
+                np.savez(out, **arrays)
+        except (errors.UserError, OSError) as error:
+            failed = str(error)
+    # Whoever leaves here ends the run: not while process 0 still writes.
+    return path, _told(failed)
+
+
+def _about(
+    variables: dict[str, np.ndarray], config: ConfigDict, images: sources.Source,
+    key: Key[Array, ""], *, step: int, in_a_row: int,
+) -> dict[str, np.ndarray]:
+    """Returns what the file of a step holds beside the weights."""
+    batch, names = _batch(config, images, step)
+    arrays = {f"batch/{name}": array for name, array in batch.items()}
+    about = {
+        "step": step, "in_a_row": in_a_row, "names": names,
+        "config": json.loads(config.to_json()),
+        "key_impl": str(jax.random.key_impl(key)),
+        "dtypes": {
+            name: str(array.dtype) for name, array in (variables | arrays).items()
+        },
+        "versions": environment.versions(),
+    }
+    return arrays | {
+        "key": np.asarray(jax.random.key_data(key)),
+        "about": np.array(json.dumps(about)),
+    }
 
 
 def _whole(array: jax.Array) -> np.ndarray:
@@ -150,14 +175,15 @@ def _batch(
     return batch, [images.name(number) for number in numbers]
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes a file in one step, see `paths.write_whole`."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as out:
-        np.savez(out, **arrays)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(path)
+def _told(text: str) -> str:
+    """Returns the text of process 0 in all of them, not before it has come to it."""
+    if jax.process_count() == 1:
+        return text
+    letters = np.zeros(_LONGEST, np.uint8)
+    encoded = text.encode()[:_LONGEST]
+    letters[:len(encoded)] = np.frombuffer(encoded, np.uint8)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(letters), np.uint8)
+    return told.tobytes().rstrip(b"\0").decode(errors="ignore")
 
 
 def read(path: str | AnyPath) -> Replay:
@@ -168,34 +194,34 @@ def read(path: str | AnyPath) -> Replay:
       FileNotFoundError: if there is no such file.
     """
     path = paths.path(path)
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            about = json.loads(str(file["about"]))
-            arrays = {
-                name: file[name].view(np.dtype(dtype))
-                for name, dtype in about["dtypes"].items()
-            }
-            key = jax.random.wrap_key_data(file["key"], impl=about["key_impl"])
-        variables = {
-            name: array for name, array in arrays.items()
-            if name.startswith("variables/")
+    with path.open("rb") as raw:
+        try:
+            return _read(raw)
+        except _OF_DAMAGE as error:
+            raise errors.SetupError(
+                f"{path} is not the file of a step to make again, or is damaged "
+                f"({error}); give a nan_step_*.npz of a workdir."
+            ) from error
+
+
+def _read(raw: BinaryIO) -> Replay:
+    with np.load(raw, allow_pickle=False) as file:
+        about = records.parse(str(file["about"]))
+        arrays = {
+            name: file[name].view(np.dtype(dtype))
+            for name, dtype in about["dtypes"].items()
         }
-        return Replay(
-            step=about["step"], in_a_row=about["in_a_row"], key=key,
-            config=ConfigDict(
-                settings.as_written(settings.completed(about["config"]))
-            ),
-            variables=traverse_util.unflatten_dict(variables, sep="/")["variables"],
-            batch={
-                name.removeprefix("batch/"): array for name, array in arrays.items()
-                if name.startswith("batch/")
-            },
-            names=about["names"], versions=about["versions"],
-        )
-    except (
-        AttributeError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile
-    ) as error:
-        raise errors.SetupError(
-            f"{path} is not the file of a step to make again, or is damaged ({error}); "
-            "give a nan_step_*.npz of a workdir."
-        ) from error
+        key = jax.random.wrap_key_data(file["key"], impl=about["key_impl"])
+    variables = {
+        name: array for name, array in arrays.items() if name.startswith("variables/")
+    }
+    return Replay(
+        step=about["step"], in_a_row=about["in_a_row"], key=key,
+        config=ConfigDict(settings.as_written(settings.completed(about["config"]))),
+        variables=traverse_util.unflatten_dict(variables, sep="/")["variables"],
+        batch={
+            name.removeprefix("batch/"): array for name, array in arrays.items()
+            if name.startswith("batch/")
+        },
+        names=about["names"], versions=about["versions"],
+    )
