@@ -226,6 +226,14 @@ def test_nothing_is_pruned_where_that_could_be_a_mistake(run, call, case):
     assert sorted(run.rglob("*")) == before
 
 
+def test_where_nothing_is_pruned_nothing_is_written_either(run, call):
+    (run / "config.json").write_text("{}")
+    (run / lock.FILE).write_text("of somebody else")
+    status, _, err = call("prune", run, "--keep=1", "--yes")
+    assert status == 2 and "is not the configuration of a run" in err
+    assert (run / lock.FILE).read_text() == "of somebody else"
+
+
 def test_a_run_that_is_training_is_not_pruned(run, call):
     with lock.held(run):
         status, _, err = call("prune", run, "--keep=1", "--yes")

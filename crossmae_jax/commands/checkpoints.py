@@ -163,9 +163,8 @@ def _compared(place: Any, file: Path) -> str:
 
 def _prune(given: types.SimpleNamespace) -> None:
     place = _opened(given.operands[0])
-    alone = contextlib.nullcontext()
-    if given.yes and place.run is not None:
-        alone = lock.held(place.run)
+    inventory.check_prunable(place)  # before anything is written into it
+    alone = lock.held(place.run) if given.yes else contextlib.nullcontext()
     with alone, errors.using_files():
         choice = inventory.choose(place, keep=given.keep, keep_every=given.keep_every)
         for one, reason in choice.stay:

@@ -130,7 +130,7 @@ def choose(place: Place, *, keep: int, keep_every: int | None = None) -> Choice:
         raise errors.SetupError(f"--keep={keep} checkpoints; expected at least 1.")
     if keep_every is not None and keep_every < 0:
         raise errors.SetupError(f"--keep_every={keep_every}; expected 0 or more steps.")
-    _check_prunable(place)
+    check_prunable(place)
     every, for_good = keep_every, []
     if keep_every is None:
         every, for_good = _kept_for_good(place), steps.for_good(place.checkpoints)
@@ -166,7 +166,8 @@ def remove(chosen: Sequence[tuple[steps.Found, int]]) -> None:
         steps.remove(one.path)
 
 
-def _check_prunable(place: Place) -> None:
+def check_prunable(place: Place) -> None:
+    """Raises SetupError if the directory is not one of a run's own checkpoints."""
     if place.run is None:
         raise errors.SetupError(
             f"{place.checkpoints} has no {workdir.RUN.mark} of a run beside it, so "
