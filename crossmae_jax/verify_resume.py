@@ -38,7 +38,7 @@ TIMES = frozenset({
     "train/images_per_second", "train/step_seconds", "train/data_wait",
     "train/data_wait_median", "train/slowest_host", "train/goodput",
 })
-_SHORTENED = '''"""{of}, of {steps} steps. Written by verify-resume."""
+_CONFIG = '''"""{title}"""
 
 import json
 from pathlib import Path
@@ -155,10 +155,9 @@ def verify(
         every = max(1, steps // 5)
         short = shortened(config, steps=steps, save_every=every)
         directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(json.loads(short.to_json()), indent=2)
-        paths.write_whole(directory / "shortened.json", text + "\n")
-        paths.write_whole(
-            directory / "shortened.py", _SHORTENED.format(of=title, steps=steps)
+        write_config(
+            directory / "shortened.py", short,
+            title=f"{title}, of {steps} steps. Written by verify-resume.",
         )
     drawn = random.Random(seed).randrange(every + 1, steps)
     runs = _Runs(directory, flags, environment)
@@ -192,6 +191,18 @@ def shortened(config: ConfigDict, *, steps: int, save_every: int) -> ConfigDict:
     )
     config.evals, config.baselines = ConfigDict(), False
     return config
+
+
+def write_config(file: Path, config: ConfigDict, *, title: str) -> None:
+    """Writes a configuration as a file for --config, and FILE.json that it reads.
+
+    Args:
+      file: its name ends in .py.
+      title: a sentence, the docstring of the file.
+    """
+    text = json.dumps(json.loads(config.to_json()), indent=2)
+    paths.write_whole(file.with_suffix(".json"), text + "\n")
+    paths.write_whole(file, _CONFIG.format(title=title))
 
 
 def _check_alone(environment: Mapping[str, str]) -> None:

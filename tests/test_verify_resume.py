@@ -14,6 +14,7 @@ import pytest
 from configs import digits_cross
 from crossmae_jax import errors, job, verify_resume
 from crossmae_jax.checkpoints import checkpointer, schedule
+from crossmae_jax.commands import flags
 from crossmae_jax.commands import verify_resume as command
 from crossmae_jax.distributed import determinism
 from crossmae_jax.runs import metrics, workdir
@@ -78,6 +79,16 @@ def test_a_short_form_has_so_many_steps_and_the_same_model(digits_dir, steps):
         assert short[group] == config[group], group
     assert 0 < short.optim.warmup_epochs < short.epochs
     assert not short.evals and config.evals, "the one given stays as it is"
+
+
+def test_a_configuration_that_is_written_is_the_one_that_training_reads(tmp_path):
+    config = digits_cross.get_config()
+    config.seed, config.data.data_dir = 3, "a \"quoted\" 'place'"
+    verify_resume.write_config(tmp_path / "x.py", config, title="Some digits.")
+    read = flags.load_config(tmp_path / "x.py")
+    assert read.to_dict() == config.to_dict()
+    assert (tmp_path / "x.py").read_text().startswith('"""Some digits."""')
+    assert sorted(x.name for x in tmp_path.glob("x.*")) == ["x.json", "x.py"]
 
 
 def _run(directory, value, loss, *, dtype=np.float32):

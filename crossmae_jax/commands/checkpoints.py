@@ -29,7 +29,7 @@ from crossmae_jax import errors, tables
 from crossmae_jax.checkpoints import checkpointer, digests, space, steps, tensors
 from crossmae_jax.commands import flags, session
 from crossmae_jax.commands.flags import Flag
-from crossmae_jax.runs import inventory, lock
+from crossmae_jax.runs import inventory, lock, workdir
 
 _ACTIONS = {
     "ls": "which steps there are, how large, of which model",
@@ -154,7 +154,9 @@ def _compared(place: Any, file: Path) -> str:
             f"{place.checkpoints} has no config.json of a run beside it that "
             f"{file} could be compared with; leave --config out."
         )
-    differing = inventory.differences(place.config, flags.load_config(file).to_dict())
+    differing = workdir.all_differing(
+        place.config.to_dict(), flags.load_config(file).to_dict()
+    )
     lines = [
         f"  {name}: {before!r} -> {now!r}" for name, (before, now) in differing.items()
     ]

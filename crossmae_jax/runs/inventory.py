@@ -7,7 +7,7 @@ newest `keep` steps that are whole stay, as do those that the run keeps for good
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -197,14 +197,3 @@ def _kept_for_good(place: Place) -> int:
             config.checkpoint, steps_per_epoch=per_epoch,
             total=max(1, int(config.epochs * per_epoch)),
         ).keep_every
-
-
-def differences(ours: ConfigDict, other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the settings that differ between a run and others, with both values."""
-    old = workdir.flatten(ours.to_dict())
-    new = workdir.flatten(other)
-    return {
-        name: (old.get(name, "absent"), new.get(name, "absent"))
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "absent") != new.get(name, "absent")
-    }

@@ -174,12 +174,15 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, 
     Names are "optim.base_lr"; of a setting that is not there the value is "absent".
     """
     return {
-        name: values for name, values in _differing(old, new).items()
+        name: values for name, values in all_differing(old, new).items()
         if not _among(name, _FREE)
     }
 
 
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def all_differing(
+    old: dict[str, Any], new: dict[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """Returns the settings that differ, whatever they change, as `differing` does."""
     old, new = flatten(old), flatten(new)
     return {
         name: (old.get(name, "absent"), new.get(name, "absent"))
@@ -202,7 +205,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _reordered(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return _lines({
-        name: values for name, values in _differing(old, new).items()
+        name: values for name, values in all_differing(old, new).items()
         if _among(name, _OF_ROUNDING)
     })
 
