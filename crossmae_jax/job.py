@@ -114,14 +114,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
         max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
     )
-    workdir.check_space(
-        home.path, checkpoint_bytes=sharding.num_bytes(abstract),
-        keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
-    )
-    checkpoints = checkpointer.Checkpoints(
-        home.path / "checkpoints", keep=config.checkpoint.keep,
-        keep_every=saving.keep_every, before_save=home.push,
-    )
+    checkpoints = _checkpoints(config, home, abstract, saving)
     stack.callback(checkpoints.close)
     resuming = bool(checkpoints.steps())
     weights = []
@@ -138,6 +131,21 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
         steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
         checkpoints=checkpoints, best=best, weights=weights,
+    )
+
+
+def _checkpoints(
+    config: ConfigDict, home: mirror.Home, abstract: TrainState,
+    saving: schedule.Schedule,
+) -> checkpointer.Checkpoints:
+    """Opens the checkpoints, if there is room for those to come."""
+    workdir.check_space(
+        home.path, checkpoint_bytes=sharding.num_bytes(abstract),
+        keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
+    )
+    return checkpointer.Checkpoints(
+        home.path / "checkpoints", keep=config.checkpoint.keep,
+        keep_every=saving.keep_every, before_save=home.push,
     )
 
 

@@ -102,12 +102,7 @@ def token_counts(
             "cannot be seen and hidden in part; raise config.data.image_size, or give "
             "config.model.encoder.size smaller patches."
         )
-    if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1.")
-    if not 0 < pred_ratio < math.inf:
-        raise ValueError(f"pred_ratio={pred_ratio} must be above 0.")
-    if not 0 <= throw_ratio < math.inf:
-        raise ValueError(f"throw_ratio={throw_ratio} must be 0 or more.")
+    _check_ratios(mask_ratio, pred_ratio, throw_ratio)
     num_keep = int(num_patches * (1 - mask_ratio))
     if rounding == "ceil":
         num_keep = num_patches - int(num_patches * mask_ratio)
@@ -138,6 +133,16 @@ def token_counts(
             "left to decode. Lower throw_ratio or raise pred_ratio."
         )
     return TokenCounts(num_keep, num_pred, num_thrown)
+
+
+def _check_ratios(mask_ratio: float, pred_ratio: float, throw_ratio: float) -> None:
+    """Raises ValueError if one of them is out of its own range."""
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} must lie between 0 and 1.")
+    if not 0 < pred_ratio < math.inf:
+        raise ValueError(f"pred_ratio={pred_ratio} must be above 0.")
+    if not 0 <= throw_ratio < math.inf:
+        raise ValueError(f"throw_ratio={throw_ratio} must be 0 or more.")
 
 
 def furthest(

@@ -90,31 +90,14 @@ def start(
       ValueError: if there is too little shared memory for so many processes.
       CannotStart: if this process may not start the threads that it takes.
     """
-    if num_workers < -1:
-        raise ValueError(
-            f"data.workers={num_workers}; expected -1 (chosen from the CPU count), 0 "
-            "(threads) or a number of processes."
-        )
-    cpus = available_cpus()
-    per_worker = _CHUNKS_ALIVE * chunk_bytes
-    room = num_chunks * per_worker
-    if os.path.isdir(_SHARED_MEMORY):
-        room = shutil.disk_usage(_SHARED_MEMORY).free
-    if num_workers == -1:
-        wanted = max(1, cpus - 1) if num_images >= _START_PAYS_OFF else 0
-        num_workers = min(wanted, room // per_worker)
-    num_workers = min(num_workers, num_chunks)
-    if num_workers * per_worker > room:
-        raise ValueError(
-            f"data.workers={num_workers} needs {num_workers * per_worker >> 20} MiB of "
-            f"shared memory, {_SHARED_MEMORY} has {room >> 20} MiB free. Lower "
-            "data.workers, set it to 0 (threads), or mount more (docker run "
-            "--shm-size=2g)."
-        )
+    num_workers = _chosen(
+        num_workers, num_chunks=num_chunks, num_images=num_images,
+        per_worker=_CHUNKS_ALIVE * chunk_bytes,
+    )
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     # In a worker, the second thread reads from disk while the first decodes.
-    threads = 2 if num_workers else max(2, cpus)
+    threads = 2 if num_workers else max(2, available_cpus())
     _try_threads(num_workers * _THREADS_OF_GRAIN or threads + 1)
     dataset = (
         grain.MapDataset.range(first, _ENDLESS)
@@ -133,6 +116,32 @@ def start(
             worker_init_fn=functools.partial(_begin, activity),
         )
     return num_workers, iter(dataset)
+
+
+def _chosen(
+    num_workers: int, *, num_chunks: int, num_images: int, per_worker: int
+) -> int:
+    """Returns how many processes read, of which each takes so many bytes."""
+    if num_workers < -1:
+        raise ValueError(
+            f"data.workers={num_workers}; expected -1 (chosen from the CPU count), 0 "
+            "(threads) or a number of processes."
+        )
+    room = num_chunks * per_worker
+    if os.path.isdir(_SHARED_MEMORY):
+        room = shutil.disk_usage(_SHARED_MEMORY).free
+    if num_workers == -1:
+        wanted = max(1, available_cpus() - 1) if num_images >= _START_PAYS_OFF else 0
+        num_workers = min(wanted, room // per_worker)
+    num_workers = min(num_workers, num_chunks)
+    if num_workers * per_worker > room:
+        raise ValueError(
+            f"data.workers={num_workers} needs {num_workers * per_worker >> 20} MiB of "
+            f"shared memory, {_SHARED_MEMORY} has {room >> 20} MiB free. Lower "
+            "data.workers, set it to 0 (threads), or mount more (docker run "
+            "--shm-size=2g)."
+        )
+    return num_workers
 
 
 def available_cpus() -> int:
