@@ -28,21 +28,6 @@ from crossmae_jax import tables, verify_resume
 
 RESULTS = Path(__file__).parent / "results" / "soak.md"
 _TRAINED = 1440  # images; the others are evaluated
-_CONFIG = '''"""The digits, among faults."""
-
-import json
-from pathlib import Path
-
-from ml_collections import ConfigDict
-
-from crossmae_jax.runs import settings
-
-
-def get_config():
-    """Returns the experiment."""
-    text = Path(__file__).with_suffix(".json").read_text()
-    return ConfigDict(settings.as_written(json.loads(text)))
-'''
 
 
 class Happened(NamedTuple):
@@ -82,14 +67,6 @@ def config_of(images: Path, *, epochs: float) -> ConfigDict:
     }
     config.baselines = False
     return config
-
-
-def write_config(directory: Path, config: ConfigDict) -> Path:
-    """Writes a configuration as a file that training takes."""
-    path = directory / "soaked.py"
-    path.with_suffix(".json").write_text(config.to_json())
-    path.write_text(_CONFIG)
-    return path
 
 
 def undisturbed(run: faults.Run) -> float:
@@ -171,7 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     args.workdir.mkdir(parents=True)
     images = args.workdir.absolute() / "images"
     write_digits(images)
-    file = write_config(args.workdir, config_of(images, epochs=args.epochs))
+    file = args.workdir / "soaked.py"
+    config = config_of(images, epochs=args.epochs)
+    verify_resume.write_config(file, config, title="The digits, among faults.")
     load = os.getloadavg()[0]
     alone, soaked = (
         faults.Run(file, args.workdir.absolute() / name, images)
