@@ -16,12 +16,13 @@ Of several processes the first one writes it, with the weights of all.
 """
 
 import dataclasses
+import io
 import json
 import tokenize
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -204,7 +205,7 @@ def read(path: str | AnyPath) -> Replay:
             ) from error
 
 
-def _read(raw: BinaryIO) -> Replay:
+def _read(raw: io.IOBase) -> Replay:
     with np.load(raw, allow_pickle=False) as file:
         about = records.parse(str(file["about"]))
         arrays = {
