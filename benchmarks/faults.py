@@ -51,6 +51,7 @@ class Run:
         """Starts the run; no file of it may get more than `most_bytes`, if given."""
 
         def limit():
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's is inherited
             if most_bytes is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 

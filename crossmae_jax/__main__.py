@@ -9,6 +9,9 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from typing import NoReturn
+
+from crossmae_jax.commands import session
 
 COMMANDS = {
     "train": "crossmae_jax.commands.train",
@@ -59,5 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     return importlib.import_module(COMMANDS[name]).main(rest) or 0
 
 
+def program() -> NoReturn:
+    """Runs a command of the command line, and ends."""
+    session.end(main, sys.argv[1:])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -39,6 +39,7 @@ class Job:
       step: jitted; (state, batch) -> (state, metrics).
       total: steps of the whole run.
       weights: what to start from where there is no checkpoint; none: drawn parameters.
+      notes: lines about what is other than in the launch before, for people.
     """
 
     config: ConfigDict
@@ -58,6 +59,7 @@ class Job:
     checkpoints: checkpointer.Checkpoints
     best: Best
     weights: list[starting.Start]
+    notes: list[str]
 
     def logs(self, step: int) -> bool:
         """Says whether metrics are logged after a step; they are at each save, too."""
@@ -122,7 +124,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         weights = starting.plan_all(
             objective.starts, abstract.variables, config, classes=classes
         )
-    best = _claim(config, home, images["train"], resuming=resuming)
+    best, notes = _claim(config, home, images["train"], resuming=resuming)
     stack.callback(best.close)
     return Job(
         config=config, home=home, images=images, init_key=init_key,
@@ -130,7 +132,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         total=total,
         abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
         steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
-        checkpoints=checkpoints, best=best, weights=weights,
+        checkpoints=checkpoints, best=best, weights=weights, notes=notes,
     )
 
 
@@ -170,8 +172,11 @@ def duration(config: ConfigDict, num_images: int) -> tuple[int, float]:
 
 def _claim(
     config: ConfigDict, home: mirror.Home, images: sources.Source, *, resuming: bool
-) -> Best:
-    """Makes the directory, or checks that it is this run's; opens its best state."""
+) -> tuple[Best, list[str]]:
+    """Makes the directory, or checks that it is this run's; opens its best state.
+
+    Also returns notes for people.
+    """
     dataset = {
         "num_images": len(images), "fingerprint": images.fingerprint,
         "classes": list(images.classes), "content": content.digests(images),
@@ -180,11 +185,10 @@ def _claim(
         home.local, config, resuming=resuming, dataset=dataset, name=home.path,
         image_name=images.name,
     )
-    if reordered:
-        parallel.say(
-            f"sums are made in another order now ({'; '.join(reordered)}): weights "
-            "agree to rounding with those of a run without the change, not to the bit"
-        )
+    notes = [
+        f"sums are made in another order now ({'; '.join(reordered)}): weights agree "
+        "to rounding with those of a run without the change, not to the bit"
+    ] * bool(reordered)
     if home.local == home.path:
         cluster.check_shared(home.local / "config.json")
-    return Best(home, config, dataset)
+    return Best(home, config, dataset), notes

@@ -2,7 +2,8 @@
 
 import sys
 
+from crossmae_jax.commands import session
 from crossmae_jax.commands.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    session.end(main, sys.argv[1:])

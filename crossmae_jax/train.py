@@ -126,6 +126,8 @@ def begin(job: Job, resume: str) -> tuple[TrainState, bool]:
             parallel.say("\n".join(start.report))
             state = state.replace(variables=start.apply(state.variables))
     parallel.announce()
+    for note in job.notes:
+        parallel.say(note)
     environment.write_environment(job.home.local)
     config = job.config
     described = [

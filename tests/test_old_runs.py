@@ -79,7 +79,7 @@ def test_an_interrupted_run_goes_on_as_its_own_version_went_on(
     config = _config("prmim_interrupted", digits_dir)
     config.evals = {}
     train.run(config, directory)
-    assert capsys.readouterr().out.startswith("RESUMED at step 22 of 45 from ")
+    assert "\nRESUMED at step 22 of 45 from " in capsys.readouterr().out
     lines = _lines(directory)
     assert list(lines) == list(range(1, 46))
     assert all(lines[number] == before[number] for number in range(1, 23))

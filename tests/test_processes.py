@@ -116,13 +116,14 @@ def test_a_run_may_move_between_processes_and_be_killed_and_stays_the_same(
 def test_several_processes_evaluate_every_image_once(alone, digits_dir, tmp_path):
     given = [
         "crossmae_jax", "evaluate", f"--checkpoint={alone}", "--suite=knn",
-        f"--workdir={tmp_path}", f"--config.data.data_dir={digits_dir}",
+        f"--workdir={tmp_path / 'report'}", f"--config.data.data_dir={digits_dir}",
     ]
     with processes.started([given] * 2, tmp_path / "logs") as group:
         assert group.wait() == [0, 0], group.all_said()
         assert "355/355" in group.said(0) and "355/355" not in group.said(1)
         assert "host 1/2, 2 local of 4 devices (cpu)\n" in group.said(1)
-    found = json.loads((tmp_path / "evaluation.json").read_text())["metrics"]
+    file = tmp_path / "report" / "evaluation.json"
+    found = json.loads(file.read_text())["metrics"]
     assert found["knn/mean/k20/top1"] == pytest.approx(
         evaluated(alone)["eval/knn/mean/k20/top1"], abs=0.006  # two images
     )

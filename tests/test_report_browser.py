@@ -62,7 +62,8 @@ def page(tmp_path_factory):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (directory / "metrics.jsonl").write_text(text)
     (directory / "time.json").write_text(json.dumps({
-        "seconds": {"steps": 98765.4, "data": 1234.5}, "until": 2e9, "finished": True,
+        "seconds": {"steps": 98765.4, "data": 1234.5}, "saved_steps": 98765.4,
+        "until": 2e9, "finished": True,
     }))
     results.write(directory, {
         f"{name}/{kind}/top1": 0.5 for name in ("eval", "random_init", "pixels")

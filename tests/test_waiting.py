@@ -122,7 +122,7 @@ def test_a_bug_ends_a_program_whose_threads_are_left():
             batches._left_behind.append(lambda: True)
             raise KeyError("a bug")
 
-        main([])
+        session.end(main, [])
     """
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=60

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,6 @@ def command(*, error_status: int = 1) -> Callable[[Main], Main]:
             except errors.UserError as error:
                 print(f"error: {error}", file=sys.stderr)
                 status = error_status
-            except SystemExit as stopping:
-                _leave_threads(stopping.code)
-                raise
-            except BaseException:  # a bug, or a second Ctrl-C
-                if _threads_left():
-                    traceback.print_exc()
-                    _leave_threads(1)
-                raise
-            _leave_threads(status)
             return status
 
         return ending_in_a_line
@@ -56,25 +48,35 @@ def command(*, error_status: int = 1) -> Callable[[Main], Main]:
     return decorate
 
 
-def _threads_left() -> bool:
-    # What was never imported has left nothing.
-    batches = sys.modules.get("crossmae_jax.data.batches")
-    return batches is not None and batches.any_left_behind()
+def end(main: Main, argv: Sequence[str]) -> NoReturn:
+    """Ends this process with what a command returns, or exits with.
 
-
-def _leave_threads(status: int | str | None) -> None:
-    """Ends the process if threads of the loader read that nothing can end.
-
-    Python itself would wait for them, as long as a disk does not answer.
+    Threads of the loader that read and that nothing can end do not keep it: Python
+    itself would wait for them, as long as a disk does not answer.
     """
+    try:
+        status = main(argv)
+    except SystemExit as stopping:
+        status = stopping.code
+    except BaseException:  # a bug, or a second Ctrl-C
+        if not _threads_left():
+            raise
+        traceback.print_exc()
+        status = 1
     if not _threads_left():
-        return
+        sys.exit(status)
     if isinstance(status, str):
         print(status, file=sys.stderr)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status or 0)
+
+
+def _threads_left() -> bool:
+    # What was never imported has left nothing.
+    batches = sys.modules.get("crossmae_jax.data.batches")
+    return batches is not None and batches.any_left_behind()
 
 
 def _is_news(record: stdlib_logging.LogRecord) -> bool:
