@@ -199,18 +199,19 @@ def _shut(
         reading = num_workers == 0 and bool(activity.readings())
         return reading or not joiner.idle.is_set()
 
-    _left_behind.append(still_read)  # first: a second Ctrl-C may cut the wait short
-    if not _comes_true(lambda: not still_read()):
-        if num_workers:
-            workers.kill(activity)
-        # No thread can be ended from outside.
-        if not (num_workers and _comes_true(lambda: not still_read())):
-            logging.warning("Threads that read images do not end; they are left.")
-            activity.remove()
-            return
-    _left_behind.remove(still_read)
-    pool.shutdown(wait=True)
-    joiner.close()
+    _left_behind.append(still_read)  # first: a second Ctrl-C may cut the waits short
+    ended = _comes_true(joiner.idle.is_set)
+    if not ended and num_workers:
+        workers.kill(activity)
+        ended = _comes_true(joiner.idle.is_set)
+    if ended:
+        pool.shutdown(wait=True)
+        joiner.close()  # from here on nobody reads ahead
+        ended = _comes_true(lambda: not still_read())
+    if ended:
+        _left_behind.remove(still_read)
+    else:  # no thread can be ended from outside
+        logging.warning("Threads that read images do not end; they are left.")
     activity.remove()
 
 
