@@ -111,7 +111,7 @@ class Watchdog:
             yield item
 
 
-class _Guard:
+class _Alarm:
     """Ends the process when a watchdog was silent for too long; runs in a thread."""
 
     def __init__(self, watch: Watchdog, directory: AnyPath, minutes: float):
@@ -218,12 +218,12 @@ def watching(directory: AnyPath, *, minutes: float) -> Iterator[Watchdog]:
     if not minutes:
         yield watch
         return
-    guard = _Guard(watch, directory, minutes)
+    alarm = _Alarm(watch, directory, minutes)
     try:
-        guard.start()
+        alarm.start()
         yield watch
     finally:
-        guard.stop()
+        alarm.stop()
 
 
 def _for_a_while(function: Any) -> None:
