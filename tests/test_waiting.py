@@ -210,10 +210,12 @@ def test_a_process_that_cannot_be_started_says_so(monkeypatch, kind):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_memory_that_runs_out_is_an_error_that_says_so(num_workers):
+def test_memory_that_runs_out_is_an_error_that_says_so(num_workers, caplog):
     with _batches(Source(_fail_for_memory), workers=num_workers) as made:
         with pytest.raises(workers.WorkerDied, match="Memory ran out .*data.workers"):
             next(made)
+    # Who fails reads no more: nothing is waited for, and nothing left.
+    assert not caplog.records and not batches.any_left_behind()
 
 
 def test_an_error_of_a_worker_is_not_taken_for_its_death():

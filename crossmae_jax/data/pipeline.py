@@ -247,7 +247,6 @@ class _Loader:
                 values = self._load(sample, index, bad) | self._number(sample, index)
             for name, array in arrays.items():
                 array[row] = values[name]
-        self.activity.end()
         return {"arrays": arrays, "bad": Replaced(bad)}
 
     def _number(self, sample: int, index: int) -> dict[str, Any]:

@@ -186,6 +186,8 @@ def _loaded(load: Callable[[int], Any], activity: Activity, number: int) -> Any:
     except BaseException:
         activity.raising()
         raise
+    finally:
+        activity.end()
 
 
 def _try_threads(number: int) -> None:
