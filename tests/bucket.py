@@ -13,6 +13,9 @@ import re
 import sys
 import threading
 import urllib.parse
+from pathlib import Path
+
+from crossmae_jax import paths
 
 NAME = "bucket"
 
@@ -50,6 +53,21 @@ class Bucket:
     def delete(self, name):
         with self._lock:
             return self._objects.pop(name, None)
+
+    def put(self, folder, directory):
+        """Copies the files of a directory to a folder."""
+        for path in paths.files(Path(directory)):
+            self.write(f"{folder}/{path.relative_to(directory)}", path.read_bytes())
+
+    def largest(self, prefix):
+        """Returns the name of the largest object whose name begins so."""
+        return max(self.names(prefix), key=lambda name: len(self.read(name)))
+
+    def flip(self, name):
+        """Changes one bit in the middle of an object."""
+        data = bytearray(self.read(name))
+        data[len(data) // 2] ^= 1
+        self.write(name, bytes(data))
 
     def describe(self, name):
         data, generation = self._objects[name]

@@ -1,7 +1,7 @@
 """Runs that stand still somewhere.
 
 As a program, `python -m tests.hanging WHERE DIGITS WORKDIR CHANGES`, a run of
-`test_train` with these changes that nothing moves any more in a phase: start, data,
+`tiny` with these changes that nothing moves any more in a phase: start, data,
 evaluate or save; "" is none. Workers hang as their parent does.
 """
 
@@ -51,11 +51,12 @@ class Held:
 @session.command()
 def main(argv: Sequence[str]) -> None:
     """Runs, and hangs."""
+    from crossmae_jax import train
     from crossmae_jax.checkpoints import checkpointer
-    from tests import test_train
+    from tests import tiny
 
     where, digits_dir, workdir, changes = argv
-    config = test_train._config(digits_dir, **ast.literal_eval(changes))
+    config = tiny.config(digits_dir, **ast.literal_eval(changes))
     make, size = sources.make_source, config.data.batch_size
     held = {
         order.shuffled(sample, num_images=1442, seed=config.seed)
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
     elif where == "save":
         checkpointer.Checkpoints._write_digests = _for_ever
     with session.joined():
-        test_train.train.run(config, workdir)
+        train.run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Images that are not read as long as somebody waits for them.
 
 As a program, `python -m tests.holding DIGITS WORKDIR CHANGES STEP`, a run of
-`test_train`, with these changes, that waits for the images of a step; "": it does not.
+`tiny`, with these changes, that waits for the images of a step; "": it does not.
 """
 
 import ast
@@ -38,8 +38,9 @@ def images(config: ConfigDict, step: str) -> None:
 
 
 if __name__ == "__main__":
-    from tests import test_train
+    from crossmae_jax import train
+    from tests import tiny
 
-    run_config = test_train._config(sys.argv[1], **ast.literal_eval(sys.argv[3]))
+    run_config = tiny.config(sys.argv[1], **ast.literal_eval(sys.argv[3]))
     images(run_config, sys.argv[4])
-    test_train.train.run(run_config, sys.argv[2])
+    train.run(run_config, sys.argv[2])

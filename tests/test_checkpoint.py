@@ -8,13 +8,10 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
@@ -22,82 +19,21 @@ from ml_collections import ConfigDict
 from crossmae_jax import errors
 from crossmae_jax.checkpoints import checkpointer, digests, schedule, steps
 from crossmae_jax.distributed import parallel
-
-
-@flax.struct.dataclass
-class State:
-    step: jax.Array
-    variables: dict[str, Any]
-    opt_state: Any
-
-
-def make_state(value=1.0, *, width=4, dtype=jnp.float32, extra=()):
-    """Weights of several dtypes, and the optimiser states that training uses."""
-    params = {
-        "encoder": {"kernel": jnp.full((8, width), value, dtype),
-                    "bias": jnp.array([value, -0.0, jnp.nan, 1e-40], jnp.float32)},
-        "head": {"kernel": jnp.full((width, 2), value, jnp.bfloat16)},
-        **{name: {"kernel": jnp.ones(3)} for name in extra},
-    }
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),  # EmptyState
-        optax.adamw(
-            lambda step: 0.1 / (step + 1), weight_decay=0.1,
-            mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p),  # MaskedNode
-        ),
-    )
-    gradient = jax.tree.map(lambda x: jnp.full_like(x, value / 3), params)
-    _, opt_state = tx.update(gradient, tx.init(params), params)
-    variables = {"params": params, "constants": {"pos_embed": jnp.arange(6.0)}}
-    return State(jnp.int32(value), variables, opt_state)
-
-
-def abstract(state):
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-
-
-def bits(tree):
-    return jax.tree.map(lambda x: (x.dtype.name, x.shape, np.array(x).tobytes()), tree)
-
-
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    assert bits(a) == bits(b)
+from tests import states
+from tests.states import abstract, assert_same, flip, make_state, payload, reopen
 
 
 @pytest.fixture
 def saved(tmp_path):
     """Steps 10 and 20 of a run that has ended."""
-    checkpoints = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2)
-    for value in (1, 2):
-        checkpoints.save(value * 10, make_state(value))
-    checkpoints.close()
-    return tmp_path / "checkpoints"
-
-
-def reopen(directory):
-    return checkpointer.Checkpoints(directory, keep=2)
-
-
-def payload(step_directory, item="variables"):
-    """The largest file of an item: the one with the arrays."""
-    files = [path for path in (step_directory / item).rglob("*") if path.is_file()]
-    return max(files, key=lambda path: path.stat().st_size)
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+    return states.save_two(tmp_path / "checkpoints")
 
 
 def test_state_comes_back_bit_for_bit_with_its_structure(saved):
     state = make_state(2)
     step, restored = reopen(saved).restore_latest(abstract(state))
     assert step == 20
-    assert isinstance(restored, State)
+    assert isinstance(restored, states.State)
     assert_same(restored, state)
 
 
@@ -313,49 +249,6 @@ def test_failed_background_save_is_raised_and_can_be_repeated(saved, monkeypatch
     assert_same(restored, make_state(3))
 
 
-MISMATCHES = {
-    "wider model": (
-        dict(width=5), ["other shape (6)", "encoder/kernel  checkpoint (8, 4), model "
-                        "(8, 5)", "model.encoder.size"]),
-    "other dtype": (
-        dict(dtype=jnp.bfloat16), ["other dtype (3)", "checkpoint float32, model "
-                                   "bfloat16", "another precision"]),
-    "more parts": (
-        dict(extra=["decoder"]), ["only in the model (3)", "model.decoder",
-                                  "params/decoder/kernel  (3,)"]),
-    "many more parts": (
-        dict(extra=[f"block_{i}" for i in range(20)]),
-        ["only in the model (60)", "... and 50 more"]),
-}
-
-
-@pytest.mark.parametrize("mismatch", MISMATCHES)
-def test_other_model_is_an_error_that_prints_the_difference(saved, mismatch):
-    changes, texts = MISMATCHES[mismatch]
-    with pytest.raises(checkpointer.MismatchError) as caught:
-        reopen(saved).restore_latest(abstract(make_state(**changes)))
-    for text in texts:
-        assert text in str(caught.value)
-    # Not taken for damage: nothing older was tried, nothing was put aside.
-    assert sorted(p.name for p in saved.iterdir()) == ["10", "20"]
-
-
-def test_tensors_only_in_the_checkpoint_are_named(saved):
-    state = make_state()
-    smaller = state.replace(
-        variables={"params": state.variables["params"]}, opt_state=()
-    )
-    with pytest.raises(checkpointer.MismatchError) as caught:
-        reopen(saved).restore_latest(abstract(smaller))
-    assert "only in the checkpoint" in str(caught.value)
-    assert "constants/pos_embed  (6,)" in str(caught.value)
-
-
-def test_changed_optimiser_is_told_from_a_changed_model(saved):
-    with pytest.raises(checkpointer.MismatchError, match="optimiser changed"):
-        reopen(saved).restore_latest(abstract(make_state().replace(opt_state=())))
-
-
 def test_state_without_variables_or_with_other_leaves_is_refused(tmp_path):
     checkpoints = checkpointer.Checkpoints(tmp_path, keep=1)
     with pytest.raises(ValueError, match="needs a field `variables`"):
@@ -366,39 +259,6 @@ def test_state_without_variables_or_with_other_leaves_is_refused(tmp_path):
     checkpoints.save(1, {"variables": {"w": jnp.ones(2)}}, wait=True)
     with pytest.raises(ValueError, match="w has no sharding"):
         checkpoints.restore_latest(unplaced)
-
-
-def test_variables_are_read_without_config_or_optimiser(saved):
-    shutil.rmtree(saved / "20" / "optimizer")  # weights alone are enough
-    variables = checkpointer.restore_variables(saved)
-    assert_same(variables, make_state(2).variables)
-    assert_same(checkpointer.restore_variables(saved, step=10), make_state(1).variables)
-    target = abstract(make_state().variables)
-    assert_same(checkpointer.restore_variables(saved, target), make_state(2).variables)
-    with pytest.raises(checkpointer.MismatchError, match="encoder/kernel"):
-        checkpointer.restore_variables(saved, abstract(make_state(width=5).variables))
-
-
-def test_variables_of_a_damaged_step_are_not_returned(saved, capsys):
-    flip(payload(saved / "20"))
-    assert_same(checkpointer.restore_variables(saved), make_state(1).variables)
-    assert "Skipping checkpoint 20" in capsys.readouterr().out
-    assert (saved / "20").exists()  # reading changes nothing on disk
-    with pytest.raises(
-        checkpointer.RestoreError, match="Step 20 .* is damaged: digest"
-    ):
-        checkpointer.restore_variables(saved, step=20)
-
-
-def test_reading_from_a_directory_without_checkpoints_says_what_is_there(saved):
-    with pytest.raises(checkpointer.RestoreError, match="found checkpoints instead"):
-        checkpointer.restore_variables(saved.parent)
-    with pytest.raises(checkpointer.RestoreError, match="no such directory"):
-        checkpointer.restore_variables(saved / "nowhere")
-    with pytest.raises(
-        checkpointer.RestoreError, match=r"No step 5 .* steps \[10, 20\]"
-    ):
-        checkpointer.restore_variables(saved, step=5)
 
 
 ONE_DEVICE = """

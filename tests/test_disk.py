@@ -17,8 +17,8 @@ from crossmae_jax.checkpoints import checkpointer, space, steps
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import events, journal, metrics, results, walltime
 from crossmae_jax.visualize import curves
-from tests import full_disk, test_train
-from tests.test_checkpoint import (
+from tests import full_disk, tiny
+from tests.states import (
     abstract,
     assert_same,
     make_state,
@@ -67,7 +67,7 @@ def _results(place):
 
 def _page(place):
     (place / metrics.FILE).write_text('{"step": 1, "train/loss": 0.5}\n')
-    (place / "config.json").write_text(test_train._config("none").to_json())
+    (place / "config.json").write_text(tiny.config("none").to_json())
     return run_page.write(place), lambda: run_page.write(place)
 
 
@@ -254,7 +254,7 @@ def test_a_run_whose_directory_vanishes_ends_with_its_name(
         stepped(self, step, *others, **options)
 
     monkeypatch.setattr(journal.Journal, "stepped", vanish)
-    config = test_train._config(digits_dir, checkpoint__every_epochs=0.15)
+    config = tiny.config(digits_dir, checkpoint__every_epochs=0.15)
     with pytest.raises(space.DiskError) as gone:
         train.run(config, tmp_path / "run")
     line, = str(gone.value).splitlines()
@@ -265,10 +265,10 @@ def test_a_run_whose_directory_vanishes_ends_with_its_name(
 
 _CONFIG = """
 import os
-from tests import test_train
+from tests import tiny
 
 def get_config():
-    return test_train._config(
+    return tiny.config(
         os.environ["DIGITS"], epochs=0.4, checkpoint__every_epochs=0.2,
         log_every_steps=1, data__workers=0, optim__warmup_epochs=0.1,
     )

@@ -17,18 +17,19 @@ from crossmae_jax.checkpoints import checkpointer, digests, space
 from crossmae_jax.commands import checkpoints as command
 from crossmae_jax.convert import ConversionError, starting
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.data.sets import digits, imagenet
+from crossmae_jax.data.sets import digits
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import journal, mirror, replay, workdir
 from tests import bucket as buckets
-from tests import test_train
+from tests import tiny
 from tests.image_files import config as settings
 from tests.image_files import write_folder
-from tests.test_checkpoint import abstract, assert_same, bits, make_state
+from tests.states import abstract, assert_same, bits, make_state
 
 ROOT = Path(__file__).parent.parent
 RUN = f"gs://{buckets.NAME}/runs/one"
-STEPS = f"{RUN}/checkpoints"
+FOLDER = "runs/one/checkpoints"
+STEPS = f"gs://{buckets.NAME}/{FOLDER}"
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +64,6 @@ def saved(bucket):
 
 def reopen():
     return checkpointer.Checkpoints(STEPS, keep=2)
-
-
-def object_of(bucket, step, part):
-    """The largest object of an item of a step."""
-    names = bucket.names(f"runs/one/checkpoints/{step}/{part}/")
-    return max(names, key=lambda name: len(bucket.read(name)))
-
-
-def flip(bucket, name):
-    data = bytearray(bucket.read(name))
-    data[len(data) // 2] ^= 1
-    bucket.write(name, bytes(data))
 
 
 def test_state_comes_back_bit_for_bit(saved):
@@ -118,7 +107,7 @@ def test_the_digests_are_written_before_what_commits_the_step(saved):
 
 
 @pytest.mark.parametrize("harm, reason", [
-    (flip, "digest mismatch in variables/"),
+    (buckets.Bucket.flip, "digest mismatch in variables/"),
     (lambda bucket, name: bucket.delete(name), "missing"),
     (lambda bucket, name: bucket.write(name, b""), "digest mismatch"),
 ])
@@ -126,7 +115,7 @@ def test_a_damaged_step_is_named_put_aside_and_the_one_before_is_used(
     saved, capsys, harm, reason
 ):
     before = saved.names("runs/one/checkpoints/20/")
-    name = object_of(saved, 20, "variables")
+    name = saved.largest(f"{FOLDER}/20/variables/")
     harm(saved, name)
     checkpoints = reopen()
     step, restored = checkpoints.restore_latest(abstract(make_state(2)))
@@ -146,7 +135,7 @@ def test_a_damaged_step_is_named_put_aside_and_the_one_before_is_used(
 
 def test_if_all_are_damaged_nothing_is_started_over(saved):
     for step in (10, 20):
-        flip(saved, object_of(saved, step, "optimizer"))
+        saved.flip(saved.largest(f"{FOLDER}/{step}/optimizer/"))
     there = saved.names()
     with pytest.raises(checkpointer.RestoreError, match="2 checkpoint.*none can be"):
         reopen().restore_latest(abstract(make_state(2)))
@@ -171,7 +160,7 @@ def test_a_save_that_ends_before_the_commit_is_no_step(saved, capsys):
 
 
 def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
-    flip(saved, object_of(saved, 20, "variables"))
+    saved.flip(saved.largest(f"{FOLDER}/20/variables/"))
 
     def fail(path):
         raise OSError(f"{path}: the host died")
@@ -185,7 +174,7 @@ def test_an_end_while_a_step_is_put_aside_loses_no_step(saved, monkeypatch):
 
 
 def test_checkpoints_in_a_bucket_are_listed_verified_and_pruned(saved, capsys):
-    config = test_train._config("none")
+    config = tiny.config("none")
     saved.write("runs/one/config.json", config.to_json().encode())
     saved.write("runs/one/notes.txt", b"mine")
     saved.write("runs/one/checkpoints/mine/1", b"mine")
@@ -211,14 +200,14 @@ def test_checkpoints_in_a_bucket_are_listed_verified_and_pruned(saved, capsys):
     assert cells[2][0] == "30" and cells[2][2] == "never completed"
     assert call("verify", STEPS)[0] == 0
     assert "params/encoder/kernel" in call("inspect", RUN)[1].out
-    flip(saved, object_of(saved, 20, "optimizer"))
+    saved.flip(saved.largest(f"{FOLDER}/20/optimizer/"))
     status, (out, _) = call("verify", RUN)
     assert status == 1 and "damaged: digest mismatch in optimizer/" in out
     # The newest one that is whole is the other: nothing but the torn save may go.
     status, (out, _) = call("prune", RUN, "--keep=1", "--yes")
     assert status == 0 and "Deleted 1 of" in out
     assert not saved.names("runs/one/checkpoints/30/")
-    flip(saved, object_of(saved, 20, "optimizer"))  # mended
+    saved.flip(saved.largest(f"{FOLDER}/20/optimizer/"))  # mended
     status, (out, _) = call("prune", RUN, "--keep=1", "--yes")
     assert status == 0 and "delete  10  " in out
     assert checkpointer.newest_step(STEPS) == 20
@@ -262,20 +251,14 @@ def test_files_of_a_run_come_and_go(bucket, capsys):
     assert bucket.read("runs/one/metrics.jsonl") == b"longer"
 
 
-def put(bucket, folder, directory):
-    """Copies a directory's files to a folder of the bucket."""
-    for path in paths.files(Path(directory)):
-        bucket.write(f"{folder}/{path.relative_to(directory)}", path.read_bytes())
-
-
 def lines(bucket):
     text = bucket.read("runs/one/metrics.jsonl").decode()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
-    put(bucket, "data", digits.prepare(digits_dir))
-    config = test_train._config(
+    bucket.put("data", digits.prepare(digits_dir))
+    config = tiny.config(
         f"gs://{buckets.NAME}/data", epochs=0.6, optim__warmup_epochs=0.1,
         checkpoint__best="eval/reconstruction/mse",
         evals=dict(reconstruction=dict(every_epochs=0.0, num_images=3)),
@@ -322,7 +305,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
     assert steps == [line["step"] for line in written if "train/loss" in line]
 
     with pytest.raises(errors.SetupError, match=f"{RUN} holds checkpoints of another"):
-        train.run(test_train._config(digits_dir, seed=5), RUN)
+        train.run(tiny.config(digits_dir, seed=5), RUN)
     assert workdir.is_run(RUN) and workdir.read_config(RUN).seed == config.seed
     encoder = crossmae_jax.load(f"{RUN}/best")
     assert encoder.card.origin == f"{RUN}/best"
@@ -333,7 +316,7 @@ def test_a_run_in_a_bucket_goes_on_and_can_be_read(bucket, digits_dir, capsys):
 
 
 def test_a_step_to_make_again_is_kept_in_the_bucket(bucket, digits_dir):
-    config = test_train._config(digits_dir)
+    config = tiny.config(digits_dir)
     state = train.TrainState(
         jax.numpy.asarray(2), {"params": {"w": jax.numpy.arange(3.0)}}, (),
         {"total": jax.numpy.asarray(1), "in_a_row": jax.numpy.asarray(1)},
@@ -350,7 +333,7 @@ def test_a_step_to_make_again_is_kept_in_the_bucket(bucket, digits_dir):
 
 
 def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
-    put(bucket, "sets/train", write_folder(tmp_path / "train", 20))
+    bucket.put("sets/train", write_folder(tmp_path / "train", 20))
     bucket.write("sets/train2/else.png", b"")
     bucket.write("sets/train/.hidden/x.png", b"")
     bucket.write("sets/train/.y.png", b"")
@@ -381,7 +364,7 @@ def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
 
 
 def test_reading_images_in_a_bucket_imports_no_jax(bucket, tmp_path):
-    put(bucket, "sets/train", write_folder(tmp_path / "train", 2))
+    bucket.put("sets/train", write_folder(tmp_path / "train", 2))
     code = (
         "import sys\nfrom crossmae_jax.data import sources\n"
         f"source = sources.FolderSource('gs://{buckets.NAME}/sets/train')\n"
@@ -413,36 +396,3 @@ def test_what_is_not_in_the_bucket_is_named(bucket, tmp_path):
         bucket.write(name, b"")
         with pytest.raises(ConversionError, match="Copy it first: gcloud storage cp"):
             crossmae_jax.load(f"{place}/{name.partition('/')[0]}")
-
-
-def test_what_must_lie_on_a_disk_says_so(tmp_path):
-    with pytest.raises(ValueError, match="digits are written"):
-        digits.prepare(f"gs://{buckets.NAME}/data")
-    with pytest.raises(ValueError, match="gcloud storage cp"):
-        imagenet.prepare(str(tmp_path), f"gs://{buckets.NAME}/data")
-    with pytest.raises(ValueError, match="names no bucket"):
-        paths.path("gs:///runs")
-    for command in (
-        ["sweep", "--config=configs/partialft_vitb.py", "--blocks=1"],
-        ["evaluate", "--config=configs/vitb_cross.py", "--checkpoint=x", "--suite=knn"],
-    ):
-        found = subprocess.run(
-            [sys.executable, "-m", "crossmae_jax", *command, f"--workdir={RUN}"],
-            cwd=ROOT, capture_output=True, text=True,
-        )
-        assert found.returncode == 2 and "on a disk" in found.stderr, found.stderr
-
-
-def test_without_the_extra_one_line_says_what_to_install(monkeypatch, digits_dir):
-    whole = paths.importlib.util.find_spec
-    monkeypatch.setattr(
-        paths.importlib.util, "find_spec",
-        lambda name, *rest: None if name == "gcsfs" else whole(name, *rest),
-    )
-    message = rf"{RUN}.* gcsfs is needed.*pip install -e '.\[gcs\]'"
-    with pytest.raises(errors.SetupError, match=message):
-        train.run(test_train._config(digits_dir), RUN)
-    with pytest.raises(ConversionError, match=message):
-        crossmae_jax.load(RUN)
-    with pytest.raises(ValueError, match="gcsfs is needed"):
-        sources.FolderSource(f"gs://{buckets.NAME}/train")

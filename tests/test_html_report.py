@@ -22,7 +22,7 @@ from crossmae_jax.commands import report as command
 from crossmae_jax.distributed import environment
 from crossmae_jax.report import run_page, svg
 from crossmae_jax.runs import workdir
-from tests import test_train
+from tests import tiny
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert(\"1\")</script> & 'x' é </pre>"
@@ -90,7 +90,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def finished(digits_dir, tmp_path_factory):
     """A run of six steps, with evaluations on the way and baselines."""
-    config = test_train._config(
+    config = tiny.config(
         digits_dir, epochs=0.4, optim__warmup_epochs=0.1, log_every_steps=2,
         checkpoint__every_epochs=0.2, baselines=True,
         evals=dict(

@@ -14,7 +14,7 @@ from crossmae_jax import __main__ as front_door
 from crossmae_jax import errors
 from crossmae_jax.checkpoints import checkpointer, digests, space, steps
 from crossmae_jax.runs import inventory, lock, workdir
-from tests.test_checkpoint import flip, make_state, payload
+from tests.states import flip, make_state, payload
 
 ROOT = Path(__file__).parent.parent
 

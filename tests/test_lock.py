@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from crossmae_jax import errors
+from crossmae_jax import errors, train
 from crossmae_jax.runs import lock
-from tests import test_train
+from tests import tiny
 
 _HOLD = """
 import pathlib, sys, time
@@ -43,10 +43,10 @@ def as_if_elsewhere(file, **changes):
 def test_a_second_run_is_refused_and_touches_nothing(holder, tmp_path, digits_dir):
     run = tmp_path / "run"
     (run / "metrics.jsonl").write_text('{"step": 1}\n')
-    (run / "config.json").write_text(test_train._config(digits_dir).to_json())
+    (run / "config.json").write_text(tiny.config(digits_dir).to_json())
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(errors.SetupError) as refused:
-        test_train.train.run(test_train._config(digits_dir), run)
+        train.run(tiny.config(digits_dir), run)
     assert f"process {holder.pid}, since 2" in str(refused.value)
     assert "--workdir" in str(refused.value)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before

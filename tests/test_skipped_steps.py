@@ -15,9 +15,8 @@ from crossmae_jax.data import sources
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.probing import nonfinite
 from crossmae_jax.runs import journal, replay
-from tests import full_disk, processes
+from tests import full_disk, processes, tiny
 from tests.test_processes import arguments
-from tests.test_train import _assert_same_bits, _config, _final_state, _lines
 
 # 96 images a step: rows 5 and 40 of steps 3 to 6, counted from 1.
 POISON = tuple(96 * step + row for step in range(2, 6) for row in (5, 40))
@@ -41,7 +40,7 @@ def poisoned(monkeypatch):
 
 
 def config_of(digits_dir, **changes):
-    return _config(digits_dir, **{
+    return tiny.config(digits_dir, **{
         "epochs": (STEPS + 0.5) * 96 / 1442, "checkpoint__every_epochs": 4 * 96 / 1442,
         "checkpoint__keep": 3, "log_every_steps": 20,
     } | changes)
@@ -68,7 +67,7 @@ def copy_until(workdir, step, target):
 
 def test_a_run_goes_on_past_skipped_steps_and_its_log_tells_of_them(gone_on):
     workdir, config = gone_on
-    lines = {line["step"]: line for line in _lines(workdir)}
+    lines = {line["step"]: line for line in tiny.lines(workdir)}
     assert list(lines) == list(range(1, STEPS + 1))
     in_all = [line["train/skipped_steps"] for line in lines.values()]
     assert in_all == [0, 0, 1, 2, 3, 4, 4, 4, 4, 4]
@@ -76,7 +75,7 @@ def test_a_run_goes_on_past_skipped_steps_and_its_log_tells_of_them(gone_on):
     assert in_a_row == [0, 0, 1, 2, 3, 4, 0, 0, 0, 0]
     for step, line in lines.items():
         assert (line["train/loss"] is None) == (step in range(3, 7))
-    state = _final_state(config, workdir, STEPS)
+    state = tiny.final_state(config, workdir, STEPS)
     assert state.skipped == {"total": 4, "in_a_row": 0}
     assert not list(workdir.glob("nan_step_*"))
 
@@ -105,8 +104,8 @@ def test_too_many_in_a_row_end_the_run_with_a_step_to_make_again(
     np.testing.assert_array_equal(kept.batch["sample"], np.arange(192, 288))
     # No weight has changed since step 2, so those of the checkpoint of step 4 are it.
     copy_until(workdir, 4, tmp_path / "four")
-    before = _final_state(config, tmp_path / "four", 4).variables
-    _assert_same_bits(before, jax.tree.map(jnp.asarray, kept.variables))
+    before = tiny.final_state(config, tmp_path / "four", 4).variables
+    tiny.assert_same_bits(before, jax.tree.map(jnp.asarray, kept.variables))
     found = nonfinite.diagnose(kept)
     assert found.images == [5, 40]
     assert found.first_bad.name == "model: input"
@@ -115,11 +114,11 @@ def test_too_many_in_a_row_end_the_run_with_a_step_to_make_again(
     config.optim.max_skipped_in_a_row = 5
     train.run(config, tmp_path / "run")
     ours, theirs = (
-        _final_state(config, path, STEPS) for path in (tmp_path / "run", workdir)
+        tiny.final_state(config, path, STEPS) for path in (tmp_path / "run", workdir)
     )
-    _assert_same_bits(ours, theirs)
-    uninterrupted = {line["step"]: line for line in _lines(workdir)}
-    lines = _lines(tmp_path / "run")
+    tiny.assert_same_bits(ours, theirs)
+    uninterrupted = {line["step"]: line for line in tiny.lines(workdir)}
+    lines = tiny.lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 8, 10]
     for line in lines:
         for name in ("loss", "lr", "skipped_steps", "skipped_in_a_row"):

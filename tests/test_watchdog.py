@@ -17,11 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from crossmae_jax import train
 from crossmae_jax.data import sources
 from crossmae_jax.distributed import preemption
 from crossmae_jax.distributed.preemption import REQUEUE
 from crossmae_jax.runs import watchdog
-from tests import processes, test_train
+from tests import processes, tiny
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings(
@@ -47,7 +48,7 @@ def arguments(where, digits_dir, workdir, **changes):
 def test_a_run_that_hangs_is_ended_and_started_again_but_not_for_ever(
     digits_dir, tmp_path
 ):
-    sources.make_source(test_train._config(digits_dir).data, "train")  # made once
+    sources.make_source(tiny.config(digits_dir).data, "train")  # made once
     status, said = start("start", digits_dir, tmp_path, watchdog_minutes=0.05)
     assert status == REQUEUE and "s in the phase 'start'. Stacks" in said, said
     assert "_for_ever" in said and "in plan" in said
@@ -211,7 +212,7 @@ def test_a_run_tells_what_it_does_and_each_batch_of_an_evaluation(
 
     monkeypatch.setattr(watchdog, "watching", watching)
     rank = dict(rank=dict(every_epochs=0.5, max_images=200))  # in three batches
-    test_train.train.run(test_train._config(digits_dir, rank), tmp_path)
+    train.run(tiny.config(digits_dir, rank), tmp_path)
     groups = [(phase, len(list(each))) for phase, each in itertools.groupby(told)]
     phases = [phase for phase, _ in groups]
     assert phases[:5] == ["start", "compile", "data", "compile", "step"]
