@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from crossmae_jax.checkpoints import checkpointer
 
@@ -54,13 +55,14 @@ def assert_same(a, b):
     assert bits(a) == bits(b)
 
 
-def save_two(directory):
-    """Saves steps 10 and 20 of a run, and returns where."""
-    checkpoints = checkpointer.Checkpoints(directory, keep=2)
+@pytest.fixture
+def saved(tmp_path):
+    """Steps 10 and 20 of a run that has ended."""
+    checkpoints = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2)
     for value in (1, 2):
         checkpoints.save(value * 10, make_state(value))
     checkpoints.close()
-    return directory
+    return tmp_path / "checkpoints"
 
 
 def reopen(directory):

@@ -19,21 +19,25 @@ from ml_collections import ConfigDict
 from crossmae_jax import errors
 from crossmae_jax.checkpoints import checkpointer, digests, schedule, steps
 from crossmae_jax.distributed import parallel
-from tests import states
-from tests.states import abstract, assert_same, flip, make_state, payload, reopen
+from tests.states import (
+    State,
+    abstract,
+    assert_same,
+    flip,
+    make_state,
+    payload,
+    reopen,
+    saved,
+)
 
-
-@pytest.fixture
-def saved(tmp_path):
-    """Steps 10 and 20 of a run that has ended."""
-    return states.save_two(tmp_path / "checkpoints")
+__all__ = ["saved"]  # a fixture
 
 
 def test_state_comes_back_bit_for_bit_with_its_structure(saved):
     state = make_state(2)
     step, restored = reopen(saved).restore_latest(abstract(state))
     assert step == 20
-    assert isinstance(restored, states.State)
+    assert isinstance(restored, State)
     assert_same(restored, state)
 
 
@@ -95,7 +99,9 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     advance = jax.jit(
         lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0
     )
-    state = {"variables": {"w": jnp.zeros((1000, 1000))}, "step": jnp.int32(0)}
+    # A large one is cut for the devices to write, which copies it; a small one is not.
+    weights = {"w": jnp.zeros((4000, 1000)), "b": jnp.zeros(1000)}
+    state = {"variables": weights, "step": jnp.int32(0)}
     state = advance(jax.device_put(state, everywhere))
     checkpoints.save(1, state)
     later = state
@@ -104,7 +110,8 @@ def test_saved_arrays_may_be_donated_at_once(tmp_path):
     jax.block_until_ready(later)
     assert state["variables"]["w"].is_deleted()  # else this test proves nothing
     _, restored = checkpoints.restore_latest(abstract(later))
-    assert (np.array(restored["variables"]["w"]) == 1).all()
+    for name in weights:
+        assert (np.array(restored["variables"][name]) == 1).all()
 
 
 def test_digests_agree_with_sha256sum(saved):

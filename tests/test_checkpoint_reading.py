@@ -7,14 +7,17 @@ import jax.numpy as jnp
 import pytest
 
 from crossmae_jax.checkpoints import checkpointer
-from tests import states
-from tests.states import abstract, assert_same, flip, make_state, payload, reopen
+from tests.states import (
+    abstract,
+    assert_same,
+    flip,
+    make_state,
+    payload,
+    reopen,
+    saved,
+)
 
-
-@pytest.fixture
-def saved(tmp_path):
-    """Steps 10 and 20 of a run that has ended."""
-    return states.save_two(tmp_path / "checkpoints")
+__all__ = ["saved"]  # a fixture
 
 
 MISMATCHES = {

@@ -14,6 +14,7 @@ import pytest
 
 from crossmae_jax import errors, train
 from crossmae_jax.checkpoints import checkpointer, space, steps
+from crossmae_jax.data.sets import digits
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import events, journal, metrics, results, walltime
 from crossmae_jax.visualize import curves
@@ -287,10 +288,11 @@ def test_a_run_on_a_full_disk_ends_in_a_line(digits_dir, tmp_path, monkeypatch):
     config = tmp_path / "config.py"
     config.write_text(_CONFIG)
     run = tmp_path / "run"
+    digits.prepare(digits_dir)
     monkeypatch.setenv("DIGITS", digits_dir)
     full = subprocess.run(
         [
-            sys.executable, "-c", _LIMITED, "50000", f"--config={config}",
+            sys.executable, "-c", _LIMITED, "20000", f"--config={config}",
             f"--workdir={run}",
         ],
         # Of a cache of compiled programs what is written would be cut, too.

@@ -15,6 +15,15 @@ OPTIMIZER = "optimizer"
 
 Leaves = dict[tuple[str, ...], Any]  # by their paths
 
+# Of an array that several devices hold each writes a part. Cutting the small ones, one
+# operation a part, takes longer than all else that a run waits for in a save.
+_LEAST_PART = 1 << 20  # bytes
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART),
+    override=True,
+)
+
 
 def stored(item: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
     """Returns shape and dtype of every tensor of an item, by its path."""
