@@ -4,6 +4,7 @@ The step is one program over all devices. It knows an objective's `init` and `lo
 nothing of what they compute. What is not finite is left out, see `optim.guard`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -151,8 +152,9 @@ def compile_steps(
     The state lies on the mesh as `sharding` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
-    shardings = sharding.shardings(mesh, abstract_state(objective, tx, key))
-    init = jax.jit(lambda key: init_state(objective, tx, key), out_shardings=shardings)
+    draw = functools.partial(init_state, objective, tx)  # one, which is traced once
+    shardings = sharding.shardings(mesh, jax.eval_shape(draw, key))
+    init = jax.jit(draw, out_shardings=shardings)
     step = make(objective, tx, schedule=schedule, key=key, **options)
     step = jax.jit(
         parallel.within(mesh, step), donate_argnums=0,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import traverse_util
 
 from crossmae_jax.paths import AnyPath
@@ -18,11 +19,14 @@ Leaves = dict[tuple[str, ...], Any]  # by their paths
 # Of an array that several devices hold each writes a part. Cutting the small ones, one
 # operation a part, takes longer than all else that a run waits for in a save.
 _LEAST_PART = 1 << 20  # bytes
+_said = logging.get_verbosity()
+logging.set_verbosity(logging.ERROR)  # it warns of what is done on purpose
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART),
     override=True,
 )
+logging.set_verbosity(_said)
 
 
 def stored(item: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:
