@@ -9,7 +9,7 @@ from benchmarks import downstream
 from crossmae_jax import train
 
 TINY = [
-    "model.encoder.size=W16-D4-H2/4", "epochs=0.3", "optim.warmup_epochs=0.1",
+    "model.encoder.size=W16-D1-H2/4", "epochs=0.3", "optim.warmup_epochs=0.1",
     "data.batch_size=64", "masking.pred_ratio=0.25", "model.decoder.dim=16",
     "model.decoder.depth=1",
 ]
@@ -23,7 +23,8 @@ def test_every_method_is_pre_trained_fine_tuned_and_evaluated(
     monkeypatch.setattr(downstream, "SHARES", {100: 64, 10: 32})
     monkeypatch.setattr(downstream, "BLOCKS", (0.0,))
     monkeypatch.setattr(downstream, "STEPS", 3)
-    common = [f"data.data_dir={digits_dir}", "model.encoder.size=W16-D4-H2/4"]
+    monkeypatch.setattr(downstream, "DEPTH", 1.0)
+    common = [f"data.data_dir={digits_dir}", "model.encoder.size=W16-D1-H2/4"]
     pretrain = downstream.ablation.run
 
     def run(path, overrides, **kwargs):
@@ -65,7 +66,7 @@ def test_every_method_is_pre_trained_fine_tuned_and_evaluated(
     assert set(rows) == {
         *(f"{what}, {percent} % of labels" for percent in (100, 10) for what in (
             "fine-tuning", "linear", "k-NN, mean", "k-NN, class token",
-            "0 tuned blocks", "4 tuned blocks",
+            "0 tuned blocks", "1 tuned block",
         )),
     }
     for percent in (100, 10):
