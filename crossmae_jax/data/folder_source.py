@@ -35,6 +35,7 @@ class FolderSource:
 
     Attributes:
       skipped: what is left aside, and why; "" if nothing is.
+      stray: images for which folders are no classes, by name; "" if there are none.
 
     Raises:
       ValueError: if there are no images, or what `listing.check` refuses.
@@ -54,6 +55,7 @@ class FolderSource:
         content = listing.listed(self.directory)
         listing.check(self.directory, content, max_skipped_share=max_skipped_share)
         self.skipped, images = listing.skipped(content), content.images
+        self.stray = listing.stray(content)
         # One blob and offsets instead of a list: a million paths travel to each worker.
         self._blob = b"".join(images)
         self._ends = np.cumsum([len(path) for path in images], dtype=np.int64)
@@ -111,6 +113,6 @@ class FolderSource:
     def __repr__(self) -> str:
         return (
             f"FolderSource({self.directory!r}, {len(self)} images, "
-            f"{len(self.classes)} classes)"
+            f"{len(self.classes)} classes{f', since {self.stray}' * bool(self.stray)})"
         )
 
