@@ -228,7 +228,7 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
     result = run("reconstruction", evaluation, every_epochs=10.0, num_images=5)
     assert log == [(shown, 5)]
     assert errors_of(result.metrics) == {"mse": np.mean(np.arange(5))}
-    assert result.files == (tmp_path / "panels" / "step_00000007.png",)
+    assert result.pictures == (tmp_path / "panels" / "step_00000007.png",)
     assert result.files[0].read_bytes().startswith(b"\x89PNG")
 
 
