@@ -152,7 +152,8 @@ def test_a_head_without_names_is_said_to_be_taken_by_number(trained, tmp_path, c
     bare = tmp_path / "bare.pth"
     convert.export_weights(run, bare, format="mae", check=False)
     content = torch.load(bare, weights_only=True)
-    torch.save({"model": content["model"]}, bare)  # without our card
+    wrapped = {f"module.{name}": x for name, x in content["model"].items()}
+    torch.save({"model": wrapped}, bare)  # without our card
     (tmp_path / "config.py").write_text(
         "from ml_collections import ConfigDict\ndef get_config():\n"
         f"    return ConfigDict({workdir.read_config(run).to_dict()!r})\n"
@@ -165,6 +166,7 @@ def test_a_head_without_names_is_said_to_be_taken_by_number(trained, tmp_path, c
         "their order: 'ant', 'bee', 'cat'"
     )
     assert said in written["notes"] and written["classes"] is None
+    assert any("taken off: module., with" in note for note in written["notes"])
     out = capsys.readouterr().out
     assert f"\n{said}\n" in out and f"* {said}" in out
     assert counted(tmp_path / "out" / "confusions.csv") == taken(
