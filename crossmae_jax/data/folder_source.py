@@ -30,8 +30,8 @@ class FolderSource:
     Args:
       classes: names of which labels shall be numbers; the folders' own if not given,
         and if empty labels are not wanted.
-      max_skipped_share: share of the images that may be of a kind that is not read, of
-        all and of those of a class folder.
+      max_skipped_share: share of the images that may be of a kind that is not read; 1
+        also accepts class folders without an image.
 
     Attributes:
       skipped: what is left aside, and why; "" if nothing is.

@@ -97,9 +97,9 @@ def check(directory: str, listing: Listing, *, max_skipped_share: float) -> None
     A single file alone is never too much, unless max_skipped_share is 0.
 
     Raises:
-      ValueError: if there are no images, if there are folders of training and of
-        evaluation, or if more than the share of all images, or of those of a class that
-        thereby vanishes, are of a kind that is not read.
+      ValueError: if there are no images, if there are folders of several splits, if
+        more than the share of all images are of a kind that is not read, or if a class
+        folder has none that is read, unless the share is 1.
     """
     if not 0 <= max_skipped_share <= 1:
         raise ValueError(
