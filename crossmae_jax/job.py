@@ -90,7 +90,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     order.check_seed(config.seed)
     images = {"train": sources.make_source(config.data, "train")}
     classes = images["train"].classes
-    config = objectives.with_classes(config, len(classes))
+    config = objectives.with_classes(config, images["train"])
     objective = objectives.make(config)
     if held_out := sources.make_source(config.data, "eval", classes=classes):
         images["eval"] = held_out

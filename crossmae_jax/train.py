@@ -253,5 +253,5 @@ def close(
             results |= job.evaluations.baselines(initial, stop=stop)
     parallel.say(journal.finish())
     if jax.process_index() == 0:
-        closing.report(job.home, results, pictures=job.evaluations.files)
+        closing.report(job.home, results, pictures=job.evaluations.pictures)
     return results

@@ -7,6 +7,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from crossmae_jax.data import decoding
+
 
 def pixels(seed: int, height: int, width: int, channels: int = 3) -> np.ndarray:
     """Smooth random pixels: something that JPEG keeps."""
@@ -50,5 +52,5 @@ def config(**changes) -> ConfigDict:
         batch_size=8, transform="classification", crop="ten_tries",
         crop_scale=(0.2, 1.0), flip=True, randaug_ops=0, randaug_magnitude=9.0,
         eval_crop_ratio=0.875, workers=0, max_bad_share=0.001,
-        max_pixels=178_956_970, max_skipped_share=0.05,
+        max_pixels=decoding.MAX_PIXELS, max_skipped_share=0.05,
     ) | changes)

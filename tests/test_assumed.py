@@ -93,6 +93,35 @@ def test_heads_of_the_model_beat_what_is_assumed(six_heads, tmp_path, imported):
     ) in plan.report
 
 
+def test_statistics_of_the_references_code_are_assumed_and_give_way(caplog, tmp_path):
+    path = GOLDEN / "ckpt_mae.pth"
+    said = "mean 0.485 0.456 0.406, ImageNet's, as MAE's code has; give mean if not"
+    with caplog.at_level("WARNING", logger="absl"):
+        card = crossmae_jax.load(path, **HEADS).card
+    assert card.mean == (0.485, 0.456, 0.406) and said in caplog.text
+    assert any(said in line for line in _assumed(card))
+    assert any("std 0.229 0.224 0.225" in line for line in _assumed(card))
+    card = crossmae_jax.load(path, **HEADS, mean=HALF["mean"]).card
+    assert card.mean == HALF["mean"] and set(card.assumed) == {"image_size", "std"}
+    done = convert.import_weights(path, tmp_path / "in", **HEADS, check=False)
+    assert f"assumed: {said}" in done.lines
+    weights = convert.open_weights(path, **HEADS, **HALF)
+    assert weights.card.std == HALF["std"] and set(weights.card.assumed) == {
+        "image_size"
+    }
+    for source in (tmp_path / "in", path):
+        report = _plan(
+            source, "digits_mae", "model.encoder.size=W16-D2-H2/8",
+            "data.image_size=(32, 32)", "model.encoder.mlp_ratio=2.0",
+            "model.decoder.mlp_ratio=2.0",
+        ).report
+        assert (
+            "  assumed  ImageNet's mean and std, as MAE's code has; the file does not "
+            "tell"
+        ) in report
+        assert any("the weights are of images with mean=(0.485" in x for x in report)
+
+
 def test_heads_of_the_file_beat_those_of_the_model(tmp_path):
     interop.hf_model().save_pretrained(tmp_path / "hf")
     size = ["model.encoder.size=W32-D2-H4/8", "data.image_size=(32, 32)"]
@@ -241,6 +270,6 @@ def test_a_grid_that_is_told_is_resized_though_patches_are_as_many(wide, tmp_pat
 
 def test_what_the_whole_model_assumes_of_its_decoder_its_encoder_does_not():
     card = convert.open_weights(GOLDEN / "ckpt_mae.pth", **HEADS).card
-    assert set(card.assumed) == {"image_size"}
-    assert set(card.encoder_only().assumed) == {"image_size"}
+    assert set(card.assumed) == {"image_size", "mean", "std"}
+    assert set(card.encoder_only().assumed) == {"image_size", "mean", "std"}
     assert convert.cards.from_json(card.to_json()) == card

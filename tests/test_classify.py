@@ -289,7 +289,7 @@ def test_images_to_test_on_without_labels_are_refused(tmp_path):
     data = folders(tmp_path / "train", ["ant", "bee"])
     test = folders(tmp_path / "test", ["all"])
     message = refused(folder_config(data, test), tmp_path / "run")
-    assert "config.evals.accuracy needs labels, but the data set, or a split" in message
+    assert "accuracy needs labels, but a split has none (FolderSource(" in message
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from crossmae_jax import objectives
 from crossmae_jax.objectives import OBJECTIVES
 from crossmae_jax.optim import optimizers
 from tests import cost_formulas
@@ -151,9 +150,8 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
 def test_a_config_describes_a_model_and_a_schedule(path):
     config = load(path)
     if path in CLASSIFY:
-        objective = OBJECTIVES["classify"](
-            objectives.with_classes(config, config.data.num_classes or 10)
-        )
+        config.data.num_classes = config.data.num_classes or 10
+        objective = OBJECTIVES["classify"](config)
         shapes = jax.eval_shape(objective.init, jax.random.key(0))
         bias = shapes["params"]["head"]["bias"]
         assert bias.shape == (config.data.num_classes or 10,)

@@ -165,7 +165,7 @@ WRONG = {
     f"error: {MAE}: aggregator.kind='conv' predicts thrown patches, but "
     "throw_ratio=0.0 throws 0 of 196 patches":
         (1, [CONFIG, "--config.model.aggregator.kind=conv"]),
-    "error: configs/finetune_folder.py: data.num_classes is not set, and no data is":
+    "error: configs/finetune_folder.py: data.num_classes=None, and no data is":
         (1, ["--config=configs/finetune_folder.py"]),
     f"error: {MAE}: Unknown aggregator.kind 'cnov'. Known: conv, convnext, none, pool":
         (1, [*PROGRESSIVE, "--config.model.aggregator.kind=cnov"]),

@@ -228,8 +228,8 @@ def test_reconstruction_writes_a_panel_and_ignores_the_padding(
     result = run("reconstruction", evaluation, every_epochs=10.0, num_images=5)
     assert log == [(shown, 5)]
     assert errors_of(result.metrics) == {"mse": np.mean(np.arange(5))}
-    assert result.files == (tmp_path / "panels" / "step_00000007.png",)
-    assert result.files[0].read_bytes().startswith(b"\x89PNG")
+    assert result.pictures == (tmp_path / "panels" / "step_00000007.png",)
+    assert result.pictures[0].read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("thrown", [(4,), (1, 3, 4)])
@@ -255,7 +255,7 @@ def test_the_panel_shows_8_images_and_the_error_is_that_of_all(tmp_path):
         jax.device_get(reconstruct(eight, np.arange(5) == 2)),
         tmp_path / "expected.png", caption="made by hand",
     )
-    assert result.files[0].read_bytes() == expected.read_bytes()
+    assert result.pictures[0].read_bytes() == expected.read_bytes()
 
 
 KNN = dict(every_epochs=0.0, k=20, temperature=0.07)

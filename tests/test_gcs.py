@@ -361,6 +361,9 @@ def test_images_in_a_bucket_are_those_on_a_disk(bucket, tmp_path):
         ) as loaded:
             batches.append([batch["image"].tobytes() for batch in loaded])
     assert batches[0] == batches[1] == batches[2]
+    bucket.write("sets/train/empty/.x.png", b"")
+    with pytest.raises(ValueError, match="image that is read lies in 'empty'"):
+        sources.FolderSource(f"gs://{buckets.NAME}/sets/train/")
 
 
 def test_reading_images_in_a_bucket_imports_no_jax(bucket, tmp_path):

@@ -6,9 +6,13 @@ import signal
 import numpy as np
 import pytest
 
+from crossmae_jax import train
 from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.commands import evaluate
 from crossmae_jax.distributed.preemption import REQUEUE
+from crossmae_jax.runs import confusions
 from tests import processes
+from tests.test_classify import make_config
 
 STEPS = 60
 HEARTBEAT = 5
@@ -127,6 +131,29 @@ def test_several_processes_evaluate_every_image_once(alone, digits_dir, tmp_path
     assert found["knn/mean/k20/top1"] == pytest.approx(
         evaluated(alone)["eval/knn/mean/k20/top1"], abs=0.006  # two images
     )
+
+
+def test_several_processes_count_alike_which_class_is_taken_for_which(
+    digits_dir, tmp_path
+):
+    config = make_config(
+        digits_dir, epochs=0.1, optim__warmup_epochs=0.0, checkpoint__best="", evals={},
+        model__head_std=1.0, data__workers=0,
+    )
+    train.run(config, tmp_path / "run")
+    given = [
+        "crossmae_jax", "evaluate", f"--checkpoint={tmp_path / 'run'}",
+        "--suite=accuracy", f"--workdir={tmp_path / 'two'}",
+    ]
+    with processes.started([given] * 2, tmp_path / "logs") as group:
+        assert group.wait() == [0, 0], group.all_said()
+        assert "most often taken for another" in group.said(0)
+        assert "most often taken for another" not in group.said(1)
+    assert evaluate.main([*given[2:-1], f"--workdir={tmp_path / 'one'}"]) == 0
+    two, one = (
+        confusions.read(tmp_path / name / "confusions.csv") for name in ("two", "one")
+    )
+    assert two == one and sum(pair.images for pair in one) == 355
 
 
 def test_processes_with_different_settings_do_not_train(digits_dir, tmp_path):

@@ -1,6 +1,8 @@
 """Weights inside of what training scripts wrap them in, and beside other things."""
 
+import argparse
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -165,6 +167,109 @@ def test_an_encoder_beside_other_parts_is_taken_when_asked(tmp_path, state, expe
     _same(_read(path, under="state_dict.model.encoder"), expected)
 
 
+def _config(**changes):
+    config = finetune_digits.get_config()
+    config.update_from_flattened_dict({
+        "model.encoder.size": "W32-D2-H2/8", "data.image_size": (32, 32),
+        "data.channels": 3, "data.mean": (0.4,) * 3, "data.std": (0.5,) * 3,
+        "data.num_classes": 5, "model.pool": "cls",
+    } | changes)
+    return config
+
+
+def _plan(path, config, **kwargs):
+    like = jax.eval_shape(Classify(config).init, jax.random.key(0))
+    return starting.plan(str(path), like, config, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ("several", "beside", "pool"))
+def test_starting_from_what_must_be_told_names_the_import_that_is_told(
+    tmp_path, state, capsys, kind
+):
+    """And the import that is named can be started from."""
+    content = {
+        "several": {"state_dict_ema": state, "state_dict": state},
+        "beside": _under("vit.", state) | {"projector.0.weight": torch.zeros(3, 3)},
+        "pool": {"model": state, "args": argparse.Namespace(global_pool=True)},
+    }[kind]
+    path, config = _saved(tmp_path, content), _config()
+    with pytest.raises(ConversionError, match="and start from NEW, which it") as error:
+        _plan(path, config)
+    flag = {"several": "--under=state_dict_ema", "beside": "--under=vit"}
+    assert flag.get(kind, "--parts=encoder") in str(error.value)
+    command = str(error.value).splitlines()[-1].partition("python -m crossmae_jax ")[2]
+    name, *arguments = command.replace("NEW", str(tmp_path / "new")).split()
+    assert name == "convert" and not _main(*arguments, "--num_heads=2", "--no_check")
+    start = _plan(tmp_path / "new", config)
+    assert any(line.startswith("  loaded   encoder") for line in start.report)
+
+
+def test_what_was_changed_is_said_wherever_weights_are_opened(tmp_path, state, caplog):
+    scaled = {name: value for name, value in state.items()} | {
+        f"blocks.0.ls{number}.gamma": torch.full((32,), 2.0) for number in (1, 2)
+    }
+    path = _saved(tmp_path, _under("module.", scaled))
+    said = (
+        "taken off: module., with which all names began",
+        "folded: the layer scale at 2 places, into the layers before it",
+    )
+    with caplog.at_level("WARNING", logger="absl"):
+        crossmae_jax.load(path, num_heads=2, **HALF)
+    report = _plan(path, _config()).report
+    lines = _lines(path, tmp_path / "in", check=False)
+    for line in said:
+        assert line in caplog.text and f"  note     {line}" in report and line in lines
+
+
+def _with_names(folder, model, number):
+    """Saves a classifier of 5 classes as a folder of timm that names so many."""
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(
+        architecture="vit_tiny_patch16_224", num_classes=5, global_pool="token",
+        model_args=dict(num_heads=2, img_size=32, patch_size=8),
+        label_names=list("abcdefg"[:number]),
+    )))
+    return folder
+
+
+@pytest.mark.parametrize("number", (4, 6))
+def test_names_of_other_than_all_classes_are_left_out(
+    tmp_path, model, number, caplog
+):
+    assert convert.open_weights(
+        _with_names(tmp_path / "right", model, 5)
+    ).card.classes == tuple("abcde")
+    folder = _with_names(tmp_path / "wrong", model, number)
+    said = f"there are {number} names of classes, but the head has 5"
+    with caplog.at_level("WARNING", logger="absl"):
+        loaded = crossmae_jax.load(folder, **HALF)
+    assert f"left out: names of the classes; {said}" in caplog.text
+    assert loaded.classes is None and loaded.card.model["num_classes"] == 5
+    told = convert.open_weights(folder, classes=tuple("vwxyz"))
+    assert told.card.classes == tuple("vwxyz")
+    with pytest.raises(ConversionError, match="classes: there are 2 names of classes,"):
+        convert.open_weights(folder, classes=("v", "w"))
+    # The card of a file of ours may have been changed by hand.
+    card = dataclasses.replace(told.card, classes=tuple("abcdefg"[:number]))
+    path = tmp_path / "ours.safetensors"
+    convert.exporting.write_safetensors(dataclasses.replace(told, card=card), path)
+    ours = convert.open_weights(path)
+    assert ours.card.classes is None and any(said in line for line in ours.changed)
+
+
+def test_the_encoder_of_crossmae_is_taken_whatever_its_class_row_holds(tmp_path):
+    content = torch.load(GOLDEN / "ckpt_crossmae.pth", weights_only=False)
+    content["model"]["pos_embed"][:, 0] = 0.5
+    path = _saved(tmp_path, content)
+    done = convert.import_weights(path, tmp_path / "in", parts="encoder", **HEADS)
+    assert any(line.startswith(CHECKED) for line in done.lines)
+    said = "positions: zeros for the class token, whatever its row holds; CrossMAE's"
+    assert any(line.startswith(said) for line in done.lines)
+    table = convert.open_weights(tmp_path / "in").tensors["encoder/pos_embed"].read()
+    assert not table[0].any() and table[1:].any()
+
+
 def test_a_place_is_not_asked_of_our_own_files(tmp_path, state):
     path = _saved(tmp_path, state)
     done = convert.import_weights(path, tmp_path / "in", num_heads=2, check=False)
@@ -289,13 +394,7 @@ def test_names_of_classes_can_be_given_and_unknown_ones_are_noted(tmp_path, stat
     )
     named = convert.open_weights(tmp_path / "in").card.classes
     assert named[:2] == ("a", "b")
-    config = finetune_digits.get_config()
-    config.update_from_flattened_dict({
-        "model.encoder.size": "W32-D2-H2/8", "data.image_size": (32, 32),
-        "data.channels": 3, "data.mean": (0.4,) * 3, "data.std": (0.5,) * 3,
-        "data.num_classes": len(named), "model.pool": "cls",
-    })
-    like = jax.eval_shape(Classify(config).init, jax.random.key(0))
+    config = _config(**{"data.num_classes": len(named)})
     others = tuple("zyxwvutsrq"[:len(named)])
     for source, notes in (
         (path, ["names of the head's classes are not known"]),
@@ -303,7 +402,7 @@ def test_names_of_classes_can_be_given_and_unknown_ones_are_noted(tmp_path, stat
             "the head is for other classes, a, b", "images with mean=(0.1, 0.1, 0.1); c"
         ]),
     ):
-        report = starting.plan(str(source), like, config, classes=others).report
+        report = _plan(source, config, classes=others).report
         assert all(any(note in line for line in report) for note in notes), report
 
 

@@ -19,14 +19,15 @@ from pathlib import Path
 from crossmae_jax import errors
 from crossmae_jax.commands import convert, flags, session
 from crossmae_jax.commands.flags import Flag
+from crossmae_jax.data import decoding
 
 _HOW = {
     "num_images": Flag(int, "how many images; default: all"),
     "batch_size": Flag(int, "images at once; default: 32", default=32),
     "workers": Flag(int, "processes that decode images; default: 0", default=0),
     "max_pixels": Flag(
-        int, "height times width of the largest image; default: 178956970, PIL's limit",
-        default=178_956_970,
+        int, "height times width of the largest image; default: "
+        f"{decoding.MAX_PIXELS}, PIL's limit", default=decoding.MAX_PIXELS,
     ),
     "seed": Flag(int, "of the masks; default: 0", default=0),
     "mask_ratio": Flag(float, "share of patches to mask; default: that of training"),

@@ -115,7 +115,7 @@ class Card:
             model={"encoder": self.model["encoder"], "fusion": lineage},
             assumed={
                 name: line for name, line in self.assumed.items()
-                if name in ("num_heads", "image_size")
+                if name in ("num_heads", "image_size", "mean", "std")
             },
         )
 

@@ -204,6 +204,7 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
             state, lines = _encoder_state(weights, state)
             card = card.encoder_only()
         elif card.kind == "encoder":  # beside which a file may have more
+            state = _as_added(state)
             state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
         model = _timm_model(card, state)
         model.load_state_dict(state, strict=True, assign=True)
@@ -283,15 +284,24 @@ def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
     ours, unknown = names.to_ours(names.MAE, theirs)
     _check_same(ours, weights.tensors, but="encoder/", left_over=unknown)
     _, rest = names.to_ours(names.TIMM, theirs)
+    state = _as_added(state)
     state = {name: x for name, x in state.items() if name not in rest}
-    if names.attends_across(weights.tensors):
-        # timm adds the class token's row, the reference does not.
-        state["pos_embed"] = state["pos_embed"].clone()
-        state["pos_embed"][:, 0] = 0
     return state, [
         "not checked: the outputs of the decoder, for want of a package with one; "
         f"its {len(rest)} tensors agree exactly in names, shapes and values"
     ]
+
+
+def _as_added(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors with zeros for the class token's position, if CrossMAE's.
+
+    timm adds that row, the reference does not.
+    """
+    if "decoder_blocks.0.cross_attn.q.bias" not in state:
+        return state
+    positions = state["pos_embed"].clone()
+    positions[:, 0] = 0
+    return state | {"pos_embed": positions}
 
 
 def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from crossmae_jax.convert import hints, names
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
-from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.names import ConversionError, Untold
 
 WEIGHTS = "model.safetensors"  # in folders
 _LEVELS = 3  # of dictionaries in each other
@@ -33,13 +33,15 @@ class Contents(NamedTuple):
       tensors: under the names that their format gives them.
       rest: what lies beside them; "under" names the dictionary that they lay in.
       place: the keys and the beginnings that were taken off, with dots; "." for none.
-      evidence: what is to be said about that, a line each.
+      evidence: what is to be said about that, a line each; likewise `changed`, where
+        nobody had asked for it.
     """
 
     tensors: Tensors
     rest: dict[str, Any]
     place: str = "."
     evidence: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
 
 
 class _Place(NamedTuple):
@@ -76,18 +78,19 @@ def read(path: Path, *, under: str | None = None) -> Contents:
             )
         return _taken(content, chosen[0], asked=True)
     if len(places) > 1:
-        raise ConversionError(
+        raise Untold(
             f"{path} holds the weights of {len(places)} ViTs; say which, with "
             f"under={places[0].title!r}, or --under={places[0].title}:"
-            + _listing(places)
+            + _listing(places), flags=f"--under={places[0].title}",
         )
     (place,) = places
     if place.prefix and place.others:
-        raise ConversionError(
+        raise Untold(
             f"{path} holds a ViT and other tensors beside it. To take the ViT alone: "
             f"under={place.title!r}, or --under={place.title}."
             + names.listing("the ViT", [_counted(place.title, len(place.tensors))])
-            + names.listing("beside it", _beginnings(place.others))
+            + names.listing("beside it", _beginnings(place.others)),
+            flags=f"--under={place.title}",
         )
     return _taken(content, place, asked=False)
 
@@ -175,15 +178,17 @@ def _taken(content: dict[Any, Any], place: _Place, *, asked: bool) -> Contents:
     }
     if place.keys:
         rest["under"] = ".".join(place.keys)
-    evidence = []
+    evidence, changed = [], []
     if asked:
         evidence.append(f"{len(place.tensors)} tensors under {place.title}, as asked")
         if place.others:
             left = ", ".join(_beginnings(place.others))
             evidence.append(f"left out, beside them: {left}")
     elif place.prefix:
-        evidence.append(f"taken off: {place.prefix}, with which all names began")
-    return Contents(place.tensors, rest, place.title, tuple(evidence))
+        changed.append(f"taken off: {place.prefix}, with which all names began")
+    return Contents(
+        place.tensors, rest, place.title, tuple(evidence), tuple(changed)
+    )
 
 
 def _without_place(path: Path, content: dict[Any, Any]) -> Contents:

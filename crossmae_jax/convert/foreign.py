@@ -87,7 +87,7 @@ def open_source(
       evidence: gets what is concluded.
     """
     path, format, rest = source.path, source.format, source.contents.rest
-    tensors = source.contents.tensors
+    tensors, changed = source.contents.tensors, list(source.contents.changed)
     if beside := sorted(map(str, rest.keys() - {"under", EMBEDDED})):
         evidence.append(f"beside the tensors, not used as weights: {', '.join(beside)}")
     _check_held(tensors, path)
@@ -109,24 +109,32 @@ def open_source(
         positions = "encoder/pos_embed"
         if names.attends_across(ours) and positions in ours:
             ours[positions] = names.zero_class_row(ours[positions])
+            evidence.append(
+                "positions: zeros for the class token, whatever its row holds; "
+                "CrossMAE's scripts never add it"
+            )
         facts = hints.usable(source.facts, given, fallback, where=str(path))
-        facts = _with_imagenet(facts.with_given(given), format, patch[1], evidence)
+        facts = _with_usable_names(facts, given, ours, changed).with_given(given)
+        assumed: dict[str, str] = {}
+        facts = _with_imagenet(facts, format, patch[1], assumed)
         if parts == "encoder" and (left_over or "decoder/mask_token" not in ours):
             ours, left_over = _encoder_alone(ours, left_over, evidence)
         ours = folding.on_reading(
-            ours, patch_size=patch[2], evidence=evidence,
+            ours, patch_size=patch[2], evidence=changed,
             image_size=facts.image_size, wanted=fallback.image_size,
         )
         card = structure.infer(
             ours, patch, facts, fallback=fallback, origin=f"{path.name} ({format})",
-            recipe=hints.recipe(rest), evidence=evidence,
+            recipe=hints.recipe(rest), evidence=evidence, assumed=assumed,
         )
     advice = "; to take the encoder alone: parts='encoder', or --parts=encoder"
     opened.check(
         ours, card, path, table=(*table, *names.FOLDED), left_over=left_over,
         advice=advice if any(map(comes_after, left_over)) else "",
     )
-    return Weights(card, ours, format, tuple(evidence), source.contents.place)
+    return Weights(
+        card, ours, format, (*evidence, *changed), source.contents.place, tuple(changed)
+    )
 
 
 def _embedded(
@@ -148,14 +156,35 @@ def _embedded(
 
 
 def _with_imagenet(
-    facts: Facts, format: str, channels: int, evidence: list[str]
+    facts: Facts, format: str, channels: int, assumed: dict[str, str]
 ) -> Facts:
     """Adds what the reference's code always normalises with."""
     if format != "mae" or channels != 3 or (facts.mean, facts.std) != (None, None):
         return facts
-    evidence.append("mean and std: ImageNet's, as in the reference's code")
+    for name, values in zip(("mean", "std"), hints.IMAGENET, strict=True):
+        assumed[name] = (
+            f"{name} {' '.join(map(str, values))}, ImageNet's, as MAE's code has; give "
+            f"{name} if not"
+        )
     mean, std = hints.IMAGENET
     return dataclasses.replace(facts, mean=mean, std=std)
+
+
+def _with_usable_names(
+    facts: Facts, given: Facts, ours: Tensors, changed: list[str]
+) -> Facts:
+    """Drops names of classes that are too many or too few, and says so.
+
+    Raises:
+      ConversionError: if it is those that the caller gives.
+    """
+    number = ours["head/bias"].shape[0] if "head/bias" in ours else None
+    if wrong := hints.check_classes(given.classes, number):
+        raise ConversionError(f"classes: {wrong}; give one for each, or none.")
+    if wrong := hints.check_classes(facts.classes, number):
+        changed.append(f"left out: names of the classes; {wrong}")
+        return dataclasses.replace(facts, classes=None)
+    return facts
 
 
 def _check_held(tensors: Tensors, path: Path) -> None:

@@ -133,6 +133,17 @@ def usable(facts: Any, *instead: Facts, where: str = "") -> Any:
     return facts
 
 
+def check_classes(classes: tuple[str, ...] | None, number: int | None) -> str:
+    """Says that there is another number of names than a head has classes; "" if not.
+
+    Args:
+      number: of the head's classes; None if it has none, or it is not known.
+    """
+    if classes is None or number is None or len(classes) == number:
+        return ""
+    return f"there are {len(classes)} names of classes, but the head has {number}"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file."""
     try:

@@ -31,6 +31,18 @@ class ConversionError(errors.UserError, ValueError):
     """A file of weights is not what it should be, or cannot become what was asked."""
 
 
+class Untold(ConversionError):
+    """Weights cannot be taken before something is said about them.
+
+    Attributes:
+      flags: of `convert import`, that say it.
+    """
+
+    def __init__(self, message: str, *, flags: str):
+        super().__init__(message)
+        self.flags = flags
+
+
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Marks the errors of settings that are of another form than code was written for.

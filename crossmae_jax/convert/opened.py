@@ -5,10 +5,10 @@ import math
 
 import jax
 
-from crossmae_jax.convert import names, structure
+from crossmae_jax.convert import hints, names, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
-from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.names import ConversionError, Untold
 from crossmae_jax.paths import AnyPath
 
 CARD = "crossmae_jax"  # the card's name in the metadata of our files
@@ -23,6 +23,7 @@ class Weights:
       format: one of `FORMATS`.
       evidence: what format and card were concluded from, a line each.
       place: in the file, as in `contents.Contents`.
+      changed: of the evidence, what is other here than in the file.
     """
 
     card: Card
@@ -30,6 +31,7 @@ class Weights:
     format: str
     evidence: tuple[str, ...]
     place: str = "."
+    changed: tuple[str, ...] = ()
 
 
 def encoder_of(weights: Weights) -> Weights:
@@ -42,6 +44,19 @@ def encoder_of(weights: Weights) -> Weights:
     return dataclasses.replace(weights, card=card, tensors=tensors)
 
 
+def with_usable_names(weights: Weights) -> Weights:
+    """Drops names of classes that are too many or too few, and says so."""
+    card = weights.card
+    wrong = hints.check_classes(card.classes, card.model.get("num_classes"))
+    if not wrong:
+        return weights
+    line = f"left out: names of the classes; {wrong}"
+    return dataclasses.replace(
+        weights, card=dataclasses.replace(card, classes=None),
+        evidence=(*weights.evidence, line), changed=(*weights.changed, line),
+    )
+
+
 def check(
     tensors: Tensors, card: Card, path: AnyPath, *, table: names.Table = (),
     left_over: list[str] | None = None, advice: str = "",
@@ -49,7 +64,7 @@ def check(
     """Raises ConversionError unless tensors are exactly those of the card's model.
 
     Args:
-      advice: what else to do, if they are not.
+      advice: to take the encoder alone, where that is possible.
     """
     expected = _expected(tensors, card, path)
     reason = f"{path} is cut, or holds more than a {card.encoder.title}{advice}"
@@ -59,7 +74,10 @@ def check(
             table=table, left_over=left_over or (), reason=reason,
         )
     except ConversionError as error:
-        raise ConversionError(f"{path}: {error}") from error
+        said = f"{path}: {error}"
+        if advice:
+            raise Untold(said, flags="--parts=encoder") from error
+        raise ConversionError(said) from error
 
 
 def _expected(

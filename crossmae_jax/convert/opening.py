@@ -93,7 +93,7 @@ def open_weights(
         weights = foreign.open_source(source, parts, given, fallback, evidence)
     if parts == "encoder" and weights.card.kind != "encoder":
         return opened.encoder_of(weights)
-    return weights
+    return opened.with_usable_names(weights)
 
 
 def _check_facts(path: AnyPath, format: str, facts: dict[str, Any]) -> None:

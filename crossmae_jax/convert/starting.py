@@ -14,6 +14,7 @@ resized to the model's grid. Anything else is an error.
 import collections
 import dataclasses
 import functools
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,6 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.convert.opened import Weights
 from crossmae_jax.models import encoders, mim, posemb
 from crossmae_jax.runs import workdir
 
@@ -124,14 +124,20 @@ def plan(
     Raises:
       ConversionError: if a part that both sides have does not fit.
     """
-    weights = opening.open_weights(path, fallback=_fallback(config))
+    try:
+        weights = opening.open_weights(path, fallback=_fallback(config))
+    except names.Untold as error:
+        raise ConversionError(
+            f"{error}\nTell that to an import, and start from NEW, which it makes: "
+            f"python -m crossmae_jax convert import {shlex.quote(str(path))} "
+            f"{error.flags} --to=NEW"
+        ) from error
     card = weights.card
     ours = names.without_collections(abstract_variables)
     theirs = dict(weights.tensors)
     parts = {_part(name) for name in ours} & {_part(name) for name in theirs}
     parts -= _of_another_kind(card, config)
-    other_classes = bool(classes and card.classes) and card.classes != classes
-    if other_classes:
+    if classes and card.classes and card.classes != classes:
         parts.discard("head")
     _check_hidden(card, config, parts)
     changed = _adapt(theirs, card, config, path) + _resize(theirs, card, config)
@@ -150,46 +156,45 @@ def plan(
         _line("unused", [name for name in theirs if name not in loaded]),
         f"  resized  {'; '.join(changed) or 'nothing'}",
         *(f"  assumed  {line}" for line in _assumed(card, config, parts)),
-        *_notes(weights, config),
+        *(f"  note     {line}" for line in weights.changed),
+        *(f"  note     {line}" for line in _notes(card, config, parts, classes)),
     ]
-    normalize = config.get("target", {}).get("normalize")
-    if "decoder" in parts and None not in (card.normalize, normalize) and (
-        card.normalize != normalize
-    ):
-        report.append(
-            f"  note     the decoder was trained with target.normalize={card.normalize}"
-        )
-    if other_classes:
-        report.append(
-            f"  note     the head is for other classes, {', '.join(card.classes[:3])}, "
-            f"...; the data has {', '.join(classes[:3])}, ..."
-        )
-    if "head" in parts and classes and not card.classes:
-        report.append(
-            "  note     the names of the head's classes are not known; taken to be the "
-            f"data's, in their order: {', '.join(classes[:3])}, ..."
-        )
     return Start(
         path, frozenset(abstract_variables), loaded, frozenset(map(_part, new)), report,
         classes=card.classes if "head" in parts else None,
     )
 
 
-def _notes(weights: Weights, config: ConfigDict) -> Iterator[str]:
-    """Yields what was done to the tensors, and how their images were normalised."""
-    for line in weights.evidence:
-        if line.startswith(("taken off", "folded", "positions")):
-            yield f"  note     {line}"
-    card = weights.card
+def _notes(
+    card: Card, config: ConfigDict, parts: set[str], classes: tuple[str, ...] | None
+) -> Iterator[str]:
+    """Yields in what the weights differ from what they are going to be used for."""
     for name in ("mean", "std"):
         theirs, ours = getattr(card, name), tuple(config.data[name])
         if theirs is not None and card.channels == len(ours) and (
             not np.allclose(theirs, ours, atol=1e-3)
         ):
             yield (
-                f"  note     the weights are of images with {name}={tuple(theirs)}; "
+                f"the weights are of images with {name}={tuple(theirs)}; "
                 f"config.data.{name}={ours}"
             )
+    normalize = config.get("target", {}).get("normalize")
+    if "decoder" in parts and None not in (card.normalize, normalize) and (
+        card.normalize != normalize
+    ):
+        yield f"the decoder was trained with target.normalize={card.normalize}"
+    if not classes:
+        return
+    if card.classes and card.classes != classes:
+        yield (
+            f"the head is for other classes, {', '.join(card.classes[:3])}, ...; the "
+            f"data has {', '.join(classes[:3])}, ..."
+        )
+    if "head" in parts and not card.classes:
+        yield (
+            "the names of the head's classes are not known; taken to be the data's, in "
+            f"their order: {', '.join(classes[:3])}, ..."
+        )
 
 
 def _assumed(card: Card, config: ConfigDict, parts: set[str]) -> list[str]:
@@ -206,6 +211,8 @@ def _assumed(card: Card, config: ConfigDict, parts: set[str]) -> list[str]:
         )
     if "head" in parts:
         lines += filter(None, [card.assumed.get("pool")])
+    if known := [name for name in ("mean", "std") if name in card.assumed]:
+        lines.append(f"ImageNet's {' and '.join(known)}, as MAE's code has")
     return [f"{line}; the file does not tell" for line in lines]
 
 

@@ -19,7 +19,7 @@ from crossmae_jax.convert import names
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
-from crossmae_jax.convert.names import ConversionError
+from crossmae_jax.convert.names import ConversionError, Untold
 from crossmae_jax.models import classifier, encoders, mim, vit
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.runs import settings
@@ -85,7 +85,7 @@ def abstract_variables(card: Card) -> Any:
 
 def infer(
     tensors: Tensors, patch: tuple[int, ...], facts: Facts, *, fallback: Facts,
-    origin: str, recipe: dict[str, Any], evidence: list[str],
+    origin: str, recipe: dict[str, Any], evidence: list[str], assumed: dict[str, str],
 ) -> Card:
     """Returns the card of bare tensors.
 
@@ -94,11 +94,11 @@ def infer(
       patch: the patch projection's shape in PyTorch, out x c x p x p, which ours hides.
       fallback: used where neither the facts nor published sizes tell.
       evidence: what was concluded from what is added to it.
+      assumed: likewise what is assumed, see `Card.assumed`.
 
     Raises:
       ConversionError: if a fact is missing, or the tensors are of no model of ours.
     """
-    assumed: dict[str, str] = {}
     encoder, image_size = _encoder_settings(
         tensors, patch, facts, fallback, evidence, assumed
     )
@@ -114,7 +114,10 @@ def infer(
     elif "head/bias" in tensors or "fc_norm/scale" in tensors:
         kind = "classifier"
         model |= _head_settings(tensors, facts, evidence, assumed)
-        classes = _named(facts.classes, model["num_classes"], evidence)
+        classes = facts.classes
+        evidence.append("names of the classes: " + (
+            f"{classes[0]}, ..." if classes else "not known"
+        ))
     else:
         has_norm = "encoder/norm/scale" in tensors
         model["fusion"] = {"kind": "last" if has_norm else "inter_block"}
@@ -208,33 +211,16 @@ def _head_settings(
     title = {"mean": "the mean of patch tokens", "cls": "the class token"}[usual]
     norm = "with an fc_norm" if has_norm else "without an fc_norm"
     if facts.pool not in (None, usual):
-        raise ConversionError(
+        raise Untold(
             f"This classifier pools by {facts.pool!r}, {norm}. Known are 'cls', the "
             "class token after the encoder's norm, and 'mean', the mean of patch "
             "tokens before an fc_norm. To take the encoder by itself: "
-            "parts='encoder', or --parts=encoder."
+            "parts='encoder', or --parts=encoder.", flags="--parts=encoder",
         )
     if facts.pool is None:
         assumed["pool"] = f"{title} is pooled, as usual {norm}; if not: parts=encoder"
     evidence.append(f"classifier: {num_classes} classes from {title}, {norm}")
     return {"pool": usual, "num_classes": num_classes}
-
-
-def _named(
-    classes: tuple[str, ...] | None, number: int, evidence: list[str]
-) -> tuple[str, ...] | None:
-    """Returns the names of the classes of a head with so many."""
-    if classes is None:
-        if number:
-            evidence.append("names of the classes: not in the file")
-        return None
-    if len(classes) != number:
-        raise ConversionError(
-            f"There are {len(classes)} names of classes, but the head has {number}; "
-            "give one for each, or none."
-        )
-    evidence.append(f"names of the classes: {classes[0]}, ...")
-    return classes
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:
@@ -271,9 +257,10 @@ def _size(
         num_heads = fallback.num_heads
         assumed["num_heads"] = f"{num_heads} heads of the encoder"
     if num_heads is None:
-        raise ConversionError(
+        raise Untold(
             f"Width {dim} and depth {depth} are no published size, so that the number "
-            "of heads cannot be told from the tensors; give num_heads."
+            "of heads cannot be told from the tensors; give num_heads.",
+            flags="--num_heads=N",
         )
     if known and num_heads == vit.SIZES[known].num_heads:
         return known, num_heads
@@ -300,10 +287,11 @@ def _image_size(
             size = fallback.image_size
             assumed["image_size"] = f"{num_patches} patches are {rows} x {columns}"
     if size is None:
-        raise ConversionError(
+        raise Untold(
             f"{num_patches} positions form no square; give image_size, the height and "
             "width in pixels that they are for: convert import --image_size=H,W."
-            + _without_class_row(num_patches + 1, patch_size)
+            + _without_class_row(num_patches + 1, patch_size),
+            flags="--image_size=H,W",
         )
     grid = tuple(length // patch_size for length in size)
     fits = all(length % patch_size == 0 for length in size)
@@ -340,9 +328,10 @@ def _decoder_settings(
             f"{published}if not" if dim in _DECODER_HEADS else ""
         )
     if heads is None:
-        raise ConversionError(
+        raise Untold(
             f"The decoder's width {dim} is no published one, so that its number of "
-            "heads cannot be told from the tensors; give decoder_heads."
+            "heads cannot be told from the tensors; give decoder_heads.",
+            flags="--decoder_heads=N",
         )
     first, crosses = "decoder/decoder_blocks_0", names.attends_across(tensors)
     mixes = "fusion/kernel" in tensors
@@ -385,10 +374,11 @@ def _fusion(
     ):
         return None, True
     if facts.fusion_maps is None or facts.fusion_input is None:
-        raise ConversionError(
+        raise Untold(
             f"The decoder mixes {num_maps} feature maps of an encoder of depth "
             f"{depth}; the tensors do not tell which; give fusion_maps (the blocks, "
-            "all of them if empty) and fusion_input."
+            "all of them if empty) and fusion_input.",
+            flags="--fusion_maps=BLOCKS --fusion_input=true",
         )
     blocks = facts.fusion_maps or tuple(range(depth))
     if len(blocks) + facts.fusion_input != num_maps:

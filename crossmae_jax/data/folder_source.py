@@ -30,11 +30,12 @@ class FolderSource:
     Args:
       classes: names of which labels shall be numbers; the folders' own if not given,
         and if empty labels are not wanted.
-      max_skipped_share: share of the images that may be of a kind that is not read, of
-        all and of those of a class folder.
+      max_skipped_share: share of the images that may be of a kind that is not read; 1
+        also accepts class folders without an image.
 
     Attributes:
       skipped: what is left aside, and why; "" if nothing is.
+      stray: images for which folders are no classes, by name; "" if there are none.
 
     Raises:
       ValueError: if there are no images, or what `listing.check` refuses.
@@ -54,6 +55,7 @@ class FolderSource:
         content = listing.listed(self.directory)
         listing.check(self.directory, content, max_skipped_share=max_skipped_share)
         self.skipped, images = listing.skipped(content), content.images
+        self.stray = listing.stray(content)
         # One blob and offsets instead of a list: a million paths travel to each worker.
         self._blob = b"".join(images)
         self._ends = np.cumsum([len(path) for path in images], dtype=np.int64)
@@ -111,6 +113,6 @@ class FolderSource:
     def __repr__(self) -> str:
         return (
             f"FolderSource({self.directory!r}, {len(self)} images, "
-            f"{len(self.classes)} classes)"
+            f"{len(self.classes)} classes{f', since {self.stray}' * bool(self.stray)})"
         )
 

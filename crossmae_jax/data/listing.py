@@ -3,13 +3,18 @@
 Files are known by the endings of their names; none is opened. What is no regular file,
 such as a pipe, whose reader may wait for ever, is none. What is read are
 `EXTENSIONS`. Pictures of other kinds, and files without an ending, may be images that
-somebody counts on: where more of them than a share are skipped, or all of a class, that
-is an error. Other files, such as labels beside the images, are counted and no more.
+somebody counts on: where more of them than a share are skipped, that is an error. Other
+files, such as labels beside the images, are counted and no more.
+
+Folders beside class folders would be classes, if they had images: without one they
+vanish, and later classes get other numbers. That is an error, too, unless all that they
+hold are files that are neither images nor packed ones.
 """
 
 import collections
 import math
 import os
+import re
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -26,11 +31,22 @@ _UNREAD = frozenset((
     ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpf", ".jpx", ".jxl", ".nef",
     ".orf", ".pcx", ".pfm", ".psd", ".raf", ".raw", ".rw2", ".sgi", ".svg", ".tga",
 ))
+# What images of a class may still be packed in.
+_PACKED = frozenset((
+    ".7z", ".bz2", ".gz", ".h5", ".hdf5", ".lmdb", ".mat", ".npy", ".npz", ".pickle",
+    ".pkl", ".rar", ".tar", ".tfrecord", ".tgz", ".xz", ".zip", ".zst",
+))
 _SHOWN = 5
-_SPLITS = (
-    ("train", "training"),
-    ("val", "validation", "valid", "eval", "dev", "test", "testing"),
-)
+# What folders of splits are called, and what else may stand in their names.
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "eval", "dev"),
+    "test": ("test", "testing"),
+}
+_BESIDE = frozenset((
+    "clean", "coco", "data", "dataset", "full", "ilsvrc", "image", "imagenet",
+    "images", "img", "imgs", "set", "split",
+))
 
 
 class Listing(NamedTuple):
@@ -81,9 +97,9 @@ def check(directory: str, listing: Listing, *, max_skipped_share: float) -> None
     A single file alone is never too much, unless max_skipped_share is 0.
 
     Raises:
-      ValueError: if there are no images, if there are folders of training and of
-        evaluation, or if more than the share of all images, or of those of a class that
-        thereby vanishes, are of a kind that is not read.
+      ValueError: if there are no images, if there are folders of several splits, if
+        more than the share of all images are of a kind that is not read, or if a class
+        folder has none that is read, unless the share is 1.
     """
     if not 0 <= max_skipped_share <= 1:
         raise ValueError(
@@ -98,31 +114,30 @@ def check(directory: str, listing: Listing, *, max_skipped_share: float) -> None
         )
     _check_splits(directory, listing)
     unread = collections.Counter({
-        where: count for where, count in listing.others.items()
-        # Downloads leave .jpg_large, .jpg?w=640 and .jpg~ behind.
-        if where[1] in _UNREAD or where[1].startswith(EXTENSIONS)
+        where: count for where, count in listing.others.items() if _may_be_image(where)
     })
-    least = 1 if max_skipped_share else 0
     total = unread.total() + len(listing.images)
     share = unread.total() / total
     refused = []
-    if unread.total() > least and share > max_skipped_share:
-        refused.append(f"{unread.total()} of {total} images")
-    lost = {
-        folder: count for folder, count in _unclassed(listing, unread).items()
-        if count > least and max_skipped_share < 1
-    }
-    if lost:
+    if unread.total() > (1 if max_skipped_share else 0) and share > max_skipped_share:
+        refused.append(
+            f"{unread.total()} of {total} images are of a kind that is not read "
+            f"({_counted(_endings(unread))}), more than max_skipped_share="
+            f"{max_skipped_share:g}"
+        )
+    if (lost := _lost(listing)) and max_skipped_share < 1:
         share = 1.0
-        refused.append(f"all images of {_named(lost)}, which would be no class then,")
+        refused.append(
+            f"no image that is read lies in {_named(lost)}, which would be no class "
+            "then, and later ones would have other numbers"
+        )
     if refused:
         raise ValueError(
-            f"{directory}: {' and '.join(refused)} are of a kind that is not read "
-            f"({_counted(_endings(unread))}), more than max_skipped_share="
-            f"{max_skipped_share:g}. Read are {' '.join(EXTENSIONS)}. Convert or "
-            "rename them, or accept it: --config.data.max_skipped_share="
-            f"{math.ceil(100 * share) / 100:g} (a command without --config: "
-            "--max_skipped_share)."
+            f"{directory}: {'; '.join(refused)}. Read are {' '.join(EXTENSIONS)}, "
+            "whose names do not begin with a dot. Convert, rename or unpack what is an "
+            "image, and move away what is none; or accept it: "
+            f"--config.data.max_skipped_share={math.ceil(100 * share) / 100:g} (a "
+            "command without --config: --max_skipped_share)."
         )
 
 
@@ -135,10 +150,17 @@ def skipped(listing: Listing) -> str:
         parts.append(_special(listing))
     if listing.hidden:
         parts.append(f"{listing.hidden} whose names begin with a dot")
-    empty = _unclassed(listing, listing.others)
-    if empty:
+    if b"" not in listing.classes and (empty := listing.folders - listing.classes):
         parts.append(f"no class of {_named(empty)}, without an image that is read")
     return ", ".join(parts)
+
+
+def stray(listing: Listing) -> str:
+    """Names the images beside folders that would be classes; "" where none are."""
+    beside = [image for image in listing.images if b"/" not in image]
+    if not beside or len(listing.classes - {b""}) < 2:
+        return ""
+    return f"{_named(beside)} {'lies' if len(beside) == 1 else 'lie'} beside folders"
 
 
 def _special(listing: Listing) -> str:
@@ -146,34 +168,62 @@ def _special(listing: Listing) -> str:
     return files if listing.special else ""
 
 
-def _unclassed(listing: Listing, others: collections.Counter) -> dict[bytes, int]:
-    """Returns folders that are no classes beside others, and their files in `others`.
+def _lost(listing: Listing) -> frozenset[bytes]:
+    """Returns folders that somebody may take for classes, without an image in them.
 
     None where there are no classes, because images lie in no folder.
     """
     if b"" in listing.classes:
-        return {}
-    counts = dict.fromkeys(sorted(listing.folders - listing.classes), 0)
-    for (folder, _), count in others.items():
-        if folder in counts:
-            counts[folder] += count
-    return counts
+        return frozenset()
+    may_hold_images: dict[bytes, bool] = {}
+    for where in listing.others:
+        folder, ending = where
+        may = _may_be_image(where) or ending in _PACKED
+        may_hold_images[folder] = may_hold_images.get(folder, False) or may
+    return frozenset(
+        folder for folder in listing.folders - listing.classes
+        if may_hold_images.get(folder, True)  # one without a file, too
+    )
+
+
+def _may_be_image(where: tuple[bytes, str]) -> bool:
+    # Downloads leave .jpg_large, .jpg?w=640 and .jpg~ behind.
+    return where[1] in _UNREAD or where[1].startswith(EXTENSIONS)
 
 
 def _check_splits(directory: str, listing: Listing) -> None:
-    named = {os.fsdecode(folder).lower(): folder for folder in listing.classes}
-    train, held_out = (
-        next((os.fsdecode(named[name]) for name in names if name in named), None)
-        for names in _SPLITS
-    )
-    if train is None or held_out is None:
+    """Refuses what lies above splits, be it several levels above."""
+    above, names = b"", listing.classes
+    while len(names) == 1 and b"" not in names:
+        above = os.path.join(above, *names)
+        below = (image[len(above) + 1 :] for image in listing.images)
+        names = frozenset(map(_folder, below))
+    found = {}
+    for name in sorted(names, key=lambda name: (len(name), name)):
+        if split := _split(name):  # of several the shortest
+            path = os.path.join(os.fsencode(directory), above, name)
+            found.setdefault(split, os.fsdecode(path))
+    if len(found) < 2:
         return
-    train, held_out = (os.path.join(directory, name) for name in (train, held_out))
+    listed = " and ".join(found[split] for split in _SPLITS if split in found)
+    train, rest = found.get("train"), "."
+    if train is None:
+        train, rest = "DIR", ", with DIR for the images to train on."
     raise ValueError(
-        f"{directory} holds {train} and {held_out}, which are splits of a data set and "
-        f"no classes. Give each by itself: --config.data.dir={train} "
-        f"--config.data.eval_dir={held_out}."
+        f"{directory} holds {listed}, which are splits of a data set and no classes. "
+        f"Give each by itself: --config.data.dir={train} "
+        f"--config.data.eval_dir={found.get('val') or found['test']}{rest}"
     )
+
+
+def _split(name: bytes) -> str | None:
+    """Returns which split a folder is of by its name, as train2017 or val_images."""
+    words = re.findall("[a-z]+", os.fsdecode(name).lower())
+    words = [word for word in words if word not in _BESIDE]
+    return next((
+        split for split, called in _SPLITS.items()
+        if len(words) == 1 and words[0] in called
+    ), None)
 
 
 def _endings(others: collections.Counter) -> collections.Counter:
@@ -223,11 +273,11 @@ def _list(directory: str) -> Listing:
         below = os.fsencode(name.removeprefix(root))
         parts = below.split(b"/")
         dotted = [part.startswith(b".") for part in parts]
+        if len(parts) > 1 and not dotted[0]:
+            folders.add(parts[0])
         if True in dotted:
             hidden.add(b"/".join(parts[: dotted.index(True) + 1]))
             continue
-        if len(parts) > 1:
-            folders.add(parts[0])
         if _is_image(below):
             images.append(below)
         else:

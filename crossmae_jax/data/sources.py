@@ -97,6 +97,8 @@ def described(source: Source) -> str:
     labels = f"{len(source.classes)} classes" if source.classes else "no labels"
     if not isinstance(source, FolderSource):
         return f"{len(source)} images, {labels}, of {source!r}"
+    if source.stray:
+        labels += f", since {source.stray}"
     skipped = f"; skipped: {source.skipped}" if source.skipped else ""
     return f"{len(source)} images, {labels}, in {source.directory}{skipped}"
 

@@ -1,17 +1,20 @@
 """Accuracy of a classifier: every image of a split, counted once.
 
 Ties are not broken in the classifier's favour: a class counts as ranked before the true
-one if its logit is larger, or equal and of a lower number.
+one if its logit is larger, or equal and of a lower number. Which classes are taken for
+which is written as a table, `runs.confusions`.
 """
 
 import dataclasses
 
+import jax
 import numpy as np
 from jaxtyping import Float, Int
 
 from crossmae_jax import errors
 from crossmae_jax.evals import evaluator
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
+from crossmae_jax.runs import confusions
 
 _ROWS = 4096
 
@@ -27,8 +30,16 @@ class Accuracy:
         evaluator.check_labels("accuracy", about)
 
     def run(self, evaluation: Evaluation) -> Result:
-        """Returns "top1", "top5" and "images"."""
-        return Result(evaluate(*evaluation.features_of("eval", output="logits")))
+        """Returns "top1", "top5", "images"; writes which class is taken for which."""
+        logits, labels = evaluation.labelled("eval", output="logits")
+        metrics = evaluate(logits, labels)
+        if jax.process_index() == 0 and evaluation.classes:
+            taken = logits.argmax(axis=1)  # the first of equals, as in `evaluate`
+            confusions.write(
+                evaluation.path(confusions.FOLDER, ".csv"),
+                confusions.count(labels, taken, evaluation.classes),
+            )
+        return Result(metrics)
 
 
 def evaluate(

@@ -13,7 +13,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from crossmae_jax import ranges
+import numpy as np
+
+from crossmae_jax import errors, ranges
 from crossmae_jax.evals import features
 
 Batch = features.Batch
@@ -34,10 +36,10 @@ class Wanted(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What an evaluator returns: flat metrics, and the files that it wrote."""
+    """What an evaluator returns: flat metrics, and the pictures that it drew."""
 
     metrics: dict[str, float]
-    files: tuple[pathlib.Path, ...] = ()
+    pictures: tuple[pathlib.Path, ...] = ()
 
 
 class About(NamedTuple):
@@ -46,7 +48,8 @@ class About(NamedTuple):
     Attributes:
       num_images: how many images each split holds, "train" and, if it exists, "eval".
       num_classes: of the data; 0 if a split has no labels.
-      unlabelled: an image among the labelled ones that has no class, if one was seen.
+      unlabelled: of a split with labels, which images have none, if too many.
+      without_labels: what is known of a split that has no labels, if there is one.
       outputs: what the objective can give, see `Wanted.output`.
       pool: what "features" are: "mean" of the patch tokens, or "cls", the class token.
     """
@@ -56,6 +59,7 @@ class About(NamedTuple):
     outputs: frozenset[str]
     pool: str = "mean"
     unlabelled: str | None = None
+    without_labels: str = ""
 
 
 @dataclasses.dataclass
@@ -76,14 +80,17 @@ class Evaluation:
       give: jitted; an output's name and a placed batch -> that output. What is drawn
         should be the same at every call.
       captions: of outputs, what a viewer of them must know.
+      classes: what labels stand for; of a classifier its logits, too.
       directory: where files are written, see `path`.
-      name: of the state, in the names of files, such as "step_00000042".
+      name: of the state, in the names of files, such as "step_00000042"; "" where the
+        directory is of one state.
       wanted: what the evaluators will ask for, see `wanted`; of splits that do not
         exist nothing is extracted.
       alive: called between the parts of what takes long beside the batches; raises
         where the evaluation is to stop.
       num_replaced: by split, how many images could not be decoded and were replaced by
         their neighbours; filled by whoever made `batches`.
+      num_unlabelled: by split, how many images were left out by `labelled`.
     """
 
     batches: Callable[[str, int | None], Iterable[Batch]]
@@ -93,11 +100,13 @@ class Evaluation:
     rows: frozenset[str] = frozenset({"features"})
     give: Callable[[str, Batch], Any] | None = None
     captions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    classes: Sequence[str] = ()
     directory: pathlib.Path | None = None
     name: str = ""
     wanted: Sequence[Wanted] = ()
     alive: Callable[[], None] = lambda: None
     num_replaced: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
+    num_unlabelled: dict[str, int] = dataclasses.field(default_factory=dict, init=False)
     _extracted: dict = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def features_of(
@@ -130,6 +139,28 @@ class Evaluation:
                 self._extracted[asked._replace(output=name)] = rows
         return self._extracted[asked]
 
+    def labelled(
+        self, split: str, num_images: int | None = None, *, output: str = "features"
+    ) -> features.Features:
+        """Returns what `features_of` does, of the images that have a label.
+
+        The others, which have -1, are left out and counted.
+
+        Raises:
+          SetupError: if there is no other.
+        """
+        found = self.features_of(split, num_images, output=output)
+        known = found.labels >= 0
+        self.num_unlabelled[split] = int(np.sum(~known))
+        if known.all():
+            return found
+        if not known.any():
+            raise errors.SetupError(
+                f"None of {len(known)} images of the {split} split has a label; choose "
+                "another split, or evaluate what needs no labels."
+            )
+        return features.Features(found.values[known], found.labels[known])
+
     def output(self, name: str) -> Callable[[Batch], Any]:
         """Returns what computes an output of the objective: jitted, of a placed batch.
 
@@ -139,7 +170,8 @@ class Evaluation:
 
     def path(self, folder: str, suffix: str) -> pathlib.Path:
         """Returns where an evaluator may write a file about this state."""
-        return self.directory / folder / f"{self.name}{suffix}"
+        name = f"{folder}/{self.name}" if self.name else folder
+        return self.directory / f"{name}{suffix}"
 
     def _exactly(self, wanted: Wanted) -> Wanted:
         """Returns it with the number of images that there are."""
@@ -215,15 +247,15 @@ def check_labels(name: str, about: About) -> None:
     """
     if about.num_classes == 0:
         raise ValueError(
-            f"config.evals.{name} needs labels, but the data set, or a split of it, "
-            "has none. Sort the images into one folder per class, use a labelled data "
-            f"set, or take {name} out of config.evals."
+            f"config.evals.{name} needs labels, but a split has none "
+            f"({about.without_labels}). Sort the images into one folder per class, "
+            f"use a labelled data set, or take {name} out of config.evals."
         )
     if about.unlabelled:
         raise ValueError(
-            f"config.evals.{name} needs a class for every image, but "
+            f"config.evals.{name} needs images that have a label, but "
             f"{about.unlabelled}: test splits are often published without labels. "
-            f"Choose another evaluation split, or take {name} out of config.evals."
+            f"Choose another split, or take {name} out of config.evals."
         )
     if "eval" not in about.num_images:
         raise ValueError(

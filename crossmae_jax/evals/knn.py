@@ -101,7 +101,7 @@ class KNN:
         ks, metrics = numbers(self.k), {}
         for pool in self.pools:
             train, test = (
-                evaluation.features_of(split, limit, output=_POOLS[pool])
+                evaluation.labelled(split, limit, output=_POOLS[pool])
                 for split, limit in (("train", self.max_train_images), ("eval", None))
             )
             shares = evaluate(train, test, k=ks, temperature=self.temperature)

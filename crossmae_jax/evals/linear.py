@@ -68,9 +68,9 @@ class Linear:
 
     def run(self, evaluation: Evaluation) -> Result:
         """Returns "top1", and "l2", which was chosen."""
-        train = evaluation.features_of("train", self.max_train_images)
+        train = evaluation.labelled("train", self.max_train_images)
         return Result(evaluate(
-            train, evaluation.features_of("eval"), l2s=self.l2s,
+            train, evaluation.labelled("eval"), l2s=self.l2s,
             max_iterations=self.max_iterations, tolerance=self.tolerance,
             alive=evaluation.alive,
         ))

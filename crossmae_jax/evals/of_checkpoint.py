@@ -24,6 +24,7 @@ from crossmae_jax import errors, evals, objectives, paths
 from crossmae_jax.checkpoints import checkpointer, digests
 from crossmae_jax.convert import starting
 from crossmae_jax.data import pipeline, sources
+from crossmae_jax.data.classes import listed
 from crossmae_jax.distributed import parallel
 from crossmae_jax.evals import (
     evaluator,
@@ -36,7 +37,7 @@ from crossmae_jax.evals import (
 )
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import workdir
+from crossmae_jax.runs import confusions, workdir
 
 SUITES = ("accuracy", "knn", "linear", "robustness")
 KS = (10, 20, 100, 200)  # DINO's, arXiv 2104.14294; 20 is the usual one
@@ -45,6 +46,7 @@ DEFAULTS = {
     "knn": dict(k=KS, temperature=0.07, pools=("mean", "cls")),
     "linear": dict(l2s=linear.L2S, max_iterations=1000, tolerance=1e-6),
 }
+_OF_LOGITS = ("accuracy", "robustness")
 # Parts that no evaluation here looks at.
 _UNUSED = ("fusion", "decoder", "aggregator")
 
@@ -90,7 +92,7 @@ def open_checkpoint(
     with errors.setting_up():
         if not config.data.get("num_classes", 1):
             opened = sources.make_source(config.data, "train")
-            config = objectives.with_classes(config, len(opened.classes))
+            config = objectives.with_classes(config, opened)
         objective = objectives.make(config)
     key = jax.random.key(0, impl="threefry2x32")
     abstract = parallel.with_sharding(
@@ -160,6 +162,9 @@ def run(
         evaluator.check(
             evaluators, while_training.about(config, made.objective, opened)
         )
+        if unknown := _unnamed(made, suites, opened):
+            written.note(unknown)
+            parallel.say(unknown)
         sets = {}
         if "robustness" in suites:
             sets = robustness_sets.prepare(
@@ -175,17 +180,20 @@ def run(
 
     def logits_of(source: sources.Source, data: ConfigDict) -> features.Features:
         evaluation = evaluation_of({"eval": source}, data, ())
-        extracted = evaluation.features_of("eval", output="logits")
-        _note_replaced(written, evaluation)
+        extracted = evaluation.labelled("eval", output="logits")
+        _note_counts(written, evaluation)
         return extracted
 
     wanted = evaluator.wanted(evaluators.values())
     evaluation = evaluation_of(opened, config.data, wanted)
     for name, each in evaluators.items():
         metrics = each.run(evaluation).metrics
-        _note_replaced(written, evaluation)
+        _note_counts(written, evaluation)
         written.options[name] = dict(chosen[name])
-        written.add(name, metrics, _images(each, opened))
+        written.add(name, metrics, _images(each, evaluation))
+        if name == "accuracy" and jax.process_index() == 0:  # which alone writes
+            pairs = confusions.read(directory / f"{confusions.FOLDER}.csv")
+            written.confusions = confusions.most_frequent(pairs)
         written.write(directory)
     for name, measure in sets.items():
         metrics, num_images = measure(logits_of)
@@ -240,12 +248,24 @@ def _open(
     return opened
 
 
+def _unnamed(
+    made: Checkpoint, suites: Sequence[str], opened: Mapping[str, sources.Source]
+) -> str:
+    """Says what the numbers of a head are taken for whose classes have no names."""
+    if made.classes is not None or not set(_OF_LOGITS) & set(suites):
+        return ""
+    taken_for = "ImageNet's WordNet ids, in their order"
+    if "eval" in opened:
+        taken_for = f"the data's, in their order: {listed(opened['eval'].classes)}"
+    return f"the names of the head's classes are not known; taken to be {taken_for}"
+
+
 def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
     if unknown := [name for name in suites if name not in SUITES]:
         raise ValueError(
             f"Unknown suite {unknown[0]!r}. Known: {', '.join(SUITES)}."
         )
-    of_logits = [name for name in ("accuracy", "robustness") if name in suites]
+    of_logits = [name for name in _OF_LOGITS if name in suites]
     if of_logits and not _classifies(made.objective):
         raise ValueError(
             f"{' and '.join(of_logits)} need a classifier, but {made.path} was trained "
@@ -278,21 +298,26 @@ def _options(
 
 
 def _images(
-    measuring: evaluator.Evaluator, opened: Mapping[str, sources.Source]
+    measuring: evaluator.Evaluator, evaluation: evaluator.Evaluation
 ) -> dict[str, tuple[int, int]]:
     """Returns how many images of each split an evaluator took, of how many.
 
-    The extraction of features fails unless it was each of them, once.
+    The extraction of features fails unless it was each of them, once; those without a
+    label were left out then.
     """
     counts = {}
     for wanted in measuring.wanted():
-        available = len(opened[wanted.split])
+        available = evaluation.num_images[wanted.split]
         taken = available if wanted.num_images is None else wanted.num_images
-        counts[wanted.split] = (min(taken, available), available)
+        left_out = evaluation.num_unlabelled.get(wanted.split, 0)
+        counts[wanted.split] = (min(taken, available) - left_out, available)
     return counts
 
 
-def _note_replaced(written: report.Report, evaluation: evaluator.Evaluation) -> None:
+def _note_counts(written: report.Report, evaluation: evaluator.Evaluation) -> None:
+    """Notes how many images were left out, and how many stood for others."""
+    for line in while_training.left_out(evaluation):
+        written.note(line)
     for split, number in evaluation.num_replaced.items():
         if number:
             written.note(

@@ -10,6 +10,7 @@ later are added to it; another configuration needs another directory.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ import jax
 
 from crossmae_jax import paths, tables
 from crossmae_jax.distributed import environment
-from crossmae_jax.runs import ownership, records, settings, workdir
+from crossmae_jax.runs import confusions, ownership, records, settings, workdir
 
 JSON, MARKDOWN = "evaluation.json", "evaluation.md"
 EVALUATION = ownership.Kind(
     "an evaluation", JSON, frozenset({"checkpoint", "config", "metrics"}),
-    early=r"bad_images.*\.jsonl|evaluation\.(md|json\.tmp)",
+    early=r"bad_images.*\.jsonl|evaluation\.(md|json\.tmp)|confusions\.csv.*",
     cure="give another --workdir, or remove it",
 )
 
@@ -39,6 +40,8 @@ class Report:
       images: by evaluator and split, how many images were evaluated, of how many.
       notes: what else a reader must know to compare.
       classes: of a classifier, what its logits stand for, if that is known.
+      confusions: the classes most often taken for others, as `confusions.Frequent`; all
+        are in a file beside the report.
     """
 
     checkpoint: dict[str, Any]
@@ -48,6 +51,7 @@ class Report:
     images: dict[str, list[int]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
     classes: list[str] | None = None
+    confusions: list[Sequence[Any]] = dataclasses.field(default_factory=list)
 
     def add(
         self, name: str, metrics: dict[str, float], images: dict[str, tuple[int, int]]
@@ -81,6 +85,9 @@ class Report:
             *(f"* {note}" for note in self.notes),
             "", tables.markdown(tables.Table(("metric", "value"), tuple(rows))),
         ]
+        if self.confusions:
+            lines += ["", tables.markdown(confusions.table(self.confusions))]
+            lines += ["", f"all of them: {confusions.FOLDER}.csv"]
         return "\n".join(lines) + "\n"
 
     def write(self, directory: Path) -> None:

@@ -24,7 +24,7 @@ class Evaluations:
     """The evaluations that `config.evals` asks for.
 
     Attributes:
-      files: pictures written so far, the newest last.
+      pictures: drawn so far, the newest last.
 
     Args:
       key: of whatever the outputs draw, such as the masks of panels.
@@ -55,7 +55,8 @@ class Evaluations:
         self._evaluators = evals.make(config.evals.to_dict())
         evaluator.check(self._evaluators, about(config, objective, opened))
         self._outputs = outputs.Compiled(objective, mesh, key=key)
-        self.files: list[Path] = []
+        self.pictures: list[Path] = []
+        self._said: set[str] = set()
 
     def due(self, step: int, steps_per_epoch: float) -> list[str]:
         """Returns which evaluators run after this step, the last one apart."""
@@ -99,8 +100,12 @@ class Evaluations:
         measured = {}
         for name, each in evaluators.items():
             result = each.run(evaluation)
-            self.files.extend(result.files)
+            self.pictures.extend(result.pictures)
             measured |= {f"eval/{name}/{key}": v for key, v in result.metrics.items()}
+        for line in left_out(evaluation):
+            if line not in self._said:  # once: the images are always the same
+                self._said.add(line)
+                parallel.say(line)
         return measured
 
     def baselines(
@@ -136,6 +141,15 @@ class Evaluations:
         )
 
 
+def left_out(evaluation: evaluator.Evaluation) -> list[str]:
+    """Says of each split how many images were left out, for want of a label."""
+    return [
+        f"{number} of {evaluation.num_images[split]} images of {split} have no label "
+        "and are left out where labels are needed"
+        for split, number in evaluation.num_unlabelled.items() if number
+    ]
+
+
 def about(
     config: ConfigDict, objective: Any, opened: Mapping[str, sources.Source]
 ) -> evaluator.About:
@@ -147,7 +161,13 @@ def about(
     Raises:
       SetupError: if there is a split whose images cannot be decoded.
     """
-    seen = [spot_check.unlabelled(source, config.data) for source in opened.values()]
+    seen = [
+        spot_check.unlabelled(
+            source, config.data,  # what is learnt from needs a label for each image
+            all_needed=split == "train" and bool(config.data.get("num_classes")),
+        )
+        for split, source in opened.items()
+    ]
     return evaluator.About(
         num_images={split: len(source) for split, source in opened.items()},
         # A split without labels is enough to fail.
@@ -155,6 +175,9 @@ def about(
         outputs=frozenset(objective.outputs),
         pool=config.model.get("pool", "mean"),
         unlabelled=next(filter(None, seen), None),
+        without_labels=next((
+            repr(source) for source in opened.values() if not source.classes
+        ), ""),
     )
 
 
@@ -201,6 +224,7 @@ def of_sources(
         num_images={split: len(source) for split, source in opened.items()},
         place=lambda batch: parallel.place_batch(mesh, batch),
         wanted=wanted, alive=look, **given,
+        classes=next((source.classes for source in opened.values()), ()),
     )
     return evaluation
 

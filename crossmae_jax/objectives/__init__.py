@@ -3,6 +3,8 @@
 The train loop knows of one what `objective.Objective` says and nothing else.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from crossmae_jax import ranges
@@ -27,15 +29,24 @@ def make(config: ConfigDict) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-def with_classes(config: ConfigDict, num_classes: int) -> ConfigDict:
+def with_classes(config: ConfigDict, source: Any) -> ConfigDict:
     """Returns the config with the number of classes that the training data has.
 
+    Args:
+      source: of the training data, see `data.sources`.
+
     Raises:
-      ValueError: if the config names another number.
+      ValueError: if it has none, or the config names another number.
     """
     if "num_classes" not in config.data:
         return config
-    wanted = config.data.num_classes
+    wanted, num_classes = config.data.num_classes, len(source.classes)
+    if not num_classes:
+        raise ValueError(
+            "A classifier needs labels, but the training data has none: "
+            f"{source!r}. Sort the images into one folder per class, "
+            "or use a data set with the feature 'label'."
+        )
     if wanted is not None and wanted != num_classes:
         raise ValueError(
             f"The training data has {num_classes} classes, but the head is for "

@@ -32,16 +32,10 @@ class Classify:
     def __init__(self, config: ConfigDict):
         self.config = config
         self.num_classes = config.data.num_classes
-        if self.num_classes is None:
-            raise ValueError(
-                "data.num_classes is not set, and no data is there to say it; set "
-                "config.data.num_classes, such as 1000."
-            )
         if not self.num_classes:
             raise ValueError(
-                "A classifier needs labels, but the training data has none "
-                f"(data.source={config.data.source!r}). Sort the images into one folder"
-                " per class, or use a data set with the feature 'label'."
+                f"data.num_classes={self.num_classes}, and no data is "
+                "there to say it; set config.data.num_classes, such as 1000."
             )
         _check(config)
         self.model = classifier.build(config)

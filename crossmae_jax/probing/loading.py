@@ -23,7 +23,7 @@ def load(
 ) -> pretrained.Pretrained:
     """Returns the model of weights of any format, with its decoder if there is one.
 
-    Logs what is assumed of it because nothing tells it.
+    Logs what is assumed of it because nothing tells it, and what was changed in it.
 
     Args:
       path: a run, an import or a file: see `convert.opening`.
@@ -67,7 +67,13 @@ def load(
             assumed = {k: v for k, v in card.assumed.items() if k != "image_size"}
             resized = dataclasses.replace(resized, assumed=assumed)
         card = resized
-    card = dataclasses.replace(card, mean=mean or card.mean, std=std or card.std)
+    given = {name for name, x in (("mean", mean), ("std", std)) if x is not None}
+    card = dataclasses.replace(
+        card, mean=mean or card.mean, std=std or card.std,
+        assumed={k: v for k, v in card.assumed.items() if k not in given},
+    )
+    if weights.changed:
+        logging.warning("%s: %s.", path, "; ".join(weights.changed))
     if card.assumed:  # which nothing else would show, if it is wrong
         advice = " image_size of load is to work at: import the file with its own."
         logging.warning(

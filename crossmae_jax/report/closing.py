@@ -5,7 +5,7 @@ from pathlib import Path
 
 from crossmae_jax import tables, visualize
 from crossmae_jax.report import run_page
-from crossmae_jax.runs import metrics, mirror, results
+from crossmae_jax.runs import confusions, metrics, mirror, results
 
 
 def report(
@@ -30,6 +30,10 @@ def report(
         )
     if "best/step" in measured:
         print(best(measured))
+    if counted := confusions.newest(directory):
+        if frequent := confusions.recalled(counted):
+            print(f"\n{tables.markdown(confusions.table(frequent))}\n")
+        print(f"confusions   {home.name(counted)}")
     print(f"metrics      {home.name(directory / metrics.FILE)}")
     # Somebody may have removed the lines of a run that was finished already.
     if "train/loss" in metrics.curves(directory / metrics.FILE):

@@ -20,7 +20,7 @@ from crossmae_jax.models import mim
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.report import html, svg
 from crossmae_jax.report.html import Section
-from crossmae_jax.runs import reading, results
+from crossmae_jax.runs import confusions, reading, results
 from crossmae_jax.runs.reading import Run, Series
 from crossmae_jax.tables import Table
 
@@ -169,6 +169,8 @@ def _results(run: Run) -> str:
                 "pixels show how hard the images are without a model.", css="soft",
             ) if len(compared.rows) > 1 else "",
         ]
+    if run.confusions:
+        parts.append(html.table(confusions.table(run.confusions)))
     return "".join(parts) or html.element("p", "No step has been logged yet.")
 
 

@@ -12,7 +12,15 @@ from ml_collections import ConfigDict
 from crossmae_jax import paths
 from crossmae_jax.checkpoints import steps
 from crossmae_jax.paths import AnyPath
-from crossmae_jax.runs import best, metrics, records, results, walltime, workdir
+from crossmae_jax.runs import (
+    best,
+    confusions,
+    metrics,
+    records,
+    results,
+    walltime,
+    workdir,
+)
 
 Series = metrics.Curves
 _YEAR_9999 = 253_370_000_000  # in seconds; no date comes after it
@@ -30,6 +38,7 @@ class Run(NamedTuple):
       saved: the steps of checkpoints.
       reached, total: steps made, and steps of the whole run, None if not known.
       panel: the newest reconstruction.
+      confusions: the classes most often taken for others, as of the last evaluation.
     """
 
     name: str
@@ -44,6 +53,7 @@ class Run(NamedTuple):
     reached: int
     total: int | None
     panel: AnyPath | None
+    confusions: list[confusions.Frequent]
 
     @property
     def finished(self) -> bool:
@@ -85,6 +95,7 @@ def read(directory: str | AnyPath, *, name: str | None = None) -> Run:
         reached=max([0, *saved, *(max(values) for values in series.values())]),
         total=_total(config, dataset),
         panel=max(drawn, key=lambda path: path.name, default=None),
+        confusions=confusions.recalled(confusions.newest(directory)),
     )
 
 

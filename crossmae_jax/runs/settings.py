@@ -16,6 +16,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from crossmae_jax.data import decoding
+
 # What settings are called now. One that is two now goes to those whose group there is.
 RENAMED: dict[str, tuple[str, ...]] = {
     "model.size": ("model.encoder.size",),
@@ -40,7 +42,7 @@ _IGNORED = {
 # Settings that are younger than some runs, with what those runs did: of any objective,
 _BEFORE = {
     "checkpoint.keep_every_epochs": 0.0,
-    "data.max_pixels": 178_956_970,
+    "data.max_pixels": decoding.MAX_PIXELS,
     "data.max_skipped_share": 1.0,
     "data.transform": "classification",
     "log_norms": False,
