@@ -169,15 +169,6 @@ def profile(args) -> Iterator[str]:
             yield f"{name}: ended with status {process.returncode}\n"
 
 
-def remat(args) -> Iterator[str]:
-    """Yields the table of rematerialisation, or why there is none."""
-    config = step.load_config(_path(REMAT[0][0].config), overrides=[])
-    if "remat" in config.model:
-        yield from steps(REMAT, args)
-    else:
-        yield "Not measured: configurations have no model.remat."
-
-
 def against_peer(args, *, theirs: str) -> Iterator[str]:
     """Yields the table of our steps and the reference's, or why there is none."""
     if args.reference is None:
@@ -211,7 +202,7 @@ PARTS = {
     "steps": lambda args: steps(STEPS, args),
     "profile": profile,
     "peer": lambda args: against_peer(args, theirs="reference"),
-    "remat": remat,
+    "remat": lambda args: steps(REMAT, args),
     "compiled_peer": lambda args: against_peer(args, theirs="reference, compiled"),
     "large": lambda args: steps(LARGE, args),
 }
