@@ -7,14 +7,15 @@ kernels are counted: matrix products, attention, and everything between them, wh
 GPU is bound by the bytes that it moves. Nothing is executed and no time is known; but
 what launches fewer kernels and moves fewer bytes is there to be seen.
 
-Bytes are those of a kernel's operands and results: an upper bound, as a kernel may read
-only a part of an operand. Without a device XLA tunes nothing, and its own matrix
-kernels are off (`hardware.compiler_options`): products are cuBLAS's here, where on a
-GPU some may be fused with what follows. Needs jax[cuda13].
+Bytes are those of a kernel's operands, of which only the slices that it takes count,
+and of its results. Without a device XLA tunes nothing, and its own matrix kernels are
+off (`hardware.compiler_options`): products are cuBLAS's here, where on a GPU some may
+be fused with what follows. Needs jax[cuda13].
 """
 
 import argparse
 import collections
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,8 +31,7 @@ from crossmae_jax.cost import estimate  # noqa: E402
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", re.M | re.S)
 _INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\([^=]*?\)|\S+) "
-    r"(?P<opcode>[\w-]+)\((?P<operands>[^)]*)\)(?P<rest>.*)$", re.M,
+    r"^\s*(?:ROOT )?%?([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\(([^)]*)\)(.*)$", re.M
 )
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _NO_KERNEL = re.compile(
@@ -42,7 +42,8 @@ _MOVES = {
     "parameter", "constant", "tuple", "bitcast", "reshape", "copy", "transpose",
     "slice", "concatenate", "broadcast", "dynamic-slice", "pad",
 }
-_TYPES = {"bf16": 2, "f16": 2, "pred": 1}
+# What may use a part of its first operand, or hands a part on.
+_PARTS = ("slice", "dynamic-slice", "gather", "bitcast", "convert")
 
 
 class Kernel(NamedTuple):
@@ -62,19 +63,25 @@ class Kernel(NamedTuple):
     num_bytes: int
 
 
+def _size(types: str) -> int:
+    """Returns how many numbers are in an array, or in all of a tuple."""
+    return sum(
+        math.prod(int(side) for side in sides.split(",") if side)
+        for _, sides in _ARRAY.findall(types)
+    )
+
+
 def _num_bytes(types: str) -> int:
     """Returns the bytes of an array, or of all in a tuple."""
-    total = 0
-    for kind, sides in _ARRAY.findall(types):
-        size = _TYPES.get(kind) or int(re.sub(r"\D", "", kind)) // 8
-        for side in filter(None, sides.split(",")):
-            size *= int(side)
-        total += size
-    return total
+    return sum(
+        _size(f"{kind}[{sides}]")
+        * (1 if kind == "pred" else int(re.sub(r"\D", "", kind)) // 8)
+        for kind, sides in _ARRAY.findall(types)
+    )
 
 
-def _kind(opcode: str, rest: str, opcodes: set[str]) -> str:
-    """Returns the kind of a kernel from what is fused in it."""
+def _kind(rest: str, opcodes: set[str]) -> str:
+    """Returns the kind of a kernel from what is fused in it, or from itself."""
     if "__cublas" in rest or "dot" in opcodes:
         return "product"
     if "__cudnn$fmha" in rest or "__gpu$xla.gpu.triton" in rest:
@@ -86,41 +93,88 @@ def _kind(opcode: str, rest: str, opcodes: set[str]) -> str:
     return "convert" if opcodes <= {*_MOVES, "convert"} else "other"
 
 
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    operands: list[str]
+    rest: str
+
+    @property
+    def called(self) -> str:
+        """The computation that it runs, "" if there is none."""
+        match = re.search(r"(?:calls|to_apply|body)=%?([\w.-]+)", self.rest)
+        return match[1] if match else ""
+
+    @property
+    def times(self) -> int:
+        """How often a loop runs it."""
+        match = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.rest)
+        return int(match[1]) if match else 1
+
+
+def _parse(program: str) -> tuple[dict[str, list[_Instruction]], str]:
+    """Returns the instructions of each computation, and the name of the first one."""
+    program = re.sub(r"/\*.*?\*/", "", program)  # comments, within long tuples
+    blocks, entry = {}, ""
+    for first, block, text in _COMPUTATION.findall(program):
+        entry = block if first else entry
+        blocks[block] = [
+            _Instruction(
+                name, kind, opcode, re.findall(r"%([\w.-]+)", operands) or
+                operands.split(), rest,
+            )
+            for name, kind, opcode, operands, rest in _INSTRUCTION.findall(text)
+        ]
+    return blocks, entry
+
+
+def _read(block: list[_Instruction], number: int) -> int:
+    """Returns the bytes of an operand that a fused computation reads."""
+
+    def used(each):
+        """Returns how many numbers of an array are used."""
+        users = [user for user in block if each.name in user.operands]
+        if not users or any(
+            user.opcode not in _PARTS or user.operands[0] != each.name for user in users
+        ):
+            return _size(each.type)
+        return min(sum(map(used, users)), _size(each.type))
+
+    (operand,) = (
+        each for each in block
+        if each.opcode == "parameter" and each.operands == [str(number)]
+    )
+    size = _size(operand.type)
+    return _num_bytes(operand.type) * used(operand) // size if size else 0
+
+
 def kernels(program: str) -> Iterator[Kernel]:
     """Yields the kernels that a program launches, those of a loop each time."""
-    program = re.sub(r"/\*.*?\*/", "", program)  # comments, within long tuples
-    computations = _COMPUTATION.findall(program)
-    blocks = {name: text for _, name, text in computations}
-    (entry,) = (name for first, name, _ in computations if first)
+    blocks, entry = _parse(program)
     origins = profiling.origins(program)
 
     def walk(block: str) -> Iterator[Kernel]:
-        found = [match.groupdict() for match in _INSTRUCTION.finditer(blocks[block])]
-        types = {each["name"]: each["type"] for each in found}
-        for each in found:
-            opcode, rest = each["opcode"], each["rest"]
-            called = re.search(r"(?:calls|to_apply|body)=%?([\w.-]+)", rest)
-            if opcode in ("call", "while") or opcode.endswith("-start"):
-                times = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
-                for _ in range(int(times[1]) if times else 1):
-                    yield from walk(called[1]) if called else ()
+        types = {each.name: each.type for each in blocks[block]}
+        for each in blocks[block]:
+            if each.opcode in ("call", "while") or each.opcode.endswith("-start"):
+                for _ in range(each.times):
+                    yield from walk(each.called) if each.called else ()
                 continue
-            if _NO_KERNEL.fullmatch(opcode):
+            if _NO_KERNEL.fullmatch(each.opcode):
                 continue
-            opcodes = {opcode}
-            if opcode == "fusion":
-                opcodes = set(re.findall(
-                    r"^[^=]* = (?:\([^=]*?\)|\S+) ([\w-]+)\(", blocks[called[1]], re.M
-                ))
-            operands = set(re.findall(r"%([\w.-]+)", each["operands"]))
-            taken = [types[operand] for operand in operands if operand in types]
+            fused = blocks[each.called] if each.opcode == "fusion" else [each]
             # A product's work space is the last of its results.
-            made = re.sub(r", s8\[\d+\]\{0\}\)$", ")", each["type"])
+            made = re.sub(r", s8\[\d+\]\{0\}\)$", ")", each.type)
+            taken = [types[operand] for operand in dict.fromkeys(each.operands)]
+            read = map(_num_bytes, taken)
+            if each.opcode == "fusion":
+                read = (_read(fused, number) for number in range(len(each.operands)))
             yield Kernel(
-                each["name"], _kind(opcode, rest, opcodes),
-                origins.get(each["name"], ""),
+                each.name, _kind(each.rest, {x.opcode for x in fused}),
+                origins.get(each.name, ""),
                 frozenset(kind for text in taken for kind, _ in _ARRAY.findall(text)),
-                _num_bytes(made) + sum(map(_num_bytes, taken)),
+                _num_bytes(made) + sum(read),
             )
 
     yield from walk(entry)
@@ -149,7 +203,7 @@ def cells(name: str, found: list[Kernel]) -> list[str]:
         str(sum(bool(k.inputs & {"f32"}) for k in products)), str(len(attention)),
         str(len(between)), f"{sum(k.num_bytes for k in between) / 1e9:.1f}",
         *(told(kinds[kind]) for kind in ("copy", "convert", "pad")),
-        told([k for k in between if re.search(r"norm\w*(/|$)", k.origin)]),
+        told([k for k in between if re.search(r"norm[\w*]*(/|$)", k.origin)]),
     ]
 
 

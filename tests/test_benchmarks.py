@@ -1,10 +1,12 @@
 """The step benchmark measures the real training step and says what it ran on."""
 
 import argparse
+import math
 import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import attention_times, gpu, kernels, peer, profiling, step, turns
@@ -90,6 +92,15 @@ def test_the_share_of_peak_is_of_all_devices_and_of_bf16_only():
     assert step.share_of_peak(run, None) == "unknown"
     config.model.dtype = "float32"
     assert step.share_of_peak(run, peak) == "unknown"
+
+
+def test_of_a_program_that_does_not_tell_its_memory_it_is_unknown():
+    silent = SimpleNamespace(memory_analysis=lambda: None)
+    config = step.load_config(
+        "configs/digits_cross.py", overrides=["data.batch_size=8"]
+    )
+    run = step.Run("x", config, 1.0, step.memory_bytes(silent), lambda: None, [1.0])
+    assert step.table([run], None).endswith("| 1.0 | unknown |")
 
 
 def test_configurations_take_turns_and_are_compared_pair_by_pair(monkeypatch, capsys):
@@ -321,6 +332,21 @@ def test_a_step_is_compared_with_the_first_of_its_group():
     row = gpu.Row("vitb_cross")
     assert gpu.cells(row, second, first, args=args, tflops=None)[8:] == ["", ""]
     assert gpu.cells(row, first, first, args=args, tflops=None)[2] == first.fallen
+
+
+def test_in_a_loop_on_the_device_each_call_takes_a_number_of_the_one_before():
+    def call(x):
+        return 0.5 * x + 1, x
+
+    looped = jax.jit(attention_times._looped(call, 3))(jnp.full((1, 1, 1, 2), 4.0))
+    first = 0.0  # of results that there are not yet
+    for _ in range(3):
+        taken = math.tanh(first)
+        first = 0.5 * taken + 1 + taken
+    expected = [0.5 * taken + 1, 3.0], [taken, 4.0]
+    assert [x.tolist() for x in looped] == [
+        [[[pytest.approx(x, rel=1e-6)]]] for x in expected
+    ]
 
 
 def test_attention_that_is_wrong_shows_in_its_errors():

@@ -40,6 +40,9 @@ def make():
     return one_step, {"platform": sys.argv[2]}
 
 def prepare():
+    if sys.argv[1] == "elsewhere":
+        time.sleep(1)
+    print("traces", file=sys.stderr)
     if sys.argv[1] == "falls":
         raise ValueError("no such thing")
     return make
@@ -71,9 +74,9 @@ def test_one_that_ends_says_why_and_the_others_go_on(capfd):
     assert seen == ["steps", "raises", "falls", "ends"]
     assert steps.facts == {"platform": "cpu"} and falls.facts == {}
     assert falls.fallen == "ValueError: no such thing" and falls.seconds == []
-    said = re.findall(
-        r"^(?:compiles|\w+: .* after \d+ s)$", capfd.readouterr().err, re.MULTILINE
-    )
+    printed = capfd.readouterr().err
+    assert printed.rindex("traces") < printed.index("chatter")
+    said = re.findall(r"^(?:compiles|\w+: .* after \d+ s)$", printed, re.MULTILINE)
     assert [re.sub(r"\d+ s", "1 s", line) for line in said] == [
         "compiles", "steps: ready after 1 s", "compiles", "raises: ready after 1 s",
         "falls: ValueError: no such thing after 1 s",
