@@ -19,7 +19,7 @@ if __name__ == "__main__":
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-from benchmarks import step  # noqa: E402
+from benchmarks import kernels, step  # noqa: E402
 from crossmae_jax.cost import collectives  # noqa: E402
 from crossmae_jax.distributed import parallel  # noqa: E402
 from crossmae_jax.ops import attention  # noqa: E402
@@ -58,15 +58,16 @@ def _cells(case, **options) -> list[str]:
     begin = time.perf_counter()
     try:
         compiled = compile_case(case, **options)
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-        return [f"refused: {str(error).splitlines()[0][:80]}", "", "", ""]
+    except kernels.REFUSALS as error:
+        return [kernels.refusal(error), "", "", ""]
     seconds, text = time.perf_counter() - begin, compiled.as_text()
-    kernels = [name for name, call in KERNELS.items() if call in text] or ["xla"]
+    taken = [name for name, call in KERNELS.items() if call in text] or ["xla"]
     exchanged = collectives.read(text, options["mesh"].size)
+    memory = compiled.memory_analysis()  # of one from the cache perhaps None
     return [
-        " ".join(kernels),
+        " ".join(taken),
         ", ".join(f"{total.count} {total.kind}" for total in exchanged) or "none",
-        f"{compiled.memory_analysis().temp_size_in_bytes / 2**20:.0f}",
+        f"{memory.temp_size_in_bytes / 2**20:.0f}" if memory else "unknown",
         f"{seconds:.1f}",
     ]
 

@@ -14,8 +14,9 @@ the room of 64, 197 that of 256, and what is outside is masked. bfloat16 only, n
 
 It is no part of the library: benchmarks.gpu compares it with cuDNN on a GPU, and it
 joins crossmae_jax/ops only if it is faster there; then it must also be shared over the
-devices of a mesh, as the TPU's kernels are. Tests run it step by step
-("interpret"), and `make test-gpu-compile` compiles it for an H200.
+devices of a mesh, as the TPU's kernels are, and JAX calls the Triton backend of Pallas
+deprecated (0.11.2): what wins would be written for Mosaic GPU. Tests run it step by
+step ("interpret"), and `make test-gpu-compile` compiles it for an H200.
 """
 
 import functools

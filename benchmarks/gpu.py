@@ -2,18 +2,22 @@
 
     python -m benchmarks.gpu --reference=REFERENCE --write
 
-1. `ceiling`    copies and bf16 matrix products: what the device can do
-2. `attention`  every implementation against float32, and its time, at all our shapes
-3. `steps`      training steps of MAE, CrossMAE and PR-MIM in turns
-4. `remat`      the same step with rematerialisation "none" and "selective"
-5. `large`      larger batches and larger models, each alone
-6. `peer`       our step and the PyTorch reference's in turns (benchmarks/peer.py)
+1. `ceiling`        copies and bf16 matrix products: what the device can do
+2. `attention`      every implementation: how far from float32, its time, at our shapes
+3. `steps`          training steps of MAE, CrossMAE and PR-MIM
+4. `profile`        where the time of a step goes, by kind of kernel
+5. `peer`           our step beside the PyTorch reference's (benchmarks/peer.py)
+6. `remat`          the same step with rematerialisation "none" and "selective"
+7. `compiled_peer`  our step beside the reference's through torch.compile
+8. `large`          larger batches and larger models, each alone
 
-A table is printed line by line, and with `--write` appended to results/gpu.md line by
-line: what was measured stays, whatever ends the command. `--only` runs some of the
-parts, `--case` some of the rows of those that train. A training step has a process of
-its own (benchmarks/turns.py), so one that runs out of memory leaves the others alone,
-and PyTorch finds the memory that JAX does not use.
+A row is printed, and with `--write` appended to results/gpu.md, as soon as it is known,
+the most important first: what was measured stays, whatever ends the command. `--only`
+runs some of the parts, `--case` some of the rows of those that train, and
+`--attention-case` some shapes of attention. A training step has a process of its own
+(benchmarks/turns.py), so one that runs out of memory leaves the others alone, and
+PyTorch finds the memory that JAX does not use. When a step is ready to be timed, the
+standard error output says so.
 
 `--quick` runs all of it on tiny sizes, on a CPU as well: its numbers mean nothing.
 """
@@ -22,6 +26,8 @@ import argparse
 import contextlib
 import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +38,20 @@ if __name__ == "__main__":  # before JAX looks for devices: the others need memo
 
 import jax  # noqa: E402
 
-from benchmarks import kernels, peer, step, turns  # noqa: E402
+from benchmarks import attention_times, kernels, peer, step, turns  # noqa: E402
 from crossmae_jax.commands import flags  # noqa: E402
 from crossmae_jax.cost import counting  # noqa: E402
 from crossmae_jax.distributed import environment  # noqa: E402
+from tests import attention_cases  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "gpu.md"
 PACKAGES = ("jax-cuda13-plugin", "nvidia-cudnn-cu13", "torch", "tokamax")
-PEER_CONFIGS = ("vitb_mae", "vitb_cross", "vitb_cross75")
+TRACES = Path("runs/profile")
+PROFILED = ("vitb_cross", "vitb_mae")
+PEER_CONFIGS = ("vitb_cross", "vitb_mae", "vitb_cross75")
+ATTENTION = {
+    case.name: case for case in attention_cases.CASES + attention_cases.SMALL
+}
 
 TINY = (
     "model.encoder.size=W16-D1-H2/16", "model.decoder.dim=16", "model.decoder.depth=1",
@@ -55,17 +67,18 @@ class Row(NamedTuple):
     overrides: tuple[str, ...] = ()
 
 
-# Rows of a group are in memory together and take turns; ratios are to the first.
+# Rows of a group are in memory together, each takes turns with the first; ratios are
+# to that.
 STEPS = ((
-    Row("vitb_mae"), Row("vitb_cross75"), Row("vitb_cross"), Row("vitb_mae_prmim"),
+    Row("vitb_mae"), Row("vitb_cross"), Row("vitb_mae_prmim"), Row("vitb_cross75"),
 ),)
 REMAT = tuple(
     tuple(Row(name, 1.0, (f"model.remat={kind}",)) for kind in ("none", "selective"))
-    for name in ("vitb_mae", "vitb_cross")
+    for name in ("vitb_cross", "vitb_mae")
 )
 LARGE = (
+    (Row("vitb_cross", 4.0),), (Row("vitb_mae", 4.0),), (Row("vitb_cross75", 4.0),),
     (Row("vitl_cross"),), (Row("vith_cross", 0.5),),
-    (Row("vitb_mae", 4.0),), (Row("vitb_cross", 4.0),), (Row("vitb_cross75", 4.0),),
 )
 
 HEAD = [
@@ -117,41 +130,46 @@ def cells(
 
 def steps(groups: tuple[tuple[Row, ...], ...], args) -> Iterator[str]:
     """Yields the lines of a table of training steps, group by group."""
-    chosen = [
-        [row for row in group if args.case in " ".join([row.config, *row.overrides])]
-        for group in groups
-    ]
     tflops = None
     if jax.default_backend() != "cpu":
         tflops = kernels.matmul_tflops(8192, 8192, 8192)
         yield f"Ceiling: {tflops:.1f} TFLOP/s in bf16, 8192 x 8192 x 8192.\n"
     yield step.row(HEAD)
     yield step.row(["---"] * len(HEAD))
-    for group in chosen:
+    for group in groups:
         with contextlib.ExitStack() as stack:
-            players = [
+            players = {
                 stack.enter_context(turns.our_player(
                     _path(row.config), _path(row.config), overrides_of(row, args)
-                ))
+                )): row
                 for row in group
-            ]
-            turns.measure(players, num_steps=args.steps)
-            for row, player in zip(group, players, strict=True):
-                yield step.row(
-                    cells(row, player, players[0], args=args, tflops=tflops)
-                )
+                if args.case in " ".join([row.config, *row.overrides])
+            }
+            first = next(iter(players), None)
+            for player in turns.measured(list(players), num_steps=args.steps):
+                yield step.row(cells(
+                    players[player], player, first, args=args, tflops=tflops
+                ))
 
 
-def remat(args) -> Iterator[str]:
-    """Yields the table of rematerialisation, or why there is none."""
-    config = step.load_config(_path(REMAT[0][0].config), overrides=[])
-    if "remat" in config.model:
-        yield from steps(REMAT, args)
-    else:
-        yield "Not measured: configurations have no model.remat."
+def profile(args) -> Iterator[str]:
+    """Yields what benchmarks.step says of profiled steps; keeps traces in `TRACES`."""
+    for name in PROFILED:
+        if args.case not in name:
+            continue
+        overrides = overrides_of(Row(name), args)
+        command = [
+            sys.executable, "-m", "benchmarks.step", f"--config={_path(name)}",
+            f"--batch={args.batch}", f"--steps={args.steps}", f"--profile={TRACES}",
+            *(f"--override={override}" for override in overrides),
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            yield from map(str.rstrip, process.stdout)
+        if process.returncode:
+            yield f"{name}: ended with status {process.returncode}\n"
 
 
-def against_peer(args) -> Iterator[str]:
+def against_peer(args, *, theirs: str) -> Iterator[str]:
     """Yields the table of our steps and the reference's, or why there is none."""
     if args.reference is None:
         yield "Not measured: --reference=DIR was not given."
@@ -165,19 +183,28 @@ def against_peer(args) -> Iterator[str]:
         if args.case in name:
             yield from peer.compare(
                 _path(name), overrides_of(Row(name), args), directory=args.reference,
-                num_steps=args.steps, compiled=not args.quick,
+                num_steps=args.steps, theirs=[theirs],
             )
+
+
+def attention(args) -> Iterator[str]:
+    """Yields the table of attention, at the shapes that were asked for."""
+    default = attention_cases.SMALL[::5] if args.quick else attention_cases.CASES
+    yield from attention_times.table(
+        [ATTENTION[name] for name in args.attention_case or ()] or default,
+        attention_times.implementations(), images=args.batch, quick=args.quick,
+    )
 
 
 PARTS = {
     "ceiling": lambda args: kernels.ceiling(images=args.batch, quick=args.quick),
-    "attention": lambda args: kernels.attention_table(
-        images=min(args.batch, 64), quick=args.quick
-    ),
+    "attention": attention,
     "steps": lambda args: steps(STEPS, args),
-    "remat": remat,
+    "profile": profile,
+    "peer": lambda args: against_peer(args, theirs="reference"),
+    "remat": lambda args: steps(REMAT, args),
+    "compiled_peer": lambda args: against_peer(args, theirs="reference, compiled"),
     "large": lambda args: steps(LARGE, args),
-    "peer": against_peer,
 }
 
 
@@ -207,6 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         help="may be given several times",
     )
     parser.add_argument("--case", default="", help="only rows with this in their name")
+    parser.add_argument(
+        "--attention-case", action="append", choices=list(ATTENTION), metavar="NAME",
+        help="a shape of tests/attention_cases.py; may be given several times",
+    )
     parser.add_argument("--batch", type=int, help="images a step (256; quick: 8)")
     parser.add_argument("--steps", type=int, help="steps to time (20; quick: 2)")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="see peer.py")

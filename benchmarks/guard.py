@@ -77,13 +77,13 @@ def table(timed: list[Timed]) -> str:
         step.row(["---"] * 7),
     ]
     for x in timed:
-        own = x.run.compiled.cost_analysis()
+        own, memory = x.run.compiled.cost_analysis(), x.run.memory_bytes
         lines.append(step.row([
             x.run.name, f"{statistics.median(x.seconds) * 1e3:.1f}",
             ratio(x.seconds, base.seconds), ratio(x.cpu_seconds, base.cpu_seconds),
             f"{own['flops'] / counts['flops']:.5f}",
             f"{own['bytes accessed'] / counts['bytes accessed']:.5f}",
-            f"{x.run.memory_bytes / 2**20:.1f}",
+            "unknown" if memory is None else f"{memory / 2**20:.1f}",
         ]))
     looking, median = looking_seconds(), np.median(base.seconds)
     lines += ["", f"On the host {looking * 1e6:.0f} us a step, {looking / median:.3%}."]

@@ -1,15 +1,11 @@
-"""What a device can do, and what attention makes of it: for benchmarks.gpu.
+"""What the device of this process can do at most: for benchmarks.gpu.
 
 The ceiling is measured, not taken from a data sheet: the bytes a second of a copy, and
 the operations a second of bf16 matrix products, at the shapes of the models and at one
 large enough for nothing else to matter. Values are random: on zeros a GPU draws less
 power and is faster.
-
-Attention is checked before it is timed: results and gradients of every implementation
-against those of float32, as the largest difference over the largest value.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +13,11 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 
-from benchmarks import attention_triton, step
-from crossmae_jax.ops import attention
-from tests import attention_cases
+from benchmarks import step
 
-# What an implementation, a compiler or an allocator raises when it declines.
-REFUSALS = (jax.errors.JaxRuntimeError, NotImplementedError, ValueError)
+# What an implementation, a compiler or an allocator raises when it declines. JAX's and
+# NotImplementedError are RuntimeErrors; a plain one comes from Pallas.
+REFUSALS = (RuntimeError, ValueError)
 
 # Linear layers of ViT-B as training meets them: name, tokens of an image, from, to.
 # The encoder sees 49 of 196 patches and the class token.
@@ -97,115 +92,3 @@ def ceiling(*, images: int, quick: bool) -> Iterator[str]:
         except REFUSALS as error:
             result = refusal(error)
         yield step.row([name, f"{m} x {k} x {n}", result])
-
-
-def _inputs(case: attention_cases.Case, images: int):
-    """Returns q, k, v, the gradient of the result, and the bias or None; float32."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    q, k = ((images, n, case.num_heads, case.dim) for n in (case.queries, case.keys))
-    arrays = [
-        jax.random.normal(key, shape)
-        for key, shape in zip(keys, (q, k, k, q), strict=False)
-    ]
-    if case.bias is None:
-        return *arrays, None
-    count = 1 if case.bias == "shared" else images
-    shape = (count, case.num_heads, case.queries, case.keys)
-    return *arrays, jax.random.normal(keys[4], shape)
-
-
-def _with_gradients(call):
-    """Returns a function that runs attention forward and backward."""
-
-    def run(q, k, v, g, bias):
-        if bias is None:
-            out, transposed = jax.vjp(lambda *x: call(*x, None), q, k, v)
-        else:
-            out, transposed = jax.vjp(call, q, k, v, bias)
-        return out, *transposed(g)
-
-    return run
-
-
-def _ours(impl: str):
-    return lambda q, k, v, bias: attention.attention(q, k, v, bias=bias, impl=impl)
-
-
-def _jax(q, k, v, bias):
-    return jax.nn.dot_product_attention(q, k, v, bias, implementation="xla")
-
-
-def _tokamax(impl: str):
-    tokamax = importlib.import_module("tokamax")  # of no extra
-
-    return lambda q, k, v, bias: tokamax.dot_product_attention(
-        q, k, v, bias=bias, implementation=impl
-    )
-
-
-def implementations() -> dict[str, Callable]:
-    """Returns the implementations to compare; those of tokamax if it is installed."""
-    kernels = {
-        "cudnn": _ours("cudnn"), "xla": _ours("xla"),
-        "triton": attention_triton.attention,
-    }
-    if importlib.util.find_spec("tokamax") is not None:
-        kernels |= {
-            f"tokamax {impl}": _tokamax(impl) for impl in ("mosaic", "triton")
-        }
-    return kernels
-
-
-def errors(
-    results: tuple[jax.Array, ...], expected: tuple[jax.Array, ...]
-) -> list[float]:
-    """Returns the largest difference over the largest value, of each pair of arrays."""
-    return [
-        float(jnp.abs(value.astype(jnp.float32) - target).max() / jnp.abs(target).max())
-        for value, target in zip(results, expected, strict=True)
-    ]
-
-
-def attention_row(case, name, call, *, images: int, quick: bool) -> list[str]:
-    """Returns the cells of a case: errors of results and gradients, and times.
-
-    The numbers that bfloat16 takes are the same for the float32 reference: what is
-    compared is the arithmetic, not the rounding of its input.
-    """
-    rounded = [
-        x if x is None else x.astype(jnp.bfloat16) for x in _inputs(case, images)
-    ]
-    with jax.default_matmul_precision("highest"):
-        expected = jax.jit(_with_gradients(_jax))(
-            *(x if x is None else x.astype(jnp.float32) for x in rounded)
-        )
-    runs = {"runs": 1, "times": 1} if quick else {"runs": 20, "times": 5}
-    q, k, v, _, bias = rounded
-    try:
-        both = jax.jit(_with_gradients(call))
-        wrong = errors(both(*rounded), expected)
-        forward = seconds(jax.jit(call), q, k, v, bias, **runs)
-        total = seconds(both, *rounded, **runs)
-    except REFUSALS as error:
-        return [case.name, name, refusal(error), "", "", ""]
-    gradients = ", ".join(f"{x:.1e}" for x in wrong[1:])
-    return [
-        case.name, name, f"{wrong[0]:.1e}", gradients,
-        f"{forward * 1e6:.0f}", f"{total * 1e6:.0f}",
-    ]
-
-
-def attention_table(*, images: int, quick: bool) -> Iterator[str]:
-    """Yields the lines of a table of every case and implementation."""
-    if importlib.util.find_spec("tokamax") is None:
-        yield "tokamax is not installed: not compared.\n"
-    yield step.row([
-        "case", "implementation", "error of the result", "of dq, dk, dv, dbias",
-        "forward, us", "forward and backward, us",
-    ])
-    yield step.row(["---"] * 6)
-    for case in attention_cases.SMALL[::5] if quick else attention_cases.CASES:
-        for name, call in implementations().items():
-            yield step.row(
-                attention_row(case, name, call, images=images, quick=quick)
-            )

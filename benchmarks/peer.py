@@ -33,7 +33,7 @@ import statistics
 import sys
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 if __name__ == "__main__":  # before JAX looks for devices: the peer needs memory, too
@@ -172,7 +172,7 @@ def build(config: ConfigDict, directory: Path):
 
 
 def prepare(config: ConfigDict, directory: Path, *, compiled: bool):
-    """Returns the reference's step, which waits for its results, and facts about it."""
+    """Builds the reference's model; returns what makes its step, for turns.serve."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -216,16 +216,19 @@ def prepare(config: ConfigDict, directory: Path, *, compiled: bool):
         if cuda:
             torch.cuda.synchronize()
 
-    begin = time.perf_counter()
-    for _ in range(WARM_UP):
-        one_step()
-    return one_step, {
-        "platform": "gpu" if cuda else "cpu",
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "compile_seconds": time.perf_counter() - begin,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-    }
+    def make():
+        begin = time.perf_counter()
+        for _ in range(WARM_UP):
+            one_step()
+        return one_step, {
+            "platform": "gpu" if cuda else "cpu",
+            "device": torch.cuda.get_device_name() if cuda else "cpu",
+            "compile_seconds": time.perf_counter() - begin,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+        }
+
+    return make
 
 
 def _peak_bytes() -> int:
@@ -236,15 +239,19 @@ def _peak_bytes() -> int:
     return turns.peak_host_bytes()
 
 
+# Names of the reference's steps in tables, and what asks a process for each.
+THEIRS = {"reference": (), "reference, compiled": ("--compile",)}
+
+
 def their_player(
-    name: str, path: str, overrides: list[str], *, directory: Path, compiled: bool
+    name: str, path: str, overrides: list[str], *, directory: Path
 ) -> turns.Player:
     """Starts a process with the reference's training step of a configuration."""
     command = [
         sys.executable, "-m", "benchmarks.peer", "--serve", f"--reference={directory}",
         f"--config={path}", *(f"--override={override}" for override in overrides),
     ]
-    return turns.Player(name, command + ["--compile"] * compiled)
+    return turns.Player(name, [*command, *THEIRS[name]])
 
 
 HEAD = [
@@ -253,34 +260,37 @@ HEAD = [
 ]
 
 
-def rows(name: str, players: list[turns.Player], *, batch: int) -> Iterator[str]:
-    """Yields the lines of a table; the first player is ours."""
-    ours = players[0]
-    for player in players:
-        if player.fallen:
-            yield our_step.row([name, player.name, player.fallen, *[""] * 6])
-            continue
-        low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
-        median = statistics.median(player.seconds)
-        compared = ["", ""]
-        if player is not ours and not ours.fallen:
-            compared = [
-                f"{turns.ratio(player.seconds, ours.seconds):.2f}",
-                f"{turns.ratio(player.cpu_seconds, ours.cpu_seconds):.2f}",
-            ]
-        yield our_step.row([
-            name, player.name, f"{batch / median:.1f}",
-            f"{median * 1e3:.1f} ({low:.1f}..{high:.1f})",
-            f"{statistics.median(player.cpu_seconds) * 1e3:.1f}",
-            f"{player.facts['compile_seconds']:.1f}",
-            f"{player.peak_bytes / 2**30:.2f}", *compared,
-        ])
+def cells(
+    name: str, player: turns.Player, ours: turns.Player, *, batch: int
+) -> list[str]:
+    """Returns a line of the table: what was measured, or why it was not."""
+    if player.fallen:
+        return [name, player.name, player.fallen.replace("|", "/"), *[""] * 6]
+    low, high = min(player.seconds) * 1e3, max(player.seconds) * 1e3
+    median = statistics.median(player.seconds)
+    compared = ["", ""]
+    if player is not ours and not ours.fallen:
+        compared = [
+            f"{turns.ratio(player.seconds, ours.seconds):.2f}",
+            f"{turns.ratio(player.cpu_seconds, ours.cpu_seconds):.2f}",
+        ]
+    return [
+        name, player.name, f"{batch / median:.1f}",
+        f"{median * 1e3:.1f} ({low:.1f}..{high:.1f})",
+        f"{statistics.median(player.cpu_seconds) * 1e3:.1f}",
+        f"{player.facts['compile_seconds']:.1f}",
+        f"{player.peak_bytes / 2**30:.2f}", *compared,
+    ]
 
 
 def compare(
-    path: str, overrides: list[str], *, directory: Path, num_steps: int, compiled: bool
+    path: str, overrides: list[str], *, directory: Path, num_steps: int,
+    theirs: Iterable[str],
 ) -> Iterator[str]:
-    """Measures a configuration and yields the lines of a table.
+    """Measures a configuration and yields the lines of a table, ours first.
+
+    Args:
+      theirs: names of the reference's steps, of `THEIRS`.
 
     Raises:
       ValueError: if the two libraries run on different kinds of devices.
@@ -289,19 +299,16 @@ def compare(
     check_config(path, config)
     with contextlib.ExitStack() as stack:
         players = [stack.enter_context(turns.our_player("ours", path, overrides))]
-        for name, is_compiled in [("reference", False), ("reference, compiled", True)]:
-            if compiled or not is_compiled:
-                players.append(stack.enter_context(their_player(
-                    name, path, overrides, directory=directory, compiled=is_compiled
-                )))
-        platforms = {p.name: p.facts["platform"] for p in players if not p.fallen}
-        if len(set(platforms.values())) > 1:
-            raise ValueError(
-                f"The steps would run on different devices, {platforms}; install JAX "
-                "and PyTorch for the same one."
+        players += [
+            stack.enter_context(
+                their_player(name, path, overrides, directory=directory)
             )
-        turns.measure(players, num_steps=num_steps)
-        yield from rows(Path(path).stem, players, batch=config.data.batch_size)
+            for name in theirs
+        ]
+        for player in turns.measured(players, num_steps=num_steps):
+            yield our_step.row(cells(
+                Path(path).stem, player, players[0], batch=config.data.batch_size
+            ))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -336,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.config:
         for line in compare(
             path, overrides, directory=args.reference, num_steps=args.steps,
-            compiled=args.compile,
+            theirs=THEIRS if args.compile else ("reference",),
         ):
             print(line, flush=True)
 

@@ -111,7 +111,7 @@ def kernels(path: Path, program: str, *, num_steps: int) -> list[Kernel]:
     ]
 
 
-def table(timings: list[Kernel], *, most: int = 10) -> list[str]:
+def table(timings: list[Kernel], *, most: int = 30) -> list[str]:
     """Returns the most expensive as lines of a Markdown table."""
     total = sum(kernel.seconds for kernel in timings)
     lines = [

@@ -54,13 +54,15 @@ class Run:
     """One configuration, compiled, and the times of its steps in seconds.
 
     Attributes:
+      memory_bytes: None where the program does not say, as some that are read from the
+        cache of compiled programs.
       state: returns what the next step will take.
     """
 
     name: str
     config: ConfigDict
     compile_seconds: float
-    memory_bytes: int
+    memory_bytes: int | None
     step: Callable[[], None]
     seconds: list[float] = dataclasses.field(default_factory=list)
     compiled: jax.stages.Compiled | None = None
@@ -119,6 +121,16 @@ def prepare(name: str, config: ConfigDict, *, guarded: bool = True) -> Run:
     Args:
       guarded: whether what is not finite is left out, as training does.
     """
+    return trace(name, config, guarded=guarded)()
+
+
+def trace(
+    name: str, config: ConfigDict, *, guarded: bool = True
+) -> Callable[[], Run]:
+    """Traces a training step, for which no device works; returns what does the rest.
+
+    That is to compile it, for which XLA times kernels on a GPU, and to run it once.
+    """
     objective, data = OBJECTIVES[config.objective](config), config.data
     parallel.check_batch_size(
         data.batch_size, jax.device_count(), accum_steps=config.optim.accum_steps
@@ -134,29 +146,46 @@ def prepare(name: str, config: ConfigDict, *, guarded: bool = True) -> Run:
         accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
         **(guard if guarded else {"make": train_step.make_update}),
     )
-    state = init(init_key)
-    shape = (data.batch_size, *data.image_size, data.channels)
-    batch = parallel.place_batch(mesh, {
-        **pipeline.blank_batch(data, batch_size=data.batch_size),
-        "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
-        "sample": np.arange(data.batch_size, dtype=np.uint32),
-    })
-    begin = time.perf_counter()
-    compiled = step.lower(state, batch).compile()
-    compile_seconds = time.perf_counter() - begin
+    blank = pipeline.blank_batch(data, batch_size=data.batch_size)
+    lowered = step.lower(
+        parallel.with_sharding(state, sharding.shardings(mesh, state)),
+        parallel.with_sharding(blank, parallel.batch_sharding(mesh)),
+    )
+
+    def compile_and_run() -> Run:
+        begin = time.perf_counter()
+        compiled = lowered.compile()
+        compile_seconds = time.perf_counter() - begin
+        state = init(init_key)
+        shape = (data.batch_size, *data.image_size, data.channels)
+        batch = parallel.place_batch(mesh, {
+            **blank,
+            "image": np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+            "sample": np.arange(data.batch_size, dtype=np.uint32),
+        })
+
+        def one_step():
+            nonlocal state
+            state, logged = compiled(state, batch)
+            jax.block_until_ready((state, logged))
+
+        one_step()
+        return Run(
+            name, config, compile_seconds, memory_bytes(compiled), one_step,
+            compiled=compiled, state=lambda: state,
+        )
+
+    return compile_and_run
+
+
+def memory_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Returns the bytes that a program takes on a device, None if it does not say."""
     memory = compiled.memory_analysis()
-
-    def one_step():
-        nonlocal state
-        state, logged = compiled(state, batch)
-        jax.block_until_ready((state, logged))
-
-    one_step()
-    return Run(
-        name, config, compile_seconds,
+    if memory is None:
+        return None
+    return (
         memory.argument_size_in_bytes + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-        one_step, compiled=compiled, state=lambda: state,
+        + memory.temp_size_in_bytes - memory.alias_size_in_bytes
     )
 
 
@@ -202,7 +231,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
         head += [f"step / {baseline.name}", f"GFLOPs / {baseline.name}"]
     lines = [row(head), row(["---"] * len(head))]
     for run in runs:
-        median = statistics.median(run.seconds)
+        median, memory = statistics.median(run.seconds), run.memory_bytes
         cells = [
             run.name,
             f"{run.config.data.batch_size / median:.1f}",
@@ -211,7 +240,7 @@ def table(runs: list[Run], baseline: Run | None) -> str:
             f"{run.flops / 1e9:.2f}",
             share_of_peak(run, peak),
             f"{run.compile_seconds:.1f}",
-            f"{run.memory_bytes / 2**30:.2f}",
+            "unknown" if memory is None else f"{memory / 2**30:.2f}",
         ]
         if baseline is not None:
             pairs = zip(run.seconds, baseline.seconds, strict=True)
@@ -222,11 +251,14 @@ def table(runs: list[Run], baseline: Run | None) -> str:
 
 
 def profile(run: Run, directory: Path) -> str:
-    """Traces a few steps and returns where their time goes, as a Markdown table."""
+    """Traces a few steps and returns where their time goes, as a Markdown table.
+
+    The program lies beside the trace: it says what the kernels come from.
+    """
     path = profiling.trace(run.step, directory, num_steps=PROFILED_STEPS)
-    timings = profiling.kernels(
-        path, run.compiled.as_text(), num_steps=PROFILED_STEPS
-    )
+    program = run.compiled.as_text()
+    (path.parent / "program.txt").write_text(program)
+    timings = profiling.kernels(path, program, num_steps=PROFILED_STEPS)
     lines = [f"{run.name}: {PROFILED_STEPS} steps, trace in {path.parent}", ""]
     return "\n".join(lines + profiling.table(timings))
 
@@ -296,7 +328,7 @@ def main(argv: list[str] | None = None) -> None:
     what = f"batch {args.batch}, {args.steps} steps in turns"
     text = conditions(args.override, what) + "\n"
     text += table(runs, runs[0] if args.against else None) + "\n"
-    print(text)
+    print(text, flush=True)
     if args.write:
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:

@@ -111,8 +111,7 @@ def _compile(job, target, mesh):
 
 def main(argv: list[str]) -> None:
     """Compiles the jobs named on the command line for the target before them."""
-    import jax
-
+    from benchmarks import kernels
     from crossmae_jax.cost import collectives
     from crossmae_jax.distributed import hardware, parallel, sharding
 
@@ -127,7 +126,7 @@ def main(argv: list[str]) -> None:
         try:
             compiled = _compile(job, target, mesh)
             text = compiled.as_text()
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        except kernels.REFUSALS as error:
             found["error"] = f"{type(error).__name__}: {error}"
         else:
             found["kernels"] = _kernels(text)

@@ -1,13 +1,15 @@
 """The step benchmark measures the real training step and says what it ran on."""
 
 import argparse
+import math
 import re
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from benchmarks import gpu, kernels, profiling, step, turns
+from benchmarks import attention_times, gpu, kernels, peer, profiling, step, turns
 from crossmae_jax.cost import counting
 from crossmae_jax.ops import attention
 from tests import attention_cases, fake_reference
@@ -92,6 +94,15 @@ def test_the_share_of_peak_is_of_all_devices_and_of_bf16_only():
     assert step.share_of_peak(run, peak) == "unknown"
 
 
+def test_of_a_program_that_does_not_tell_its_memory_it_is_unknown():
+    silent = SimpleNamespace(memory_analysis=lambda: None)
+    config = step.load_config(
+        "configs/digits_cross.py", overrides=["data.batch_size=8"]
+    )
+    run = step.Run("x", config, 1.0, step.memory_bytes(silent), lambda: None, [1.0])
+    assert step.table([run], None).endswith("| 1.0 | unknown |")
+
+
 def test_configurations_take_turns_and_are_compared_pair_by_pair(monkeypatch, capsys):
     order = []
     measured = step.measure
@@ -153,7 +164,7 @@ def test_a_profile_says_what_the_modules_of_the_model_cost(capsys, tmp_path):
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in table.strip().splitlines()[1:]
     ]
-    assert len(rows) == 11 and rows[-1][0].endswith(" others")
+    assert len(rows) == 31 and rows[-1][0].endswith(" others")
     times = [float(row[2]) for row in rows[:-1]]
     assert times == sorted(times, reverse=True) and times[-1] > 0
     assert sum(float(row[3].rstrip("%")) for row in rows) == pytest.approx(100, abs=1)
@@ -245,15 +256,27 @@ def test_on_a_gpu_the_kernels_of_its_streams_are_added_up(monkeypatch):
 def test_everything_for_a_gpu_runs_on_tiny_sizes(monkeypatch, tmp_path, capfd):
     two = (gpu.Row("vitb_mae"), gpu.Row("vitb_cross", 1.0, ("data.batch_size=3",)))
     monkeypatch.setattr(gpu, "STEPS", (two,))
-    monkeypatch.setattr(gpu, "REMAT", ((gpu.Row("vitb_cross", 1.0, NO_REMAT),),))
+    monkeypatch.setattr(gpu, "REMAT", ())
     monkeypatch.setattr(gpu, "LARGE", ())
     monkeypatch.setattr(gpu, "PEER_CONFIGS", ("vitb_mae",))
+    monkeypatch.setattr(gpu, "PROFILED", ("vitb_mae",))
+    monkeypatch.setattr(gpu, "TRACES", tmp_path / "traces")
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results" / "gpu.md")
+    compare = peer.compare
+
+    def compared(path, *arguments, theirs, **options):
+        if theirs == ["reference, compiled"]:  # as tests/test_turns.py does once
+            return ["| vitb_mae, compiled |"]
+        return compare(path, *arguments, theirs=theirs, **options)
+
+    monkeypatch.setattr(peer, "compare", compared)
     config = step.load_config("configs/vitb_mae.py", overrides=list(gpu.TINY))
     reference = fake_reference.write(
         tmp_path / "fake", num_params=counting.count(config).params
     )
-    gpu.main(["--quick", "--write", f"--reference={reference}"])
+    gpu.main([
+        "--quick", "--write", f"--reference={reference}", "--attention-case=50x50x64"
+    ])
     printed = capfd.readouterr().out
     assert (tmp_path / "results" / "gpu.md").read_text() == printed
     assert "There is no GPU" in printed and "torch 2" in printed
@@ -266,14 +289,16 @@ def test_everything_for_a_gpu_runs_on_tiny_sizes(monkeypatch, tmp_path, capfd):
     assert parts["ceiling"].count("TFLOP/s |") == 1 + len(kernels.LAYERS)
     assert re.search(r"\| cudnn \| refused: .*cuDNN was not", parts["attention"])
     assert re.search(r"\| 50x50x64 \| xla \| [1-9]\.\de-03 \| ", parts["attention"])
+    assert parts["attention"].count("\n| ") == 2 + 1 + 3  # an empty loop, and ours
     mae, cross = parts["steps"].splitlines()[3:5]
     assert re.fullmatch(r"\| vitb_mae \| 8 \| [\d.]+ \| [\d.]+ \(.*", mae)
     assert "| 3 | ValueError: batch_size=3 does not divide over 8 devices" in cross
-    assert "| vitb_cross model.remat=none | 8 |" in parts["remat"]
+    assert re.search(r"\| \d+ others \| \| [\d.]+ \| ", parts["profile"])
+    (trace,) = (tmp_path / "traces" / "vitb_mae").rglob("*.xplane.pb")
+    assert "fusion" in (trace.parent / "program.txt").read_text()
+    assert "| of the measured ceiling |" in parts["remat"]
     assert re.search(r"\| vitb_mae \| reference \| [\d.]+ \|", parts["peer"])
-
-
-NO_REMAT = ("model.remat=none",)
+    assert parts["compiled_peer"].splitlines()[3] == "| vitb_mae, compiled |"
 
 
 def test_without_a_gpu_only_the_quick_run_is_of_use(capsys):
@@ -309,12 +334,28 @@ def test_a_step_is_compared_with_the_first_of_its_group():
     assert gpu.cells(row, first, first, args=args, tflops=None)[2] == first.fallen
 
 
+def test_in_a_loop_on_the_device_each_call_takes_a_number_of_the_one_before():
+    def call(x):
+        return 0.5 * x + 1, x
+
+    looped = jax.jit(attention_times._looped(call, 3))(jnp.full((1, 1, 1, 2), 4.0))
+    first = 0.0  # of results that there are not yet
+    for _ in range(3):
+        taken = math.tanh(first)
+        first = 0.5 * taken + 1 + taken
+    expected = [0.5 * taken + 1, 3.0], [taken, 4.0]
+    assert [x.tolist() for x in looped] == [
+        [[[pytest.approx(x, rel=1e-6)]]] for x in expected
+    ]
+
+
 def test_attention_that_is_wrong_shows_in_its_errors():
     (case,) = (case for case in attention_cases.SMALL if case.name == "50x50x64")
 
     def wrong(q, k, v, bias):
         return 1.5 * attention.attention(q, k, v, bias=bias, impl="xla")
 
-    cells = kernels.attention_row(case, "wrong", wrong, images=2, quick=True)
-    found = [float(error) for error in [cells[2], *cells[3].split(",")]]
+    rows = list(attention_times.table([case], {"wrong": wrong}, images=2, quick=True))
+    cells = rows[-1].split("|")
+    found = [float(error) for error in [cells[3], *cells[4].split(",")]]
     assert found == pytest.approx([0.5] * 4, abs=0.02)

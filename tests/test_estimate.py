@@ -4,10 +4,12 @@ import dataclasses
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 from benchmarks import step
 from crossmae_jax import __main__ as front_door
+from crossmae_jax import errors
 from crossmae_jax.cost import collectives, counting, estimate, estimate_text, fitting
 from crossmae_jax.distributed import hardware
 from tests.test_benchmarks import TINY
@@ -160,6 +162,14 @@ def test_what_is_suggested_is_compiled_and_said_to_fit_or_not(run, small):
     assert re.search(r"--config.mesh.fsdp=[248] +untested$", fsdp)
     assert re.search(r"--config.optim.accum_steps=4 +compiled, fits: yes: ", accum)
     assert re.search(r"--config.data.batch_size=\d+ +untested .*other training", batch)
+
+
+def test_a_program_that_does_not_tell_its_memory_ends_in_one_line(
+    compiled_once, monkeypatch
+):
+    monkeypatch.setattr(jax.stages.Compiled, "memory_analysis", lambda _: None)
+    with pytest.raises(errors.SetupError, match="JAX_ENABLE_COMPILATION_CACHE=false"):
+        compiled_once(load(16), "this")
 
 
 def test_no_suggestion_is_compiled_where_that_is_not_wanted(small, monkeypatch):

@@ -1,5 +1,7 @@
 """Steps in processes of their own take turns, and the reference is one of them."""
 
+import itertools
+import re
 import sys
 
 import pytest
@@ -25,7 +27,7 @@ def one_step():
     global count
     count += 1
     print("chatter")
-    os.write(1, b"more of it")
+    os.write(1, b"more of it\\n")
     if sys.argv[1] == "steps":
         time.sleep(0.1)
     if count == 2 and sys.argv[1] == "raises":
@@ -33,25 +35,56 @@ def one_step():
     if count == 2 and sys.argv[1] == "ends":
         os._exit(3)
 
-turns.serve(lambda: (one_step, {"platform": sys.argv[1]}), lambda: 100 + count)
+def make():
+    print("compiles", file=sys.stderr)
+    return one_step, {"platform": sys.argv[2]}
+
+def prepare():
+    if sys.argv[1] == "elsewhere":
+        time.sleep(1)
+    print("traces", file=sys.stderr)
+    if sys.argv[1] == "falls":
+        raise ValueError("no such thing")
+    return make
+
+turns.serve(prepare, lambda: 100 + count)
 """
 
 
-def _player(kind):
-    return turns.Player(kind, [sys.executable, "-c", PLAYER, kind])
+def _player(kind, platform="cpu"):
+    return turns.Player(kind, [sys.executable, "-c", PLAYER, kind, platform])
 
 
-def test_one_that_ends_says_why_and_the_others_go_on():
+def test_one_that_ends_says_why_and_the_others_go_on(capfd):
+    seen = []
     with (
-        _player("steps") as steps, _player("raises") as raises, _player("ends") as ends
+        _player("steps") as steps, _player("raises") as raises, _player("ends") as ends,
+        _player("falls") as falls, _player("elsewhere", platform="gpu") as elsewhere,
     ):
-        turns.measure([raises, steps, ends], num_steps=4)
-    assert [p.facts["platform"] for p in (steps, raises, ends)] == [
-        "steps", "raises", "ends"
+        found = turns.measured([steps, raises, falls, ends, elsewhere], num_steps=4)
+        for player in itertools.islice(found, 4):
+            seen.append(player.name)
+            # Who compiles later has traced; of the first there are times.
+            assert [bool(p.facts) for p in (raises, ends)] == [
+                name in seen for name in ("raises", "ends")
+            ]
+            assert len(steps.seconds) == 4
+        with pytest.raises(ValueError, match="{'steps': 'cpu', 'elsewhere': 'gpu'}"):
+            next(found)
+    assert seen == ["steps", "raises", "falls", "ends"]
+    assert steps.facts == {"platform": "cpu"} and falls.facts == {}
+    assert falls.fallen == "ValueError: no such thing" and falls.seconds == []
+    printed = capfd.readouterr().err
+    assert printed.rindex("traces") < printed.index("chatter")
+    said = re.findall(r"^(?:compiles|\w+: .* after \d+ s)$", printed, re.MULTILINE)
+    assert [re.sub(r"\d+ s", "1 s", line) for line in said] == [
+        "compiles", "steps: ready after 1 s", "compiles", "raises: ready after 1 s",
+        "falls: ValueError: no such thing after 1 s",
+        "compiles", "ends: ready after 1 s", "compiles", "elsewhere: ready after 1 s",
     ]
-    assert len(steps.seconds) == 4 and min(steps.seconds) >= 0.1 and not steps.fallen
+    assert min(steps.seconds) >= 0.1 and not steps.fallen
     assert len(steps.cpu_seconds) == 4 and max(steps.cpu_seconds) < 0.1  # it slept
-    assert steps.peak_bytes == 104
+    assert steps.peak_bytes == 112  # four alone, and beside each that was ready
     assert len(raises.seconds) == 1 and raises.fallen == "MemoryError: no room"
     assert len(ends.seconds) == 1 and ends.fallen == "ended with status 3"
 
@@ -102,23 +135,26 @@ def test_what_the_reference_does_not_have_is_named(config, overrides, named, cap
     assert f"what mine asks for with {named}; it has MAE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_ours_and_the_reference_take_turns(dtype, tmp_path, capfd):
+@pytest.mark.parametrize("dtype, theirs", [
+    ("bfloat16", ["reference"]), ("float32", ["reference", "reference, compiled"]),
+])
+def test_ours_and_the_reference_take_turns(dtype, theirs, tmp_path, capfd):
     overrides = [*TINY, f"model.dtype={dtype}"]
     number = counting.count(step.load_config(CROSS, overrides=overrides)).params
     directory = fake_reference.write(tmp_path / "r", num_params=number, dtype=dtype)
     peer.main([
         f"--reference={directory}", f"--config={CROSS}", "--batch=8", "--steps=2",
         *[f"--override={override}" for override in overrides],
+        *["--compile"] * ("reference, compiled" in theirs),
     ])
     printed = capfd.readouterr()
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in printed.out.splitlines() if line.startswith("| vitb_cross |")
     ]
-    assert [row[1] for row in rows] == ["ours", "reference"], printed.err
+    assert [row[1] for row in rows] == ["ours", *theirs], printed.err
     assert rows[0][7:] == ["", ""]
-    assert float(rows[1][7]) > 0 and float(rows[1][8]) > 0
+    assert all(float(row[7]) > 0 and float(row[8]) > 0 for row in rows[1:])
     for row in rows:
         assert float(row[2]) > 0 and float(row[4]) > 0 and float(row[6]) > 0
     assert "chatter" not in printed.out and "chatter" in printed.err

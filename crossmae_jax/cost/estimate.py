@@ -244,6 +244,11 @@ def lower_step(config: ConfigDict, devices: Sequence[jax.Device]) -> Lowered:
 
 def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
     sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise errors.SetupError(
+            "The program does not say what memory it needs, because it was compiled "
+            "before and read from JAX's cache; set JAX_ENABLE_COMPILATION_CACHE=false."
+        )
     temporaries = sizes.temp_size_in_bytes
     total = (
         sizes.argument_size_in_bytes + sizes.output_size_in_bytes
@@ -266,7 +271,8 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
 
     Raises:
       SetupError: if there is no such target, or the configuration contradicts itself or
-        does not divide over the target's devices.
+        does not divide over the target's devices; if a program that was read from the
+        cache of compiled ones does not say what memory it needs, as on some GPUs.
       MissingCompiler: if the compiler for the target is not installed.
     """
     with errors.setting_up():

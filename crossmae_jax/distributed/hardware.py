@@ -69,7 +69,8 @@ _TPUS = {
     "v6e": (2, 256, "v6e:4x4"),
 }
 
-# XLA's description of an H200: the data sheet, and what CUDA reports of its chip.
+# XLA's description of an H200: the data sheet, and what CUDA reports of its chip. The
+# Triton backend of Pallas knows devices by CUDA's whole name for them.
 _H200 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 } threads_per_block_limit: 1024
@@ -82,7 +83,7 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "H200"
+device_description_str: "NVIDIA H200"
 """
 
 
