@@ -78,9 +78,13 @@ def _play(args: argparse.Namespace) -> None:
         prepared = {"ours": _search_ours, "faiss": _search_faiss}[args.player](args)
         version, search = prepared
         queries = bank_of(1, args.queries, args.width)
-        similarity, index = search(queries)
-        np.savez(args.found, similarity=similarity, index=index)
-        return lambda: search(queries), {"version": version}
+
+        def make():
+            similarity, index = search(queries)
+            np.savez(args.found, similarity=similarity, index=index)
+            return lambda: search(queries), {"version": version}
+
+        return make
 
     turns.serve(prepare, turns.peak_host_bytes)
 
@@ -96,6 +100,8 @@ def compare(args: argparse.Namespace) -> str:
                 f"--rows={args.rows}", f"--queries={args.queries}", f"--k={args.k}",
                 f"--width={args.width}", f"--found={path}",
             ]))
+        for player in players:
+            player.ready()
         turns.measure(players, num_steps=args.searches)
         for player in players:
             player.close()

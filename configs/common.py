@@ -9,8 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from crossmae_jax.data import decoding
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -231,7 +229,7 @@ def images(
         workers=-1,  # -1: chosen from the CPU count; 0: threads of this process
         max_skipped_share=0.05,  # folder: of images of a kind that is not read
         max_bad_share=0.001,  # of images that cannot be decoded and are replaced
-        max_pixels=decoding.MAX_PIXELS,  # of an image that is decoded: PIL's own limit
+        max_pixels=178_956_970,  # of an image that is decoded: PIL's own limit
     )
 
 

@@ -25,7 +25,7 @@ RUN = f"gs://{buckets.NAME}/run"
 def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeypatch):
     digits.prepare(digits_dir)
     whole = test_processes.arguments(digits_dir, RUN, **{
-        "mesh.fsdp": 2, "epochs": 6.5 * 64 / 1442, "checkpoint.every_epochs":
+        "mesh.fsdp": 4, "epochs": 6.5 * 64 / 1442, "checkpoint.every_epochs":
         2 * 64 / 1442, "optim.warmup_epochs": 0.1, "model.encoder.size": "W16-D1-H2/4",
         "model.fusion.maps": (-1,),
     })

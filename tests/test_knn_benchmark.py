@@ -33,6 +33,7 @@ def test_our_side_finds_the_neighbours_and_takes_its_turns(tmp_path):
     command = [sys.executable, "-m", "benchmarks.knn", "--player=ours"]
     command += ["--rows=500", "--queries=7", "--width=16", "--k=9", f"--found={found}"]
     with turns.Player("ours", command) as player:
+        player.ready()
         turns.measure([player], num_steps=2)
     assert not player.fallen and len(player.seconds) == 2
     assert player.facts["version"].startswith("jax ")
