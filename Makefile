@@ -23,7 +23,7 @@ demo: $(DEMO)
 	$(VENV)/bin/python -m crossmae_jax.main --config=configs/digits_cross.py --workdir=runs/digits_cross
 
 test: $(TEST)
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-gpu-compile: $(GPU)
 	$(VENV)/bin/python -m pytest tests/gpu_compile.py

@@ -54,10 +54,11 @@ if BROWSER is None:
     collect_ignore += ["test_report_browser.py"]
 
 
-# Files that take minutes come first, or one of two processes ends alone with them.
+# Files that take minutes come first, or one of the processes ends alone with them.
 _LONG = (
     "test_processes.py", "test_layout.py", "test_layout_compile.py",
-    "test_tpu_compile.py", "test_train.py",
+    "test_tpu_compile.py", "test_train.py", "test_notebooks.py", "test_parity.py",
+    "test_classify.py", "test_skipped_steps.py", "test_watchdog.py", "test_evaluate.py",
 )
 
 
