@@ -3,8 +3,9 @@
 JAX compiles a program for the shapes that it is first called with, which takes minutes
 for a large model. What was compiled is kept by JAX's persistent compilation cache, so
 that a run that goes on and an evaluation begin at once. (The step of another seed is
-another program: its key is a constant in it.) A program that is compiled again and again, because one of its arguments changes, makes a run many times
-slower without a word; `Once` has that word.
+another program: its key is a constant in it.) A program that is compiled again and
+again, because one of its arguments changes, makes a run many times slower without a
+word; `Once` has that word.
 
 Source: JAX documentation, "Persistent compilation cache".
 """
