@@ -12,7 +12,8 @@ VENV := .venv
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 GPU := $(VENV)/.installed-gpu
-INSTALL := $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+# Modules are compiled when they are first imported: most that are installed never are.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 # Compilers for devices that are not there lie beside the packages: among them, JAX would
 # look for the devices whenever it starts. tests/compiling.py finds them.
 BESIDE := $(INSTALL) --no-deps --upgrade --target $(VENV)
