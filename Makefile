@@ -5,6 +5,7 @@
 # PyTorch, timm and transformers, to compare with, the TPU's compiler, what corrupts
 # images, and what reads buckets. With another Python: make demo PYTHON=python3.12
 #
+# make test-tpu-compile    compile for more TPUs that need not be there than the tests do
 # make test-gpu-compile    compile for a GPU that need not be there (1.5 GB)
 
 PYTHON ?= python3
@@ -18,13 +19,16 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint c
 # look for the devices whenever it starts. tests/compiling.py finds them.
 BESIDE := $(INSTALL) --no-deps --upgrade --target $(VENV)
 
-.PHONY: demo test test-gpu-compile
+.PHONY: demo test test-tpu-compile test-gpu-compile
 
 demo: $(DEMO)
 	$(VENV)/bin/python -m crossmae_jax.main --config=configs/digits_cross.py --workdir=runs/digits_cross
 
 test: $(TEST)
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+test-tpu-compile: $(TEST)
+	$(VENV)/bin/python -m pytest tests/tpu_compile.py
 
 test-gpu-compile: $(GPU)
 	$(VENV)/bin/python -m pytest tests/gpu_compile.py
