@@ -55,13 +55,18 @@ def assert_same(a, b):
     assert bits(a) == bits(b)
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """Steps 10 and 20 of a run that has ended."""
-    checkpoints = checkpointer.Checkpoints(tmp_path / "checkpoints", keep=2)
+def save_two(directory):
+    """Saves steps 10 and 20 of a run, which then has ended."""
+    checkpoints = reopen(directory)
     for value in (1, 2):
         checkpoints.save(value * 10, make_state(value))
     checkpoints.close()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with two steps."""
+    save_two(tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
 
 

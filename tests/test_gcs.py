@@ -21,7 +21,7 @@ from crossmae_jax.data.sets import digits
 from crossmae_jax.report import run_page
 from crossmae_jax.runs import journal, mirror, replay, workdir
 from tests import bucket as buckets
-from tests import tiny
+from tests import states, tiny
 from tests.image_files import config as settings
 from tests.image_files import write_folder
 from tests.states import abstract, assert_same, bits, make_state
@@ -54,16 +54,13 @@ def bucket(served):
 
 @pytest.fixture
 def saved(bucket):
-    """Steps 10 and 20 of a run that has ended."""
-    checkpoints = checkpointer.Checkpoints(STEPS, keep=2)
-    for value in (1, 2):
-        checkpoints.save(value * 10, make_state(value))
-    checkpoints.close()
+    """The bucket with two steps of a run."""
+    states.save_two(STEPS)
     return bucket
 
 
 def reopen():
-    return checkpointer.Checkpoints(STEPS, keep=2)
+    return states.reopen(STEPS)
 
 
 def test_state_comes_back_bit_for_bit(saved):

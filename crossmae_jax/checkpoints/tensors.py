@@ -16,17 +16,17 @@ OPTIMIZER = "optimizer"
 
 Leaves = dict[tuple[str, ...], Any]  # by their paths
 
-# Of an array that several devices hold each writes a part. Cutting the small ones, one
-# operation a part, takes longer than all else that a run waits for in a save.
+# Of an array that several devices hold each writes a part. To cut small ones, with one
+# operation for each part of each, took most of what a run on eight devices waits for.
 _LEAST_PART = 1 << 20  # bytes
-_said = logging.get_verbosity()
+_verbosity = logging.get_verbosity()
 logging.set_verbosity(logging.ERROR)  # it warns of what is done on purpose
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART),
     override=True,
 )
-logging.set_verbosity(_said)
+logging.set_verbosity(_verbosity)
 
 
 def stored(item: AnyPath) -> dict[tuple[str, ...], tuple[tuple[int, ...], Any]]:

@@ -53,12 +53,12 @@ def count(
     Args:
       labels: numbers of the true classes; `taken` of those that ranked first.
     """
-    cells, images = np.unique(
-        labels.astype(np.int64) * len(classes) + taken, return_counts=True
+    pairs, images = np.unique(
+        np.stack([labels, taken], axis=1), axis=0, return_counts=True
     )
     return [
-        Pair(classes[cell // len(classes)], classes[cell % len(classes)], number)
-        for cell, number in zip(cells.tolist(), images.tolist(), strict=True)
+        Pair(classes[label], classes[first], number)
+        for (label, first), number in zip(pairs.tolist(), images.tolist(), strict=True)
     ]
 
 
