@@ -7,7 +7,9 @@ a fault after every 20 to 60 seconds, of the kinds of `benchmarks/faults.py` in 
 that is drawn. A run that has ended is started again with the same command.
 
 At the end every array of both last checkpoints is compared, and every metric that is no
-time. Exit status 0 if all are equal and each fault did what it should.
+time. A run that is asked to stop logs the step at which it does: such lines only the
+disturbed run has, and they are counted. Exit status 0 if all else is equal and each
+fault did what it should.
 """
 
 import argparse
@@ -25,6 +27,7 @@ from PIL import Image
 from benchmarks import faults, step
 from configs import digits_cross
 from crossmae_jax import tables, verify_resume
+from crossmae_jax.runs import metrics
 
 RESULTS = Path(__file__).parent / "results" / "soak.md"
 _TRAINED = 1440  # images; the others are evaluated
@@ -118,6 +121,11 @@ def _again(run: faults.Run, launches: int) -> int:
     return max(0, run.reached - resumed[-1]) if resumed else run.reached
 
 
+def logged_steps(run: faults.Run) -> set[int]:
+    """Returns the steps of which a run has metrics."""
+    return {row["step"] for row in metrics.rows(run.workdir / metrics.FILE)}
+
+
 def table(happened: list[Happened]) -> str:
     """Returns what each kind of fault did, as Markdown."""
     rows = []
@@ -164,6 +172,11 @@ def main(argv: list[str] | None = None) -> None:
     counts, arrays, lines = verify_resume.compare(
         alone.workdir, soaked.workdir, alone.step()
     )
+    beside = logged_steps(soaked) - logged_steps(alone)
+    lines = [
+        line for line in lines
+        if int(line.name.removeprefix("step ").partition(",")[0]) not in beside
+    ]
     text = "\n".join([
         step.conditions([], f"{len(happened)} faults in {lasted:.0f} minutes"),
         f"One-minute load before: {load:.1f}. --epochs={args.epochs:g} "
@@ -171,7 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         f"minutes; {soaked.launches} launches among faults.", "",
         table(happened), "",
         f"{len(arrays)} of {counts[0]} arrays of the last checkpoints and {len(lines)} "
-        f"of the values in {counts[1]} lines of metrics differ.", "",
+        f"of {counts[1]} values of metrics differ; {len(beside)} steps were logged "
+        "beside them, at which the run was stopped.", "",
     ])
     print(text)
     if args.write:

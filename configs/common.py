@@ -37,10 +37,15 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         optim=dict(
             name="adamw",  # or "lars"
             trust_coefficient=0.001,  # of LARS: share of a weight's norm in an update
-            base_lr=1.5e-4,  # for a batch of 256
+            base_lr=1.5e-4,  # for a batch of
+            base_batch=256,
             # CrossMAE's factor pred_ratio / mask_ratio; 1 for MAE, which predicts all.
             lr_scale="pred_over_mask",
+            schedule="cosine",  # to `min_lr`; or "step": at each of `drop_epochs`
             min_lr=0.0,
+            drop_epochs=(),
+            drop_factor=0.1,  # what the rate is multiplied with
+            warmup_lr=0.0,  # of the first step
             warmup_epochs=warmup_epochs,
             weight_decay=0.05,
             decay_tokens=True,  # tokens and trained positions, as matrices do
@@ -104,13 +109,32 @@ def linear_probe(*, epochs: float, warmup_epochs: float = 10.0) -> ConfigDict:
     return config
 
 
+def vit(size: str) -> dict[str, Any]:
+    """Returns MAE's encoder."""
+    return dict(
+        kind="vit", size=size, mlp_ratio=4.0,
+        drop_path=0.0,  # rate of stochastic depth in the last block; from 0 linearly
+        positions="sincos",  # or "learned", "none"
+        relative_bias="none",  # or "shared" by all blocks, "per_block"
+        qkv_bias="qkv",  # which of queries, keys and values have one; "qv", "none"
+        layer_scale=placeholder(float),  # to start with, such as 0.1; unset: none
+        mask_tokens=False,  # SimMIM: masked patches are tokens of the encoder
+        weight_init="xavier",  # how matrices are drawn; "truncated" as in SimMIM
+    )
+
+
+def simmim_vit(size: str, *, drop_path: float) -> dict[str, Any]:
+    """Returns SimMIM's ViT, which is BEiT's: places are told by a bias."""
+    return vit(size) | dict(
+        drop_path=drop_path, positions="none", relative_bias="shared", qkv_bias="qv",
+        layer_scale=0.1, weight_init="truncated",
+    )
+
+
 def classifier(size: str, *, drop_path: float = 0.0) -> dict[str, Any]:
     """Returns an encoder whose patch tokens are averaged, normed and classified."""
     return dict(
-        encoder=dict(
-            kind="vit", size=size, mlp_ratio=4.0,
-            drop_path=drop_path,  # of the last block; from 0 linearly
-        ),
+        encoder=vit(size) | dict(drop_path=drop_path),
         pool="mean",  # or "cls", with the encoder's final norm
         head_norm="none",  # "batch" in linear probing
         head_std=2e-5,
@@ -129,7 +153,7 @@ def crossmae(
 ) -> dict[str, Any]:
     """Returns CrossMAE's model: cross-attention to a mixture of all feature maps."""
     return dict(
-        encoder=dict(kind="vit", size=size, mlp_ratio=4.0),
+        encoder=vit(size),
         fusion=dict(
             kind="inter_block",
             maps=placeholder(tuple),  # unset: all blocks
@@ -160,6 +184,24 @@ def mae(
     return model
 
 
+def simmim(size: str) -> dict[str, Any]:
+    """Returns SimMIM's model: a layer behind an encoder that sees mask tokens."""
+    encoder = simmim_vit(size, drop_path=0.1)
+    return dict(
+        encoder=encoder | dict(mask_tokens=True),
+        fusion=dict(kind="last"),
+        decoder=dict(
+            kind="linear",
+            norm=False,  # True: the final norm stands behind an aggregator
+        ),
+        aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
+            kind="none", kernel_size=7, visible="decoder", rewrites_retained=False
+        ),
+        remat="selective",
+        dtype="bfloat16",
+    )
+
+
 def masking(
     *,
     mask_ratio: float = 0.75,
@@ -182,6 +224,7 @@ def masking(
         noise="uniform",  # orders the patches; "shared": of several images at once,
         together=1,  # so many of a batch in a row
         unit=1,  # what is masked as one: squares of so many patches a side
+        throw_by="patch",  # what is thrown as one; or "unit"
         rounding="floor",  # of the number of visible ones; or "ceil"
     )
 
@@ -223,6 +266,7 @@ def images(
         crop="ten_tries",  # "single_try" is the linear probe's
         crop_scale=crop_scale,
         flip=flip,
+        interpolation="bicubic",  # of random crops; or "bilinear"
         randaug_ops=0,  # operations of RandAugment on an image
         randaug_magnitude=9.0,
         eval_crop_ratio=0.875,  # 224 / 256

@@ -81,12 +81,14 @@ def token_counts(
     pred_ratio: float,
     throw_ratio: float = 0.0,
     rounding: str = "floor",
+    num_keep: int | None = None,
 ) -> TokenCounts:
     """Returns the numbers of visible, decoded and thrown patches, or of units.
 
     Args:
       rounding: of the visible ones. "floor" rounds the masked ones up, as MAE and
         SimMIM do; "ceil" rounds them down, as AMT does.
+      num_keep: so many visible ones, whatever `mask_ratio` is: those of whole units.
 
     Raises:
       ValueError: if more would be predicted or thrown than was masked, or if nothing
@@ -103,8 +105,9 @@ def token_counts(
             "config.model.encoder.size smaller patches."
         )
     _check_ratios(mask_ratio, pred_ratio, throw_ratio)
-    num_keep = int(num_patches * (1 - mask_ratio))
-    if rounding == "ceil":
+    if num_keep is None and rounding == "floor":
+        num_keep = int(num_patches * (1 - mask_ratio))
+    elif num_keep is None:
         num_keep = num_patches - int(num_patches * mask_ratio)
     num_skip = int(num_patches * (mask_ratio - pred_ratio))
     num_thrown = round(num_patches * throw_ratio)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Key
 from crossmae_jax import kinds, masking
 
 RETAIN = ("furthest", "random")
+THROW_BY = ("patch", "unit")
 
 
 def make(options: kinds.Group, *, grid: tuple[int, int]) -> "Sampler":
@@ -45,6 +46,8 @@ class Sampler:
       retain: which masked patches are decoded rather than thrown, one of `RETAIN`.
       noise: orders the patches.
       unit: patches along the side of what is masked as one.
+      throw_by: what is decoded or thrown as one, where `unit` is more than a patch: a
+        masked "patch", which every method's paper counts in, or a "unit".
       rounding: see `masking.token_counts`.
 
     Raises:
@@ -59,20 +62,23 @@ class Sampler:
     noise: masking.Noise = masking.uniform
     unit: int = 1
     rounding: str = "floor"
+    throw_by: str = "patch"
 
     def __post_init__(self):
-        if self.retain not in RETAIN:
-            raise ValueError(
-                f"Unknown masking.retain {self.retain!r}. Known: {', '.join(RETAIN)}."
-            )
+        for name, known in (("retain", RETAIN), ("throw_by", THROW_BY)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Unknown masking.{name} {getattr(self, name)!r}. Known: "
+                    f"{', '.join(known)}."
+                )
         rows, columns = self.grid
         if self.unit < 1 or rows % self.unit or columns % self.unit:
             raise ValueError(
                 f"masking.unit={self.unit} does not divide a grid of {rows}x{columns} "
                 "patches into squares; give a common divisor of both sides."
             )
-        num_keep, num_pred, num_thrown = self.units
-        if self.retain == "furthest" and num_pred == self.num_units - num_keep:
+        num_keep, num_pred, _ = self.counts
+        if self.retain == "furthest" and num_pred == self.num_patches - num_keep:
             raise ValueError(
                 "masking.retain='furthest' chooses among the masked patches, but all "
                 f"{num_pred} of them are decoded: {self.throwing}, or set "
@@ -80,29 +86,32 @@ class Sampler:
             )
 
     @property
-    def num_units(self) -> int:
-        """How many units there are."""
-        return self.grid[0] * self.grid[1] // self.unit**2
-
-    @property
-    def units(self) -> masking.TokenCounts:
-        """How many units are seen, decoded and thrown."""
-        return masking.token_counts(
-            self.num_units, mask_ratio=self.mask_ratio, pred_ratio=self.pred_ratio,
-            throw_ratio=self.throw_ratio, rounding=self.rounding,
-        )
+    def num_patches(self) -> int:
+        """How many patches there are."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def counts(self) -> masking.TokenCounts:
         """How many patches are seen, decoded and thrown."""
-        return masking.TokenCounts(*(num * self.unit**2 for num in self.units))
+        ratios = dict(
+            mask_ratio=self.mask_ratio, pred_ratio=self.pred_ratio,
+            throw_ratio=self.throw_ratio, rounding=self.rounding,
+        )
+        area = self.unit**2
+        num_units = self.num_patches // area
+        units = masking.token_counts(num_units, **ratios)
+        if self.throw_by == "unit" or self.unit == 1:
+            return masking.TokenCounts(*(num * area for num in units))
+        return masking.token_counts(
+            self.num_patches, num_keep=units.num_keep * area, **ratios
+        )
 
     @property
     def throwing(self) -> str:
         """What is thrown and how to throw more, for an error's text."""
         return (
             f"throw_ratio={self.throw_ratio} throws {self.counts.num_thrown} of "
-            f"{self.grid[0] * self.grid[1]} patches; raise config.masking.throw_ratio"
+            f"{self.num_patches} patches; raise config.masking.throw_ratio"
         )
 
     def draw(self, key: Key[Array, ""], batch: masking.Batch) -> masking.TokenIds:
@@ -111,7 +120,7 @@ class Sampler:
         Args:
           batch: "sample" holds a number per sample, and whatever the noise looks at.
         """
-        return self._cut(self.units, key, batch)
+        return self._cut(self.counts, key, batch)
 
     def draw_all(
         self, key: Key[Array, ""], batch: masking.Batch, *, throw: bool
@@ -122,8 +131,8 @@ class Sampler:
           throw: as many as in training are decoded and all others thrown; otherwise
             all are decoded.
         """
-        num_keep, num_pred, _ = self.units
-        num_masked = self.num_units - num_keep
+        num_keep, num_pred, _ = self.counts
+        num_masked = self.num_patches - num_keep
         num_pred = num_pred if throw else num_masked
         counts = masking.TokenCounts(num_keep, num_pred, num_masked - num_pred)
         return self._cut(counts, key, batch)
@@ -134,10 +143,28 @@ class Sampler:
             jax.random.key(0), {"sample": jnp.zeros(1, jnp.uint32)}
         )
 
-    def _cut(self, units, key, batch):
-        noise = self.noise(key, batch, num=self.num_units)
-        columns = self.grid[1] // self.unit if self.retain == "furthest" else None
-        ids = masking.token_ids(noise, units, columns=columns)
-        if self.unit == 1:
-            return ids
+    def _cut(self, counts, key, batch):
+        """Draws units, and where they do not stay whole, patches of masked ones."""
+        area, furthest = self.unit**2, self.retain == "furthest"
+        num_units = self.num_patches // area
+        noise = self.noise(key, batch, num=num_units)
+        parted = counts.num_keep + counts.num_pred < self.num_patches
+        if self.throw_by == "unit" or self.unit == 1 or not parted:
+            units = masking.TokenCounts(*(num // area for num in counts))
+            columns = self.grid[1] // self.unit if furthest else None
+            ids = masking.token_ids(noise, units, columns=columns)
+            return ids if self.unit == 1 else self._expanded(ids)
+        num_keep = counts.num_keep // area
+        units = masking.TokenCounts(num_keep, num_units - num_keep, 0)
+        keep = self._expanded(masking.token_ids(noise, units)).keep
+        visible = masking.mask_of(keep, num_patches=self.num_patches)
+        # Another draw of the same kind, for the patches of masked units.
+        noise = self.noise(jax.random.fold_in(key, 0), batch, num=self.num_patches)
+        ids = masking.token_ids(
+            jnp.where(visible, -jnp.inf, noise), counts,
+            columns=self.grid[1] if furthest else None,
+        )
+        return ids._replace(keep=keep)
+
+    def _expanded(self, ids):
         return masking.expanded(ids, unit=self.unit, grid=self.grid)

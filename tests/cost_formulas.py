@@ -87,8 +87,53 @@ def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
     return macs, params
 
 
+def simmim(config: ConfigDict) -> counting.Cost:
+    """Returns what SimMIM's ViT costs: all in the encoder, and one layer behind it."""
+    model, channels, masks = config.model, config.data.channels, config.masking
+    size, patch_size = vit.parse_size(model.encoder.size)
+    rows, columns = grid_size(tuple(config.data.image_size), patch_size)
+    num_patches, patch_dim = rows * columns, patch_size**2 * channels
+    num_units = num_patches // masks.unit**2
+    num_keep = int(num_units * (1 - masks.mask_ratio)) * masks.unit**2
+    num_thrown = round(num_patches * masks.throw_ratio)
+    num_pred = num_patches - num_keep - num_thrown
+    dim, hidden = size.dim, int(size.dim * model.encoder.mlp_ratio)
+    tokens = 1 + num_keep + num_pred
+    encoder_macs = num_patches * patch_dim * dim
+    encoder_macs += size.depth * _block_macs(tokens, dim, hidden)
+    # No bias of keys, and a scale behind each branch.
+    block = _block_params(dim, hidden) - dim + 2 * dim
+    # Patches, class and mask token, norm, and a bias for each offset and head.
+    encoder_params = _linear(patch_dim, dim) + 2 * dim + 2 * dim + size.depth * block
+    encoder_params += ((2 * rows - 1) * (2 * columns - 1) + 3) * size.num_heads
+    aggregates = model.aggregator.kind != "none"
+    thrown_macs = num_thrown * dim * patch_dim * aggregates
+    taps = model.aggregator.kernel_size**2 * aggregates
+    aggregator_macs = taps * num_patches * dim + thrown_macs
+    macs = encoder_macs + (num_keep + num_pred) * dim * patch_dim + aggregator_macs
+    return counting.Cost(
+        num_patches=num_patches, num_keep=num_keep, num_pred=num_pred,
+        num_thrown=num_thrown, decoder_tokens=0,
+        parts={
+            "encoder": counting.Part(encoder_macs, encoder_params),
+            "decoder": counting.Part(
+                (num_keep + num_pred) * dim * patch_dim, _linear(dim, patch_dim)
+            ),
+            "aggregator": counting.Part(
+                aggregator_macs, (taps * dim + dim) * aggregates
+            ),
+        },
+        others={},
+        differentiated=macs,
+        computed=macs - (num_patches - num_keep) * patch_dim * dim
+        - num_keep * dim * patch_dim,
+    )
+
+
 def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
+    if config.model.encoder.mask_tokens:
+        return simmim(config)
     model, channels = config.model, config.data.channels
     size, patch_size = vit.parse_size(model.encoder.size)
     rows, columns = grid_size(tuple(config.data.image_size), patch_size)

@@ -28,6 +28,7 @@ from tests import (
     parity_mff,
     parity_models,
     parity_prmim,
+    parity_simmim,
     parity_weights,
 )
 from tests.parity_report import Report
@@ -50,6 +51,10 @@ def _kind(data) -> str:
     if any(name.startswith("momentum/") for name in data):
         return "LARS"
     ours = reference.startswith(("models_mae.", "models_cross."))
+    if reference == "SimMIM" and config["encoder"] == "vit" or (
+        {"thrown_mask", "features"} <= set(data)
+    ):
+        return "SimMIM"
     if {"fusion_weights", "fused_before_norm"} <= set(data):
         return "multi-level fusion"
     if {"config", "table"} == set(data):
@@ -74,6 +79,7 @@ NPZ_CHECKS = {
     "multi-level fusion": parity_mff.check_fusion,
     "transposed posembed": parity_mff.check_posembed,
     "progressive reconstruction": parity_prmim.check_reconstruction,
+    "SimMIM": parity_simmim.check,
     "classifier": parity_finetune.check_classifier,
     "fine-tuning trajectory": parity_finetune.check_trajectory,
     "linear probe": parity_finetune.check_linear_probe,

@@ -121,7 +121,7 @@ def check_schedules(data: dict, report: Report) -> None:
             kind = "none"
         batch = case["batch_size"] * case["accum_iter"] * case["world_size"]
         config = ConfigDict(dict(
-            optim=dict(base_lr=base_lr, lr_scale=kind),
+            optim=dict(base_lr=base_lr, base_batch=256, lr_scale=kind),
             data=dict(batch_size=batch),
             masking=dict(
                 mask_ratio=case["mask_ratio"], pred_ratio=case["kept_mask_ratio"]

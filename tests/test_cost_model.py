@@ -7,10 +7,13 @@ import pytest
 from configs import (
     digits_cross,
     digits_mae,
+    digits_simmim,
     finetune_digits,
     linprobe_vitb,
     vitb_cross_448,
     vitb_mae,
+    vitb_simmim_100,
+    vitb_simmim_prmim,
     vith_cross,
     vitl_mae,
     vits_cross75,
@@ -20,13 +23,26 @@ from crossmae_jax.models import aggregator
 from tests import cost_formulas
 
 # Every size once, both decoders, both ratios of prediction.
-REAL = (vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae)
+REAL = (
+    vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae,
+    digits_simmim,
+)
 
 
 @pytest.mark.parametrize("module", REAL, ids=lambda module: module.__name__)
 def test_real_models_cost_what_the_formulas_say(module):
     config = module.get_config()
     assert counting.count(config) == cost_formulas.pretraining(config)
+
+
+def test_throwing_half_of_the_patches_halves_simmim():
+    # PR-MIM, table 4: 50 % less; by the formulas 49.9 % is left.
+    whole, thrown = (
+        counting.count(module.get_config())
+        for module in (vitb_simmim_100, vitb_simmim_prmim)
+    )
+    assert thrown.macs / whole.macs == pytest.approx(0.499, abs=5e-4)
+    assert thrown == cost_formulas.pretraining(vitb_simmim_prmim.get_config())
 
 
 OPTIONS = ("fusion.kind", "decoder.self_attention", "fusion.maps", "fusion.input")

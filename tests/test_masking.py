@@ -1,5 +1,6 @@
 """Which patches are seen and which are predicted."""
 
+import dataclasses
 import functools
 
 import jax
@@ -266,9 +267,9 @@ def _sampler(**changes):
     return sampling.make(options, grid=(8, 12))
 
 
-def test_a_sampler_masks_units_and_counts_patches():
-    sampler = _sampler(unit=4, throw_ratio=0.5, retain="furthest")
-    assert sampler.units == (1, 2, 3) and sampler.counts == (16, 32, 48)
+def test_a_sampler_throws_whole_units():
+    sampler = _sampler(unit=4, throw_ratio=0.5, retain="furthest", throw_by="unit")
+    assert sampler.counts == (16, 32, 48)
     batch = {"sample": jnp.arange(7, dtype=jnp.uint32)}
     ids = jax.jit(sampler.draw)(jax.random.key(0), batch)
     for part in ids:
@@ -276,9 +277,35 @@ def test_a_sampler_masks_units_and_counts_patches():
         assert set(np.unique(covered)) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize("retain", ["furthest", "random"])
+def test_a_sampler_throws_single_patches_of_masked_units(retain):
+    # SimMIM's 224 pixels with PR-MIM at one half: 30 of 49 units, 98 of 196 patches.
+    sampler = sampling.make(
+        dict(mask_ratio=0.6, pred_ratio=0.6, throw_ratio=0.5, unit=2, retain=retain)
+        | dict(noise="uniform"),
+        grid=(14, 14),
+    )
+    assert sampler.counts == (76, 22, 98)
+    batch = {"sample": jnp.arange(50, dtype=jnp.uint32)}
+    keep, pred, thrown = jax.jit(sampler.draw)(jax.random.key(0), batch)
+    seen = np.asarray(masking.coverage(keep, grid=(14, 14), of=(7, 7)))
+    assert set(np.unique(seen)) == {0.0, 1.0} and (seen.sum(1) == 19).all()
+    decoded = np.asarray(masking.coverage(pred, grid=(14, 14), of=(7, 7)))
+    assert 0.25 in np.unique(decoded) and (decoded * seen == 0).all()
+    together = np.sort(np.concatenate([keep, pred, thrown], axis=1))
+    np.testing.assert_array_equal(together, np.tile(np.arange(196), (50, 1)))
+    # The same units without throwing: what is thrown is a choice among the masked.
+    whole = dataclasses.replace(sampler, throw_ratio=0.0, retain="random")
+    assert whole.counts == (76, 120, 0)
+    np.testing.assert_array_equal(
+        jax.jit(whole.draw)(jax.random.key(0), batch).keep, keep
+    )
+
+
 @pytest.mark.parametrize("changes", [
     dict(pred_ratio=0.25), dict(pred_ratio=0.5, throw_ratio=0.25, retain="furthest"),
     dict(unit=2, noise="shared", together=4, pred_ratio=0.4, throw_ratio=0.1),
+    dict(unit=2, throw_ratio=0.5, throw_by="unit"),
 ], ids=str)
 def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
     sampler, key = _sampler(**changes), jax.random.key(0)
@@ -306,6 +333,7 @@ def test_drawing_all_keeps_what_is_visible_and_leaves_nothing_out(changes):
     (dict(noise="shared"), "masking.together=1 with masking.noise='shared'"),
     (dict(noise="shared", together=1), "in a row share a mask; give more than 1"),
     (dict(blocks=3), "Unknown option masking.blocks=3. Known: mask_ratio, no"),
+    (dict(throw_by="row"), "Unknown masking.throw_by 'row'. Known: patch, unit"),
     (dict(retain="all"), "Unknown masking.retain 'all'. Known: furthest, random"),
 ])
 def test_a_sampler_refuses_what_contradicts_itself(changes, message):

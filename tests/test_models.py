@@ -222,7 +222,7 @@ def test_maps_are_taken_in_ascending_order():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(model__decoder__kind="croos"),
-     "Unknown decoder.kind 'croos'. Known: cross, mae."),
+     "Unknown decoder.kind 'croos'. Known: cross, linear, mae."),
     (dict(model__fusion__kind="mean"),
      "Unknown fusion.kind 'mean'. Known: inter_block, last, multi_level."),
     (dict(model__encoder__kind="resnet"), "Unknown encoder.kind 'resnet'. Known: vit."),

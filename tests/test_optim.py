@@ -18,7 +18,9 @@ def make_config(**changes):
         masking=dict(mask_ratio=0.75, pred_ratio=0.25),
         data=dict(batch_size=4096),
         optim=dict(
-            base_lr=1.5e-4, lr_scale="pred_over_mask", min_lr=0.0, warmup_epochs=2.0,
+            base_lr=1.5e-4, base_batch=256, lr_scale="pred_over_mask", min_lr=0.0,
+            warmup_lr=0.0, warmup_epochs=2.0, schedule="cosine", drop_epochs=(),
+            drop_factor=0.1,
             name="adamw", weight_decay=0.05, decay_tokens=True, b1=0.9, b2=0.95,
             clip_norm=config_dict.placeholder(float), layer_decay=1.0,
             trust_coefficient=0.001,
@@ -54,6 +56,33 @@ def test_the_rate_keeps_its_digits_near_the_end():
     schedule = optimizers.make_schedule(make_config(), steps_per_epoch=1000.0)
     exact = 8e-4 * np.sin(np.pi / 2 * (1 / 8000)) ** 2
     np.testing.assert_allclose(schedule(9999), exact, rtol=1e-3)
+
+
+def test_the_rate_drops_at_its_epochs_and_stays():
+    # SimMIM: a batch of 2048 at a rate for 512, warm-up from above 0, x 0.1 at 7.
+    config = make_config(
+        base_lr=1e-4, base_batch=512, lr_scale="none", warmup_lr=2e-6,
+        schedule="step", drop_epochs=(7.0, 9.0),
+    )
+    config.data.batch_size = 2048
+    schedule = optimizers.make_schedule(config, steps_per_epoch=10.0)
+    steps = np.array([0, 10, 20, 69, 70, 89, 90, 100])
+    expected = [2e-6, 2.01e-4, 4e-4, 4e-4, 4e-5, 4e-5, 4e-6, 4e-6]
+    np.testing.assert_allclose([schedule(n) for n in steps], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(schedule="linear"), "Unknown optim.schedule 'linear'. Known: cosine, step"),
+    (dict(schedule="step"), r"drop_epochs=\(\) with optim.schedule='step': the sched"),
+    (dict(drop_epochs=(7.0,)), r"drop_epochs=\(7.0,\) with optim.schedule='cosine'"),
+    (dict(schedule="step", drop_epochs=(10.0,)), "before epochs=10.0, such as drop_ep"),
+    (dict(schedule="step", drop_epochs=(2.0,)), "behind warmup_epochs=2.0"),
+    (dict(warmup_lr=-1.0), "optim.warmup_lr"), (dict(base_batch=0), "optim.base_batch"),
+    (dict(drop_factor=float("nan")), "optim.drop_factor"),
+])
+def test_a_schedule_that_contradicts_itself_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        optimizers.make_schedule(make_config(**changes), steps_per_epoch=10.0)
 
 
 def test_warmup_as_long_as_training_is_refused():

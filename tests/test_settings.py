@@ -84,6 +84,12 @@ def test_settings_that_did_not_exist_are_what_runs_did_then(decoder, visible):
         assert stored["mesh"] == dict(fsdp=0)
 
 
+@pytest.mark.parametrize("unit, thrown", [(1, "patch"), (2, "unit")])
+def test_old_runs_threw_what_they_masked_as_one(unit, thrown):
+    stored = settings.completed(dict(masking=dict(unit=unit)))
+    assert stored["masking"]["throw_by"] == thrown
+
+
 def test_old_classifiers_have_the_trust_coefficient_that_lars_had():
     stored = dict(objective="classify", optim=dict(name="lars"))
     assert settings.completed(stored)["optim"]["trust_coefficient"] == 0.001
@@ -240,7 +246,7 @@ def test_an_option_that_was_meant_for_something_is_not_left_aside(
 
 
 @pytest.mark.parametrize("option, value, message", [
-    ("depht", 3, "Unknown option decoder.depht=3. Known: depth, dim, mlp_ratio, "
+    ("depht", 3, "Unknown option decoder.depht=3. Known: depth, dim, mlp_ratio, norm, "
      "num_heads, self_attention."),
     ("grid", (1, 1), "decoder.grid=(1, 1) is no option: it follows from the rest"),
     ("dim", None, "decoder.kind='cross' needs dim; set config.model.decoder.dim."),

@@ -12,7 +12,14 @@ from crossmae_jax import convert, targets
 from crossmae_jax.convert import names, starting
 from crossmae_jax.cost import counting
 from crossmae_jax.evals import of_checkpoint
-from crossmae_jax.models import decoder_cross, decoders, layers, mim, posemb
+from crossmae_jax.models import (
+    decoder_cross,
+    decoders,
+    init_schemes,
+    layers,
+    mim,
+    posemb,
+)
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Tokens, patchify
 from tests import drawn, saved_runs
@@ -28,7 +35,7 @@ class TwoHeads(decoder_cross.CrossDecoder):
         nn.Module.__post_init__(self)
 
     def setup(self):
-        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.mask_token = self.param("mask_token", init_schemes.token, (1, 1, self.dim))
         self.decoder_pos_embed = self.variable(
             "constants", "decoder_pos_embed",
             lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import crossmae_jax
 from crossmae_jax import kinds
 from crossmae_jax.convert.names import reading
-from crossmae_jax.models import aggregator, encoders, fusion
+from crossmae_jax.models import aggregator, encoders, fusion, mim
 from crossmae_jax.runs import records, settings
 
 KINDS = ("pretrain", "encoder", "classifier")
@@ -108,8 +108,12 @@ class Card:
     def encoder_only(self) -> "Card":
         """Returns the card of the encoder by itself."""
         lineage = self.model.get("fusion")
-        if self.kind == "classifier":  # one without a norm is as CrossMAE's
-            lineage = {"kind": "last" if self.model["pool"] == "cls" else "inter_block"}
+        normed = self.model.get("pool") == "cls"
+        if lineage is not None:
+            normed = mim.ends_in_norm(self.model)
+        if lineage is None or normed != self.fusion.final_norm:
+            # One without a norm is as CrossMAE's.
+            lineage = {"kind": "last" if normed else "inter_block"}
         return dataclasses.replace(
             self, kind="encoder", classes=None, target=None,
             model={"encoder": self.model["encoder"], "fusion": lineage},

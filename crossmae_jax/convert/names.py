@@ -8,12 +8,15 @@ without the collection: "encoder/blocks_3/attn/qkv/kernel". Layouts:
     matrix    theirs out x in, ours in x out
     conv      theirs out x c x p x p, ours (p p c) x out, as our patch vectors
     table     theirs 1 x (1 + n) x d, ours (1 + n) x d
+    shuffled  theirs (3 p p) x in x 1 x 1, colours slowest as a pixel shuffle has them,
+              ours in x (p p 3), as our patch vectors; likewise of a bias, (3 p p)
 
 A row with several of their names joins these along their first axis, such as the
 queries, keys and values that Hugging Face keeps apart, before the layout is changed.
 """
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -165,6 +168,44 @@ MAE: Table = (
 )
 
 
+def _simmim(prefix: str) -> Table:
+    """SimMIM's ViT, which is BEiT's, with what stands before its names."""
+    blocks, table = f"{prefix}blocks.{{i}}", "relative_position_bias_table"
+    biases = tuple(f"{blocks}.attn.{x}_bias" for x in "qv")
+    return (
+        _row("encoder/cls_token", f"{prefix}cls_token"),
+        _row("encoder/mask_token", f"{prefix}mask_token"),
+        _row("encoder/pos_embed", f"{prefix}pos_embed", "table"),
+        _row("encoder/patch_embed/proj/kernel", f"{prefix}patch_embed.proj.weight",
+             "conv"),
+        _row("encoder/patch_embed/proj/bias", f"{prefix}patch_embed.proj.bias"),
+        _row("encoder/relative_bias/table", f"{prefix}rel_pos_bias.{table}"),
+        _row("encoder/relative_bias_{i}/table", f"{blocks}.attn.{table}"),
+        _row("encoder/blocks_{i}/attn/qkv/kernel", f"{blocks}.attn.qkv.weight",
+             "matrix"),
+        Row("encoder/blocks_{i}/attn/qkv/bias", biases, "same"),
+        *_linear("encoder/blocks_{i}/attn/proj", f"{blocks}.attn.proj"),
+        *_linear("encoder/blocks_{i}/mlp/fc1", f"{blocks}.mlp.fc1"),
+        *_linear("encoder/blocks_{i}/mlp/fc2", f"{blocks}.mlp.fc2"),
+        *_norm("encoder/blocks_{i}/norm1", f"{blocks}.norm1"),
+        *_norm("encoder/blocks_{i}/norm2", f"{blocks}.norm2"),
+        _row("encoder/blocks_{i}/gamma_1", f"{blocks}.gamma_1"),
+        _row("encoder/blocks_{i}/gamma_2", f"{blocks}.gamma_2"),
+        *_norm("encoder/norm", f"{prefix}norm"),
+    )
+
+
+# microsoft/SimMIM, of a pre-training and of a fine-tuning.
+SIMMIM: Table = (
+    *_simmim("encoder."),
+    _row("decoder/decoder_pred/kernel", "decoder.0.weight", "shuffled"),
+    _row("decoder/decoder_pred/bias", "decoder.0.bias", "shuffled"),
+)
+SIMMIM_CLASSIFIER: Table = (
+    *_simmim(""), *_norm("fc_norm", "fc_norm"), *_linear("head", "head")
+)
+
+
 def _huggingface(prefix: str) -> Table:
     patches = f"{prefix}embeddings.patch_embeddings.projection"
     return (
@@ -187,11 +228,23 @@ HUGGINGFACE_MAE: Table = (
 HUGGINGFACE_VIT: Table = _huggingface("")
 HUGGINGFACE_CLASSIFIER: Table = (*_huggingface("vit."), *_linear("head", "classifier"))
 
+def _unshuffled(x: np.ndarray) -> np.ndarray:
+    patch_size = math.isqrt(x.shape[0] // 3)
+    x = einops.rearrange(x, "(c p q) ... -> (p q c) ...", c=3, p=patch_size)
+    return x if x.ndim == 1 else x[:, :, 0, 0].T
+
+
+def _shuffled(x: np.ndarray, patch_size: int) -> np.ndarray:
+    x = x if x.ndim == 1 else x.T[:, :, None, None]
+    return einops.rearrange(x, "(p q c) ... -> (c p q) ...", c=3, p=patch_size)
+
+
 # Layout: to ours, and to theirs with the size of a patch.
 _LAYOUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
     "same": (lambda x: x, lambda x, p: x),
     "matrix": (lambda x: x.T, lambda x, p: x.T),
     "table": (lambda x: x[0], lambda x, p: x[None]),
+    "shuffled": (_unshuffled, _shuffled),
     "conv": (
         lambda x: einops.rearrange(x, "out c p q -> (p q c) out"),
         lambda x, p: einops.rearrange(x, "(p q c) out -> out c p q", p=p, q=p),

@@ -12,10 +12,11 @@ not count.
 CrossMAE (arXiv 2401.14391) and its relatives count what their references compute. That
 is not always what is computed here, and `_left_out` is the one place that says where:
 the patch projection is counted for every patch (here it runs on the visible ones); the
-last linear layer for every token of the decoder's blocks (here for the patches that are
-predicted); where an aggregator lays the tokens out on the grid, for all but the class
-token. With that the papers' tables are reproduced, and a share of a device's peak is
-comparable between libraries. `Cost.computed` is the count without it.
+last linear layer for every token of the decoder's blocks, or where it has none for
+every patch in the encoder (here for the patches that are predicted); where an
+aggregator lays the tokens out on the grid, for all but the class token. With that the
+papers' tables are reproduced, and a share of a device's peak is comparable between
+libraries. `Cost.computed` is the count without it.
 
 An aggregator (PR-MIM, arXiv 2411.15746) stands for all that thrown patches cost: the
 mixing of places, which runs over the whole grid, the projection of visible features
@@ -198,9 +199,10 @@ def _left_out(
         # The last layer runs on what is predicted here, and on every token of the
         # decoder's blocks there; the aggregator's share of it stands under its name.
         aggregated = rows[_LAST_LAYER] - tokens.num_pred
-        read = decoder_tokens
+        patches = tokens.num_keep + tokens.num_pred
+        read = decoder_tokens or patches
         if aggregated:  # the class token has no place on the grid
-            read = min(read, tokens.num_keep + tokens.num_pred)
+            read = min(read, patches)
         left_out["decoder"] = (read - rows[_LAST_LAYER]) * kernels[_LAST_LAYER]
         left_out["aggregator"] = aggregated * kernels[_LAST_LAYER]
     return left_out

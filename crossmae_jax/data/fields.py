@@ -6,7 +6,7 @@ them all from what is stored to what is trained on:
 
     cut `area` out, resize it to `size`, mirror it, put it onto `canvas`
 
-    pixels     bicubic with antialiasing (PIL), to uint8
+    pixels     bicubic or bilinear with antialiasing (PIL), to uint8
     raster     nearest neighbour for classes; else the mean over what a cell covers
     boxes      corners move along, and stop at the edge of the view
 
@@ -29,6 +29,9 @@ from PIL import Image
 Bands = tuple[Image.Image, ...]  # images of one or three channels, one after another
 Span = tuple[int, int]  # from the first row or column on, up to before the second
 
+INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR
+}
 _WHOLE = 32  # so many times the canvas's pixels are resized and then cut
 
 
@@ -63,6 +66,7 @@ class View(NamedTuple):
       size: what the area is resized to.
       canvas: size of the result. Where `size` is larger its centre is seen; where it is
         smaller it lies at the top left, and the rest is filled.
+      interpolation: of pixels, one of `INTERPOLATIONS`.
     """
 
     stored: tuple[int, int]
@@ -70,6 +74,7 @@ class View(NamedTuple):
     mirrored: bool
     size: tuple[int, int]
     canvas: tuple[int, int]
+    interpolation: str = "bicubic"
 
     def pixels(
         self, bands: Bands, *, fill: int = 0
@@ -138,9 +143,9 @@ class View(NamedTuple):
         outer = (columns.first, rows.first, columns.last, rows.last)
         cut = band if outer == (0, 0, *band.size) else band.crop(outer)
         (top, bottom), (left, right) = rows.inner, columns.inner
-        bicubic = Image.Resampling.BICUBIC
+        kind = INTERPOLATIONS[self.interpolation]
         if whole:
-            made = cut.resize(self.size[::-1], bicubic, box=(left, top, right, bottom))
+            made = cut.resize(self.size[::-1], kind, box=(left, top, right, bottom))
             return np.asarray(made)[slice(*seen[0]), slice(*seen[1])]
         height, width = (last - first for first, last in seen)
         passes = [
@@ -155,7 +160,7 @@ class View(NamedTuple):
                 ((width, height), (left, 0, right, height)),
             ]
         for size, box in passes:
-            cut = cut.resize(size, bicubic, box=box)
+            cut = cut.resize(size, kind, box=box)
         return np.asarray(cut)
 
     def _hidden(self) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from crossmae_jax import errors, ranges
 from crossmae_jax.data import crops, decoding, randaug
-from crossmae_jax.data.fields import Field
+from crossmae_jax.data.fields import INTERPOLATIONS, Field
 from crossmae_jax.data.randaug import RandAugment
 
 NO_LABEL = -1
@@ -62,6 +62,8 @@ class Classification:
       crop: one of `crops.CROPS`.
       crop_scale: least and greatest share of the image's area.
       flip: half of the images are mirrored.
+      interpolation: of random crops, one of `fields.INTERPOLATIONS`; evaluation is
+        bicubic.
       randaug: changes the cropped images, if anything does.
       eval_crop_ratio: share of the resized image's sides that evaluation sees.
       max_pixels: larger files are bad images.
@@ -79,6 +81,7 @@ class Classification:
     randaug: RandAugment | None
     eval_crop_ratio: float
     max_pixels: int = decoding.MAX_PIXELS
+    interpolation: str = "bicubic"
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
@@ -86,6 +89,11 @@ class Classification:
         if self.crop not in crops.CROPS:
             raise ValueError(
                 f"Unknown data.crop {self.crop!r}. Known: {', '.join(crops.CROPS)}."
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"Unknown data.interpolation {self.interpolation!r}. Known: "
+                f"{', '.join(INTERPOLATIONS)}."
             )
         ranges.check("data.channels", self.channels, least=1)
         for side in self.image_size:
@@ -119,6 +127,7 @@ class Classification:
             randaug=randaug.from_config(data),
             eval_crop_ratio=data.eval_crop_ratio,
             max_pixels=data.max_pixels,
+            interpolation=data.interpolation,
         )
 
     @property
@@ -145,7 +154,7 @@ class Classification:
             view = crops.random_view(
                 rng, picture.size, image_size=self.image_size, crop=self.crop,
                 crop_scale=self.crop_scale, flip=self.flip,
-            )
+            )._replace(interpolation=self.interpolation)
             picture.reduce(view)
         pixels = view.pixels(picture.decode(self.channels))
         if rng is not None and self.randaug is not None:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking
 from crossmae_jax.masking import Asked
-from crossmae_jax.models import layers, parts, posemb
+from crossmae_jax.models import init_schemes, layers, parts, posemb
 from crossmae_jax.tokens import Tokens
 
 
@@ -30,7 +30,7 @@ class CrossDecoder(nn.Module):
     """
 
     method = "CrossMAE"
-    gives_visible = needs_masked = shares_context = False
+    gives_visible = needs_masked = shares_context = reads_masked = False
 
     dim: int
     depth: int
@@ -51,7 +51,7 @@ class CrossDecoder(nn.Module):
         super().__post_init__()
 
     def setup(self):
-        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.mask_token = self.param("mask_token", init_schemes.token, (1, 1, self.dim))
         self.decoder_pos_embed = self.variable(
             "constants", "decoder_pos_embed",
             lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),

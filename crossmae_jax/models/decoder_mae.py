@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from crossmae_jax import masking
 from crossmae_jax.masking import Asked
-from crossmae_jax.models import layers, parts, posemb
+from crossmae_jax.models import init_schemes, layers, parts, posemb
 from crossmae_jax.tokens import Tokens
 
 
@@ -27,6 +27,7 @@ class MAEDecoder(nn.Module):
 
     method = "MAE"
     gives_visible = needs_masked = self_attention = shares_context = True
+    reads_masked = False
 
     dim: int
     depth: int
@@ -50,7 +51,7 @@ class MAEDecoder(nn.Module):
             "constants", "decoder_pos_embed",
             lambda: jnp.asarray(posemb.sincos(self.grid, self.dim)),
         )
-        self.mask_token = self.param("mask_token", layers.token_init, (1, 1, self.dim))
+        self.mask_token = self.param("mask_token", init_schemes.token, (1, 1, self.dim))
         self.decoder_embed = layers.Dense(self.dim, self.dtype)
         self.decoder_blocks = [
             layers.Block(

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 from crossmae_jax import masking
 from crossmae_jax.masking import Asked
 from crossmae_jax.models.decoder_cross import CrossDecoder
+from crossmae_jax.models.decoder_linear import LinearDecoder
 from crossmae_jax.models.decoder_mae import MAEDecoder
 from crossmae_jax.tokens import Tokens
 
@@ -17,13 +18,15 @@ class Decoder(Protocol):
     Attributes:
       widths: how many values it predicts at a place, by the target's name.
       dim: width of its tokens.
-      depth: number of blocks; likewise `num_heads` and `mlp_ratio` of a block.
+      depth: number of blocks; likewise `num_heads` and `mlp_ratio` of a block, or where
+        it has none of the encoder's.
       method: what people call the method that has it, such as "MAE".
       gives_visible: visible patches go through its blocks beside the masked ones, in
         one self-attention, and come out as tokens, too.
       needs_masked: it can be asked for masked patches only.
       self_attention: the tokens of masked patches attend to each other.
       shares_context: all blocks have one context; others can have one each.
+      reads_masked: masked patches are tokens of its context.
     """
 
     widths: Mapping[str, int]
@@ -36,6 +39,7 @@ class Decoder(Protocol):
     needs_masked: bool
     self_attention: bool
     shares_context: bool
+    reads_masked: bool
 
     def __call__(
         self, contexts: tuple[Tokens, ...], ids: masking.TokenIds, asked: Asked
@@ -62,4 +66,4 @@ class Decoder(Protocol):
         ...
 
 
-DECODERS = {"cross": CrossDecoder, "mae": MAEDecoder}
+DECODERS = {"cross": CrossDecoder, "linear": LinearDecoder, "mae": MAEDecoder}

@@ -18,7 +18,9 @@ class Encoder(Protocol):
       grid: patches along height and width.
       patch_size: the side of a patch in pixels.
       dim: width of the vectors.
-      depth: number of blocks.
+      depth: number of blocks; likewise `num_heads` and `mlp_ratio` of a block.
+      drop_path: rate at which the last block is left out of training.
+      mask_tokens: masked patches that are to be predicted are in it, as tokens.
       title: what people call it, such as "ViT-B/16".
     """
 
@@ -26,6 +28,10 @@ class Encoder(Protocol):
     patch_size: int
     dim: int
     depth: int
+    num_heads: int
+    mlp_ratio: float
+    drop_path: float
+    mask_tokens: bool
     title: str
 
     def __call__(

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Shaped
 
 from crossmae_jax import ranges
 from crossmae_jax.distributed import sharding
+from crossmae_jax.models.init_schemes import INITS, Init, xavier
 from crossmae_jax.ops import attention as attention_ops
 from crossmae_jax.ops import gelu as gelu_ops
 from crossmae_jax.ops import layer_norm as layer_norm_ops
@@ -30,7 +31,12 @@ from crossmae_jax.ops import layer_norm as layer_norm_ops
 # products are kept. "full": everything but the input of each block.
 REMATS = ("none", "selective", "full")
 
-token_init = nn.initializers.normal(stddev=0.02)
+# Which of queries, keys and values have a bias.
+QKV_BIASES = {
+    "qkv": (True, True, True),
+    "qv": (True, False, True),  # a key's is the same for all keys of a query
+    "none": (False, False, False),
+}
 
 
 def check_blocks(
@@ -82,19 +88,21 @@ class PatchEmbed(nn.Module):
 
     Equal to a convolution with kernel and stride of one patch, but takes vectors, so
     that only the patches in use are projected.
+
+    Attributes:
+      weight_init: one of `INITS`.
     """
 
     dim: int
     dtype: DTypeLike = jnp.float32
+    weight_init: str = "xavier"
 
     @nn.compact
     def __call__(self, patches: Shaped[Array, "b n t"]) -> Float[Array, "b n d"]:
-        bound = patches.shape[-1] ** -0.5  # PyTorch's default bias, kept by MAE
-
-        def bias_init(key, shape, dtype=jnp.float32):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-        project = Dense(self.dim, self.dtype, bias_init=bias_init, name="proj")
+        drawn = INITS[self.weight_init](1, patch_dim=patches.shape[-1])
+        project = Dense(
+            self.dim, self.dtype, drawn.kernel, drawn.patch_bias, name="proj"
+        )
         return project(patches)
 
 
@@ -103,22 +111,35 @@ class SplitDense(nn.Module):
 
     The parts are products with parts of the matrix: cutting the matrix is cheap,
     cutting the result would copy every activation.
+
+    Attributes:
+      biased: which of the parts have a bias.
     """
 
     features: int
-    parts: int
+    biased: tuple[bool, ...]
     dtype: DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b n f"]]:
-        shape = (x.shape[-1], self.parts * self.features)
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape[1:])
-        x, bias = x.astype(self.dtype), bias.astype(self.dtype)
-        whole = sharding.gathered(kernel, self.dtype)
-        kernels = jnp.split(whole, self.parts, axis=1)
-        biases = jnp.split(bias[None, None], self.parts, axis=2)
-        return [x @ w + b for w, b in zip(kernels, biases, strict=True)]
+        parts, num_biased = len(self.biased), sum(self.biased)
+        kernel = self.param(
+            "kernel", self.kernel_init, (x.shape[-1], parts * self.features)
+        )
+        x, whole = x.astype(self.dtype), sharding.gathered(kernel, self.dtype)
+        results = [x @ w for w in jnp.split(whole, parts, axis=1)]
+        if not num_biased:
+            return results
+        bias = self.param(
+            "bias", nn.initializers.zeros_init(), (num_biased * self.features,)
+        )
+        bias = bias.astype(self.dtype)[None, None]
+        biases = iter(jnp.split(bias, num_biased, axis=2))
+        return [
+            result + next(biases) if biased else result
+            for result, biased in zip(results, self.biased, strict=True)
+        ]
 
 
 class Attention(nn.Module):
@@ -127,18 +148,25 @@ class Attention(nn.Module):
     The context may have another width; keys and values are projected from it directly.
     It comes in two halves, `attend(*project(x))`, because a block computes the first
     again where it saves memory.
+
+    Attributes:
+      qkv_bias: one of `QKV_BIASES`, of self-attention.
+      drawn: how the matrices are.
     """
 
     dim: int
     num_heads: int
     dtype: DTypeLike = jnp.float32
+    qkv_bias: str = "qkv"
+    drawn: Init = xavier(1)
 
     def setup(self):
         # qkv is used, or q and kv: a layer that is not called has no parameters.
-        self.qkv = SplitDense(self.dim, 3, self.dtype)
-        self.q = Dense(self.dim, self.dtype)
-        self.kv = SplitDense(self.dim, 2, self.dtype)
-        self.proj = Dense(self.dim, self.dtype)
+        biased, matrix = QKV_BIASES[self.qkv_bias], self.drawn.kernel
+        self.qkv = SplitDense(self.dim, biased, self.dtype, matrix)
+        self.q = Dense(self.dim, self.dtype, matrix)
+        self.kv = SplitDense(self.dim, (True, True), self.dtype, matrix)
+        self.proj = Dense(self.dim, self.dtype, self.drawn.output)
 
     def project(
         self, x: Float[Array, "b q d"], context: Float[Array, "b k e"] | None = None
@@ -153,13 +181,14 @@ class Attention(nn.Module):
         queries: Float[Array, "b q d"],
         keys: Float[Array, "b k d"],
         values: Float[Array, "b k d"],
+        bias: Float[Array, "#b #h q k"] | None = None,
     ) -> Float[Array, "b q d"]:
-        """Attends with what `project` returned."""
+        """Attends with what `project` returned, the bias added to the logits."""
         q, k, v = (
             einops.rearrange(x, "b n (h d) -> b n h d", h=self.num_heads)
             for x in (queries, keys, values)
         )
-        out = attention_ops.attention(q, k, v)
+        out = attention_ops.attention(q, k, v, bias=bias)
         return self.proj(einops.rearrange(out, "b q h d -> b q (h d)"))
 
 
@@ -169,10 +198,12 @@ class Mlp(nn.Module):
     dim: int
     mlp_ratio: float
     dtype: DTypeLike = jnp.float32
+    drawn: Init = xavier(1)
 
     def setup(self):
-        self.fc1 = Dense(int(self.dim * self.mlp_ratio), self.dtype)
-        self.fc2 = Dense(self.dim, self.dtype)
+        hidden = int(self.dim * self.mlp_ratio)
+        self.fc1 = Dense(hidden, self.dtype, self.drawn.kernel)
+        self.fc2 = Dense(self.dim, self.dtype, self.drawn.output)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.contract(self.fc1(x))
@@ -191,6 +222,10 @@ class Block(nn.Module):
 
     Attributes:
       remat: one of `REMATS`.
+      qkv_bias: one of `QKV_BIASES`.
+      layer_scale: what each channel of a branch is multiplied with at the start (CaiT,
+        arXiv 2103.17239, section 2), and trained from there; None for nothing.
+      drawn: how the matrices are.
     """
 
     dim: int
@@ -199,17 +234,31 @@ class Block(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     drop_path: float = 0.0
+    qkv_bias: str = "qkv"
+    layer_scale: float | None = None
+    drawn: Init = xavier(1)
 
     def setup(self):
         self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(self.dim, self.num_heads, self.dtype)
+        self.attn = Attention(
+            self.dim, self.num_heads, self.dtype, self.qkv_bias, self.drawn
+        )
         self.norm2 = LayerNorm(self.dtype)
-        self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype)
+        self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype, self.drawn)
+        if self.layer_scale is not None:
+            start = nn.initializers.constant(self.layer_scale)
+            self.gamma_1 = self.param("gamma_1", start, (self.dim,))
+            self.gamma_2 = self.param("gamma_2", start, (self.dim,))
 
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        bias: Float[Array, "#b #h n n"] | None = None,
+    ) -> Float[Array, "b n d"]:
+        """Applies the block; the bias is added to the logits of its attention."""
         # Drawn outside of what is computed again: equal samples whatever `remat`.
         survival = self._survival(x.shape[0])
-        return _again("full", self.remat, Block._run)(self, x, survival)
+        return _again("full", self.remat, Block._run)(self, x, survival, bias)
 
     def _survival(self, num):
         """Returns a factor per sample for each branch; None keeps a branch as it is."""
@@ -219,10 +268,17 @@ class Block(nn.Module):
         kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (2, num, 1, 1))
         return tuple(kept / keep)
 
-    def _run(self, x, survival):
+    def _run(self, x, survival, bias):
         project = _again("selective", self.remat, Block._project)
-        x = x + _survived(self.attn.attend(*project(self, x)), survival[0])
-        return x + _survived(_mlp(self, x), survival[1])
+        branch = self.attn.attend(*project(self, x), bias)
+        x = x + _survived(self._scaled(branch, 1), survival[0])
+        return x + _survived(self._scaled(_mlp(self, x), 2), survival[1])
+
+    def _scaled(self, branch, number):
+        if self.layer_scale is None:
+            return branch
+        gamma = self.gamma_1 if number == 1 else self.gamma_2
+        return branch * gamma.astype(branch.dtype)[None, None]
 
     def _project(self, x):
         return self.attn.project(self.norm1(x))

@@ -5,9 +5,9 @@
 
 MAE is fusion "last" with decoder "mae", MFF "multi_level" with "mae"; CrossMAE is
 "inter_block" with "cross"; "last" with "cross" is its ablation with the encoder's last
-map only.
-PR-MIM is either of them with an aggregator, which predicts the patches that were thrown
-from the decoder.
+map only. SimMIM is "last" with "linear", and masked patches as tokens of the encoder.
+PR-MIM is any of them with an aggregator, which predicts the patches that were thrown
+from the decoder, or from SimMIM's encoder.
 """
 
 from collections.abc import Mapping
@@ -45,11 +45,27 @@ class MaskedImageModel(nn.Module):
     preserve_adopted_names = True  # the only aggregator's parameters have no target's
 
     def __post_init__(self):
-        if self.decoder.shares_context and self.fusion.num_contexts > 1:
+        if self.decoder.reads_masked != self.encoder.mask_tokens:
+            mask_tokens = self.decoder.reads_masked
+            raise ValueError(
+                f"{self.decoder.method}'s decoder takes masked patches "
+                + ("from the encoder, which has none" if mask_tokens else
+                   "as tokens of its own, but the encoder has them, too")
+                + f"; set config.model.encoder.mask_tokens={mask_tokens}, or another "
+                "config.model.decoder.kind."
+            )
+        if self.decoder.shares_context and self.fusion.num_contexts != 1:
             raise ValueError(
                 f"{self.decoder.method}'s decoder takes one context for all of its "
                 f"blocks, but the fusion makes {self.fusion.num_contexts}; set "
                 "config.model.fusion.kind='last' or config.model.decoder.kind='cross'."
+            )
+        if self.encoder.mask_tokens and any(
+            each.visible == "encoder" for each in self.aggregators.values()
+        ):
+            raise ValueError(
+                "aggregator.visible='encoder' with masked patches in the encoder would "
+                "see these twice; set config.model.aggregator.visible='decoder'."
             )
         if not self.decoder.gives_visible and any(
             each.visible == "decoder" for each in self.aggregators.values()
@@ -127,7 +143,9 @@ def build(config: ConfigDict) -> MaskedImageModel:
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
     decoder = kinds.make(
         "model.decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
-        widths=targets.make(config, patch_size=encoder.patch_size).widths, **computing,
+        widths=targets.make(config, patch_size=encoder.patch_size).widths,
+        encoder_dim=encoder.dim, encoder_heads=encoder.num_heads,
+        encoder_mlp_ratio=encoder.mlp_ratio, **computing,
     )
     aggregators = {}
     made = kinds.make(
@@ -180,7 +198,9 @@ def ends_in_norm(model: kinds.Group) -> bool:
     Raises:
       ValueError: for an unknown kind of fusion, which decides over it.
     """
-    return kinds.choose("model.fusion", FUSIONS, model["fusion"]).final_norm
+    wanted = kinds.choose("model.fusion", FUSIONS, model["fusion"]).final_norm
+    # A decoder may have it instead; of an encoder by itself there is none to ask.
+    return wanted and not model.get("decoder", {}).get("norm", False)
 
 
 def method(*, fusion: str, decoder: str, aggregator: str) -> str:

@@ -5,9 +5,13 @@ downstream task: one class. Since a patch's projection depends on no other, only
 visible ones are projected and given their positions: the same numbers as projecting all
 of them and dropping three quarters, as the references do, at a quarter of the work.
 
-The class token comes first and is never masked. Position tables are fixed and live in
-the "constants" collection, so that no optimiser can touch them; those of a classifier
-are trained, and parameters.
+The class token comes first and is never masked. Fixed position tables live in the
+"constants" collection, so that no optimiser can touch them; those of a classifier are
+trained, and parameters.
+
+SimMIM's encoder (arXiv 2111.09886, section 3) is this one with other options: masked
+patches are in it, as one learned token, and places are told by a relative position
+bias. Patches that PR-MIM throws (arXiv 2411.15746, section 4.1) are left out of it.
 """
 
 import functools
@@ -20,8 +24,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from crossmae_jax import masking, ranges
-from crossmae_jax.models import layers, posemb
-from crossmae_jax.tokens import Encoded, Tokens, grid_size, patchify, take_tokens
+from crossmae_jax.models import init_schemes, layers, posemb, relative_bias
+from crossmae_jax.tokens import (
+    Encoded,
+    Tokens,
+    grid_size,
+    patchify,
+    put_tokens,
+    take_tokens,
+)
+
+POSITIONS = ("sincos", "learned", "none")
+RELATIVE_BIASES = ("none", "shared", "per_block")
 
 
 class Size(NamedTuple):
@@ -87,11 +101,19 @@ class ViT(nn.Module):
     Attributes:
       size: as `parse_size` reads it.
       final_norm: CrossMAE has none when it mixes feature maps: each mixture is normed.
-      learned_positions: makes the position table a parameter, as in fine-tuning.
+      learned_positions: makes a fixed position table a parameter, as in fine-tuning.
       remat: what the gradient pass computes again, one of `layers.REMATS`.
       drop_path: rate of stochastic depth in the last block, see `drop_path_rates`.
         Blocks are left out only where `apply` gets `rngs={"drop_path": key}`. Samples
         depend on the key and on a sample's place in the batch, not on the devices.
+      positions: what is added to the tokens: a fixed table ("sincos"), one that is
+        drawn and trained ("learned"), or "none".
+      relative_bias: `relative_bias.RelativeBias`, one for all blocks ("shared") or for
+        each ("per_block").
+      mask_tokens: masked patches that are to be predicted are tokens, too; those that
+        are thrown or skipped are not.
+      qkv_bias, layer_scale: see `layers.Block`.
+      weight_init: how matrices and tokens are drawn, one of `init_schemes.INITS`.
     """
 
     size: str
@@ -103,10 +125,25 @@ class ViT(nn.Module):
     remat: str = "none"
     dtype: DTypeLike = jnp.float32
     drop_path: float = 0.0
+    positions: str = "sincos"
+    relative_bias: str = "none"
+    mask_tokens: bool = False
+    qkv_bias: str = "qkv"
+    layer_scale: float | None = None
+    weight_init: str = "xavier"
 
     def __post_init__(self):
         _ = self.grid  # refuses a size or an image that cannot be
         ranges.check("model.encoder.mlp_ratio", self.mlp_ratio, above=0)
+        for name, known in (
+            ("positions", POSITIONS), ("relative_bias", RELATIVE_BIASES),
+            ("qkv_bias", layers.QKV_BIASES), ("weight_init", init_schemes.INITS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"Unknown encoder.{name} {getattr(self, name)!r}. Known: "
+                    f"{', '.join(known)}."
+                )
         super().__post_init__()
 
     @property
@@ -156,37 +193,85 @@ class ViT(nn.Module):
                 f"built for {'x'.join(map(str, expected))} (height x width x channels);"
                 " set config.data.image_size and config.data.channels to match."
             )
-        table = functools.partial(posemb.sincos, self.grid, self.dim)
-        if self.learned_positions:
-            pos_embed = self.param("pos_embed", lambda _key: jnp.asarray(table()))
-        else:
-            pos_embed = self.variable(
-                "constants", "pos_embed", lambda: jnp.asarray(table())
-            ).value
-
-        x = patchify(images, patch_size=self.patch_size)
-        position = pos_embed[None, 1:]
-        keep = None if ids is None else ids.keep
-        if keep is not None:
-            x = take_tokens(x, keep)
-            position = jnp.take(pos_embed[1:], keep, axis=0)
-        x = layers.PatchEmbed(self.dim, self.dtype, name="patch_embed")(x)
-        x = x + position.astype(self.dtype)
-
-        cls_token = self.param("cls_token", layers.token_init, (1, 1, self.dim))
-        cls_token = (cls_token + pos_embed[None, :1]).astype(self.dtype)
-        cls_token = jnp.broadcast_to(cls_token, (x.shape[0], 1, self.dim))
-        x = jnp.concatenate([cls_token, x], axis=1)
-
+        x, ids = self._tokens(images, ids)
+        places = Tokens(x, ids, self.grid, has_cls=True)
+        bias, biases = None, self.relative_bias
+        if biases == "shared":
+            bias = self._relative_bias(places, "relative_bias")
         maps = [x]
         rates = drop_path_rates(self.drop_path, depth=self.depth)
         for i, rate in enumerate(rates):
+            if biases == "per_block":
+                bias = self._relative_bias(places, f"relative_bias_{i}")
             x = layers.Block(
-                self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype,
-                rate, name=f"blocks_{i}",
-            )(x)
+                self.dim, self.num_heads, self.mlp_ratio, self.remat, self.dtype, rate,
+                self.qkv_bias, self.layer_scale, self._drawn(i + 1),
+                name=f"blocks_{i}",
+            )(x, bias)
             maps.append(x)
         if self.final_norm:
             x = layers.LayerNorm(self.dtype, name="norm")(x)
-        last, *maps = (Tokens(x, keep, self.grid, has_cls=True) for x in (x, *maps))
+        last, *maps = (places.replace(sequence=x) for x in (x, *maps))
         return Encoded(last, tuple(maps))
+
+    def _tokens(self, images, ids):
+        """Returns what the first block sees, class token first, and at which places."""
+        table = self._position_table()
+        x, places = self._patches(images, ids)
+        cls_token = self.param("cls_token", self._drawn(1).token, (1, 1, self.dim))
+        if table is not None:
+            position = table[None, 1:]
+            if places is not None:
+                position = jnp.take(table[1:], places, axis=0)
+            x = x + position.astype(self.dtype)
+            cls_token = cls_token + table[None, :1]
+        cls_token = jnp.broadcast_to(
+            cls_token.astype(self.dtype), (x.shape[0], 1, self.dim)
+        )
+        return jnp.concatenate([cls_token, x], axis=1), places
+
+    def _patches(self, images, ids):
+        """Returns a vector for each patch that is a token, and the places of these.
+
+        None stands for all places, in raster order.
+        """
+        patches = patchify(images, patch_size=self.patch_size)
+        embed = layers.PatchEmbed(
+            self.dim, self.dtype, self.weight_init, name="patch_embed"
+        )
+        if self.mask_tokens:
+            shape = (1, 1, self.dim)
+            mask_token = self.param("mask_token", self._drawn(1).token, shape)
+        if ids is None:
+            return embed(patches), None
+        visible = embed(take_tokens(patches, ids.keep))
+        if not self.mask_tokens:
+            return visible, ids.keep
+        masked = mask_token.astype(self.dtype)
+        masked = jnp.broadcast_to(masked, (*patches.shape[:2], self.dim))
+        x = put_tokens(masked, ids.keep, visible)
+        places = jnp.sort(jnp.concatenate([ids.keep, ids.pred], axis=1), axis=1)
+        if places.shape[1] == patches.shape[1]:
+            return x, None
+        return take_tokens(x, places), places
+
+    def _position_table(self):
+        """Returns what is added at each place, the class token's first, or None."""
+        if self.positions == "none":
+            return None
+        if self.positions == "learned":
+            shape = (1 + self.grid[0] * self.grid[1], self.dim)
+            return self.param("pos_embed", self._drawn(1).token, shape)
+        table = functools.partial(posemb.sincos, self.grid, self.dim)
+        if self.learned_positions:
+            return self.param("pos_embed", lambda _key: jnp.asarray(table()))
+        return self.variable(
+            "constants", "pos_embed", lambda: jnp.asarray(table())
+        ).value
+
+    def _drawn(self, number):
+        return init_schemes.INITS[self.weight_init](number)
+
+    def _relative_bias(self, tokens, name):
+        bias = relative_bias.RelativeBias(self.grid, self.num_heads, name=name)
+        return bias(None if tokens.ids is None else tokens.places)

@@ -1,5 +1,5 @@
-"""Masked image pre-training: MAE (arXiv 2111.06377), CrossMAE (arXiv 2401.14391) and,
-on either of them, PR-MIM (arXiv 2411.15746).
+"""Masked image pre-training: MAE (arXiv 2111.06377), CrossMAE (arXiv 2401.14391),
+SimMIM (arXiv 2111.09886) and, on any of them, PR-MIM (arXiv 2411.15746).
 
     normalise -> sample tokens -> model -> target -> loss
 
@@ -122,8 +122,12 @@ class Pretrain:
         self, variables: Variables, batch: Batch, key: Key[Array, ""]
     ) -> tuple[Float[Array, ""], Aux]:
         """Returns the mean loss of a batch, and what to log beside it."""
+        rngs = None
+        if self.model.encoder.drop_path:
+            first = jax.random.fold_in(key, batch["sample"][0])
+            rngs = {"drop_path": jax.random.fold_in(first, 1)}
         return self.masked_loss(
-            variables, self.normalize(batch), self.sample(key, batch)
+            variables, self.normalize(batch), self.sample(key, batch), rngs
         )
 
     def masked_loss(
@@ -131,14 +135,20 @@ class Pretrain:
         variables: Variables,
         images: Float[Array, "b height width c"],
         ids: masking.TokenIds,
+        rngs: dict[str, Key[Array, ""]] | None = None,
     ) -> tuple[Float[Array, ""], Aux]:
-        """Returns the loss of normalised images under given token ids."""
+        """Returns the loss of normalised images under given token ids.
+
+        Args:
+          rngs: keys of what else is drawn: "drop_path" of blocks that are left out,
+            none of which is without it.
+        """
         target = jax.lax.stop_gradient(self.target(variables, images))
         asked = {
             name: tokens.ids for name, tokens in target.items()
             if tokens.ids is not None
         }
-        predicted = self.model.apply(variables, images, ids, asked)
+        predicted = self.model.apply(variables, images, ids, asked, rngs=rngs)
         return self.prediction_loss(predicted, target, ids)
 
     def prediction_loss(

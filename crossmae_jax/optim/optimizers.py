@@ -1,12 +1,17 @@
-"""Optimisers: AdamW and LARS, warm-up and half-cosine, decay on matrices.
+"""Optimisers: AdamW and LARS, warm-up and half-cosine or steps, decay on matrices.
 
 For a fractional epoch e, peak rate r, w warm-up epochs of E in all (MAE, arXiv
 2111.06377, appendix A.1; the reference evaluates it at the start of each step):
 
-    lr(e) = r e / w                                                   e < w
+    lr(e) = warmup_lr + (r - warmup_lr) e / w                           e < w
     lr(e) = min_lr + (r - min_lr) (1 + cos(pi (e - w) / (E - w))) / 2   otherwise
 
-Peak rate: base_lr * batch / 256, times gamma / p in CrossMAE (arXiv 2401.14391,
+and instead of the second line with `optim.schedule="step"` (SimMIM, arXiv 2111.09886,
+at 800 epochs)
+
+    lr(e) = r * drop_factor ^ (number of drop_epochs up to e)           otherwise
+
+Peak rate: base_lr * batch / base_batch, times gamma / p in CrossMAE (arXiv 2401.14391,
 appendix A: the loss over fewer predicted patches has more variance).
 
 AdamW is decoupled: the decay of a step is lr * weight_decay. Tensors of one dimension
@@ -60,8 +65,10 @@ def peak_lr(config: ConfigDict) -> float:
             f"Unknown lr_scale {kind!r}. Known: {', '.join(sorted(LR_SCALES))}; any "
             "other factor goes into base_lr, with lr_scale='none'."
         )
+    ranges.check("optim.base_batch", config.optim.base_batch, least=1)
     scale = LR_SCALES[kind](config)
-    return config.optim.base_lr * config.data.batch_size / 256 * scale
+    batches = config.data.batch_size / config.optim.base_batch
+    return config.optim.base_lr * batches * scale
 
 
 def warmup_cosine(
@@ -71,6 +78,7 @@ def warmup_cosine(
     min_lr: float,
     warmup_epochs: float,
     epochs: float,
+    warmup_lr: float = 0.0,
 ) -> Float[Array, "*n"]:
     """Returns the learning rate at a fractional epoch.
 
@@ -79,8 +87,38 @@ def warmup_cosine(
     """
     left = jnp.clip((epochs - epoch) / (epochs - warmup_epochs), 0.0, 1.0)
     cosine = min_lr + (peak - min_lr) * jnp.sin(0.5 * jnp.pi * left) ** 2
-    warmup = peak * epoch / max(warmup_epochs, 1e-9)
+    warmup = _warmup(epoch, peak, warmup_lr, warmup_epochs)
     return jnp.where(epoch < warmup_epochs, warmup, cosine)
+
+
+def warmup_steps(
+    epoch: Float[Array, "*n"],
+    *,
+    peak: float,
+    warmup_lr: float,
+    warmup_epochs: float,
+    drop_epochs: tuple[float, ...],
+    drop_factor: float,
+) -> Float[Array, "*n"]:
+    """Returns the learning rate at a fractional epoch: constant but for its drops."""
+    drops = sum((epoch >= drop).astype(jnp.float32) for drop in drop_epochs)
+    warmup = _warmup(epoch, peak, warmup_lr, warmup_epochs)
+    return jnp.where(epoch < warmup_epochs, warmup, peak * drop_factor**drops)
+
+
+def _warmup(epoch, peak, warmup_lr, warmup_epochs):
+    return warmup_lr + (peak - warmup_lr) * epoch / max(warmup_epochs, 1e-9)
+
+
+SCHEDULES = {
+    "cosine": lambda config: functools.partial(
+        warmup_cosine, min_lr=config.optim.min_lr, epochs=config.epochs
+    ),
+    "step": lambda config: functools.partial(
+        warmup_steps, drop_epochs=tuple(config.optim.drop_epochs),
+        drop_factor=config.optim.drop_factor,
+    ),
+}
 
 
 def make_schedule(
@@ -89,22 +127,39 @@ def make_schedule(
     """Returns the learning rate as a function of the number of updates made.
 
     Raises:
-      ValueError: if warm-up is not shorter than training, or a rate is below 0.
+      ValueError: if warm-up is not shorter than training, a rate is below 0, or rates
+        are to drop at epochs that there are not.
     """
-    for name in ("base_lr", "min_lr", "warmup_epochs"):
-        ranges.check(f"optim.{name}", config.optim[name], least=0)
-    if config.optim.warmup_epochs >= config.epochs:
+    optim = config.optim
+    for name in ("base_lr", "min_lr", "warmup_lr", "warmup_epochs", "drop_factor"):
+        ranges.check(f"optim.{name}", optim[name], least=0)
+    if optim.warmup_epochs >= config.epochs:
         raise ValueError(
-            f"warmup_epochs={config.optim.warmup_epochs} must be below "
+            f"warmup_epochs={optim.warmup_epochs} must be below "
             f"epochs={config.epochs}; lower config.optim.warmup_epochs."
         )
+    if optim.schedule not in SCHEDULES:
+        raise ValueError(
+            f"Unknown optim.schedule {optim.schedule!r}. Known: "
+            f"{', '.join(sorted(SCHEDULES))}."
+        )
+    drops = tuple(optim.drop_epochs)
+    if (optim.schedule == "step") != bool(drops) or any(
+        not optim.warmup_epochs < drop < config.epochs for drop in drops
+    ):
+        raise ValueError(
+            f"optim.drop_epochs={drops} with optim.schedule={optim.schedule!r}: the "
+            "schedule 'step', and no other, needs epochs at which the rate drops, "
+            f"behind warmup_epochs={optim.warmup_epochs} and before "
+            f"epochs={config.epochs}, such as drop_epochs=(700.0,) of 800."
+        )
+    rate = SCHEDULES[optim.schedule](config)
     peak = peak_lr(config)
 
     def schedule(step):
-        return warmup_cosine(
-            jnp.asarray(step / steps_per_epoch, jnp.float32),
-            peak=peak, min_lr=config.optim.min_lr,
-            warmup_epochs=config.optim.warmup_epochs, epochs=config.epochs,
+        return rate(
+            jnp.asarray(step / steps_per_epoch, jnp.float32), peak=peak,
+            warmup_lr=optim.warmup_lr, warmup_epochs=optim.warmup_epochs,
         )
 
     return schedule

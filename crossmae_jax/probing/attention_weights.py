@@ -111,8 +111,8 @@ def recording(
     """
     recorded: dict[str, Array] = {}
 
-    def watch(module, queries, keys, values):
-        recorded["/".join(module.path)] = keep(_weights(module, queries, keys, None))
+    def watch(module, queries, keys, values, bias=None):
+        recorded["/".join(module.path)] = keep(_weights(module, queries, keys, bias))
         return None
 
     with _intercepted(watch):
@@ -144,12 +144,12 @@ def without(
     taken = is_masked[:, None] & (is_masked if kind == "masked" else ~is_masked)[None]
     if keep_own:
         taken &= ~np.eye(len(taken), dtype=bool)
-    bias = jnp.where(taken, -jnp.inf, 0.0)[None, None]
+    hidden = jnp.where(taken, -jnp.inf, 0.0)[None, None]
 
-    def change(module, queries, keys, values):
+    def change(module, queries, keys, values, bias=None):
         if module.path[0] != "decoder":
             return None
-        weights = _weights(module, queries, keys, bias)
+        weights = _weights(module, queries, keys, hidden)
         heads = values.reshape(*values.shape[:2], module.num_heads, -1)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, heads.astype(jnp.float32))
         return module.proj(out.reshape(queries.shape).astype(queries.dtype))

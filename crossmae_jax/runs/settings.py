@@ -42,13 +42,26 @@ _IGNORED = {
 # Settings that are younger than some runs, with what those runs did: of any objective,
 _BEFORE = {
     "checkpoint.keep_every_epochs": 0.0,
+    "data.interpolation": "bicubic",
     "data.max_pixels": decoding.MAX_PIXELS,
     "data.max_skipped_share": 1.0,
     "data.transform": "classification",
     "log_norms": False,
     "mesh.fsdp": 0,
+    "model.encoder.drop_path": 0.0,
+    "model.encoder.layer_scale": None,
+    "model.encoder.mask_tokens": False,
+    "model.encoder.positions": "sincos",
+    "model.encoder.qkv_bias": "qkv",
+    "model.encoder.relative_bias": "none",
+    "model.encoder.weight_init": "xavier",
+    "optim.base_batch": 256,
+    "optim.drop_epochs": [],
+    "optim.drop_factor": 0.1,
     "optim.max_skipped_in_a_row": 5,
+    "optim.schedule": "cosine",
     "optim.trust_coefficient": 0.001,
+    "optim.warmup_lr": 0.0,
     "watchdog_minutes": 0.0,
 }
 # and of pre-training, which there was first.
@@ -85,6 +98,7 @@ _OPTIONAL = {
     "data.dir": str,
     "data.eval_dir": str,
     "data.num_classes": int,
+    "model.encoder.layer_scale": float,
     "model.fusion.maps": tuple,
     "optim.clip_norm": float,
     "tune_blocks": float,
@@ -102,7 +116,10 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("objective", "pretrain") == "pretrain":
         decoder = config.get("model", {}).get("decoder", {}).get("kind")
         visible = "decoder" if decoder == "mae" else "encoder"
-        before |= _BEFORE_OF_PRETRAINING | {"model.aggregator.visible": visible}
+        thrown = "unit" if config.get("masking", {}).get("unit", 1) > 1 else "patch"
+        before |= _BEFORE_OF_PRETRAINING | {
+            "model.aggregator.visible": visible, "masking.throw_by": thrown,
+        }
     for name, value in before.items():
         *parents, key = name.split(".")
         node = config

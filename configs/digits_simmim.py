@@ -1,0 +1,28 @@
+"""SimMIM, tiny, on 1797 real handwritten digits: two minutes on two CPU cores.
+
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886, at
+the scale of configs/digits_cross.py: squares of two by two patches are masked.
+
+    python -m crossmae_jax.main --config=configs/digits_simmim.py \\
+        --workdir=runs/digits_simmim
+
+Published: no paper has this configuration.
+Measured by us: see docs/frameworks.md.
+"""
+
+from configs import common, digits_cross
+
+
+def get_config():
+    """Returns the experiment."""
+    config = digits_cross.get_config()
+    config.model = common.simmim("W64-D4-H4/2")
+    config.model.encoder.drop_path = 0.0
+    config.model.dtype = "float32"
+    config.masking = common.masking(mask_ratio=0.6, pred_ratio=0.6) | dict(unit=2)
+    config.target.normalize = False
+    config.loss.kind = "l1"
+    config.optim.update(
+        base_lr=6e-3, lr_scale="none", b2=0.999, decay_tokens=False, clip_norm=5.0
+    )
+    return config
