@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from benchmarks import step
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import torch_file
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.objectives import OBJECTIVES
@@ -52,8 +52,8 @@ def write_checkpoint(config_path: str, path: Path) -> None:
         name: Tensor(leaf.shape, np.dtype(np.float32), drawn(leaf.shape))
         for name, leaf in names.without_collections(abstract).items()
     }
-    theirs, _ = names.to_theirs(
-        names.MAE, ours, patch_size=objective.model.encoder.patch_size
+    theirs, _ = spellings.to_theirs(
+        spellings.MAE, ours, patch_size=objective.model.encoder.patch_size
     )
     torch_file.write(path, {"model": theirs})
 

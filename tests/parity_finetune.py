@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from crossmae_jax import losses
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.models import vit
 from crossmae_jax.models.classifier import Classifier
@@ -55,8 +55,8 @@ def _load(model: Classifier, images: jax.Array, state: Data) -> Any:
 
 def _read(state: Data, like: Any) -> Any:
     theirs = {name: tensor.of_array(value) for name, value in state.items()}
-    ours, left_over = names.to_ours(names.TIMM, theirs)
-    return names.variables_of(ours, like, table=names.TIMM, left_over=left_over)
+    ours, left_over = spellings.to_ours(spellings.TIMM, theirs)
+    return names.variables_of(ours, like, table=spellings.TIMM, left_over=left_over)
 
 
 def _loss(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from crossmae_jax import masking
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.models import posemb
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -29,12 +29,12 @@ _RENAMED = (
     (r"ffn\.layers\.0\.0\.", "mlp.fc1."), (r"ffn\.layers\.1\.", "mlp.fc2."),
 )
 _TABLE = (
-    *names.MAE,
-    names.Row("fusion/weights", ("proj_weights",), "same"),
-    names.Row("fusion/proj_{i}/kernel", ("proj_layers.{i}.weight",), "matrix"),
-    names.Row("fusion/proj_{i}/bias", ("proj_layers.{i}.bias",), "same"),
-    names.Row("fusion/norm/scale", ("fused.weight",), "same"),
-    names.Row("fusion/norm/bias", ("fused.bias",), "same"),
+    *spellings.MAE,
+    spellings.Row("fusion/weights", ("proj_weights",), "same"),
+    spellings.Row("fusion/proj_{i}/kernel", ("proj_layers.{i}.weight",), "matrix"),
+    spellings.Row("fusion/proj_{i}/bias", ("proj_layers.{i}.bias",), "same"),
+    spellings.Row("fusion/norm/scale", ("fused.weight",), "same"),
+    spellings.Row("fusion/norm/bias", ("fused.bias",), "same"),
 )
 
 
@@ -48,7 +48,7 @@ def _mae_name(name: str) -> str:
 
 def _to_ours(state: Data) -> tuple[dict[str, Any], Any]:
     theirs = {_mae_name(name): tensor.of_array(v) for name, v in state.items()}
-    return names.to_ours(_TABLE, theirs)
+    return spellings.to_ours(_TABLE, theirs)
 
 
 def _config(reference: dict[str, Any]) -> ConfigDict:

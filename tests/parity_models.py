@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from crossmae_jax import masking
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.optim import optimizers
@@ -97,21 +97,22 @@ def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, A
     )
     like = jax.eval_shape(objective.init, jax.random.key(0))
     theirs = {name: tensor.of_array(value) for name, value in state.items()}
-    ours, left_over = names.to_ours(names.MAE, theirs)
+    ours, left_over = spellings.to_ours(spellings.MAE, theirs)
     if names.attends_across(ours):
         ours["encoder/pos_embed"] = names.zero_class_row(ours["encoder/pos_embed"])
-    variables = names.variables_of(ours, like, table=names.MAE, left_over=left_over)
+    variables = names.variables_of(ours, like, table=spellings.MAE, left_over=left_over)
     return objective, jax.tree.map(jnp.asarray, variables)
 
 
 def ours_of(name: str, value: np.ndarray) -> np.ndarray:
     """Returns one of their tensors in our layout."""
-    (ours,) = names.to_ours(names.MAE, {name: tensor.of_array(value)})[0].values()
+    theirs = {name: tensor.of_array(value)}
+    (ours,) = spellings.to_ours(spellings.MAE, theirs)[0].values()
     return ours.read()
 
 
 def _their_name(path: str) -> str:
-    return names.their_names(names.MAE, path.partition("/")[2])[0]
+    return spellings.their_names(spellings.MAE, path.partition("/")[2])[0]
 
 
 def prefixed(data: Data, prefix: str) -> Data:

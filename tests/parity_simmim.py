@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from crossmae_jax import masking
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Tokens
@@ -24,8 +24,8 @@ from tests.parity_report import Report
 
 _BUFFER = "relative_position_index"
 _AGGREGATOR = (
-    names.Row("aggregator/mixer/kernel", ("agg.weight",), "same"),
-    names.Row("aggregator/mixer/bias", ("agg.bias",), "same"),
+    spellings.Row("aggregator/mixer/kernel", ("agg.weight",), "same"),
+    spellings.Row("aggregator/mixer/bias", ("agg.bias",), "same"),
 )
 
 
@@ -75,11 +75,11 @@ def _config(reference: dict[str, Any], state: Data, *, norm: bool) -> ConfigDict
     ))
 
 
-def _table(norm: bool) -> names.Table:
+def _table(norm: bool) -> spellings.Table:
     """Returns the names of SimMIM's files, and where the final norm is."""
     rows = (
         row._replace(ours=row.ours.replace("encoder/norm/", "decoder/decoder_norm/"))
-        if norm else row for row in names.SIMMIM
+        if norm else row for row in spellings.SIMMIM
     )
     return (*rows, *_AGGREGATOR)
 
@@ -91,7 +91,7 @@ def _to_ours(state: Data, norm: bool) -> tuple[dict[str, Any], list[str]]:
         )
         for name, value in state.items() if not name.endswith(_BUFFER)
     }
-    return names.to_ours(_table(norm), theirs)
+    return spellings.to_ours(_table(norm), theirs)
 
 
 def _ids(data: Data) -> masking.TokenIds:

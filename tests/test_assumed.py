@@ -251,7 +251,7 @@ def test_as_many_patches_are_not_resized(wide):
     plan = _plan(
         wide, "digits_mae", "model.encoder.size=W16-D1-H2/8", "data.image_size=(16, 64)"
     )
-    assert "  resized  nothing" in plan.report
+    assert "  adapted  nothing" in plan.report
     assert any("assumed  a grid of 2 x 8 patches" in line for line in plan.report)
     np.testing.assert_array_equal(plan.tensors["encoder/pos_embed"].read(), told)
 
@@ -262,9 +262,9 @@ def test_a_grid_that_is_told_is_resized_though_patches_are_as_many(wide, tmp_pat
     )
     size = ["model.encoder.size=W16-D1-H2/8", "data.image_size=(32, 32)"]
     plan = _plan(tmp_path / "in", "digits_mae", *size)
-    assert "  resized  position tables 2 x 8 -> 4 x 4 patches" in plan.report
+    assert "  adapted  position tables 2 x 8 -> 4 x 4 patches" in plan.report
     plan = _plan(wide, "digits_mae", size[0], "data.image_size=(16, 32)")
-    assert "  resized  position tables 4 x 4 -> 2 x 4 patches" in plan.report
+    assert "  adapted  position tables 4 x 4 -> 2 x 4 patches" in plan.report
     assert any("assumed  a grid of 4 x 4 patches" in line for line in plan.report)
 
 

@@ -11,7 +11,7 @@ import crossmae_jax
 from crossmae_jax import __main__ as front_door
 from crossmae_jax import convert
 from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import cards, names, opening
+from crossmae_jax.convert import cards, names, opening, spellings
 from crossmae_jax.convert.files import safetensors_file, tensor
 from crossmae_jax.convert.names import ConversionError
 from tests.interop import timm, torch, transformers
@@ -153,8 +153,8 @@ def test_mae_form_is_what_the_references_scripts_load(run, tmp_path):
     convert.export_weights(run, tmp_path / "out.pth", format="mae")
     state = torch.load(tmp_path / "out.pth", map_location="cpu")["model"]
     weights = opening.open_weights(run)
-    expected, _ = names.to_theirs(
-        names.MAE, weights.tensors, patch_size=weights.card.patch_size
+    expected, _ = spellings.to_theirs(
+        spellings.MAE, weights.tensors, patch_size=weights.card.patch_size
     )
     assert set(state) == set(expected)
     for name, value in state.items():

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_dict
 
 from configs import common
 from crossmae_jax import masking
-from crossmae_jax.convert import names
+from crossmae_jax.convert import spellings
 from crossmae_jax.models import fusion, mim, vit
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.tokens import Encoded, Tokens
@@ -180,7 +180,8 @@ def test_initial_values_follow_the_reference(reference, changes):
     variables = jax.jit(jax.vmap(objective.init))(keys)
     flat = traverse_util.flatten_dict(variables, sep="/")
     theirs = {
-        path: names.their_names(names.MAE, path.partition("/")[2])[0] for path in flat
+        path: spellings.their_names(spellings.MAE, path.partition("/")[2])[0]
+        for path in flat
     }
     assert set(theirs.values()) == set(expected)
     for path, drawn in flat.items():

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from crossmae_jax.convert import names
+from crossmae_jax.convert import names, spellings
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.pretrain import Pretrain
@@ -12,10 +12,12 @@ from tests import drawn
 from tests.test_models import MAE, make_config
 
 MODELS = {
-    "mae": (names.MAE, dict(MAE)),
-    "cross": (names.MAE, {}),
-    "cross with self-attention": (names.MAE, dict(model__decoder__self_attention=True)),
-    "huggingface": (names.HUGGINGFACE_MAE, dict(MAE)),
+    "mae": (spellings.MAE, dict(MAE)),
+    "cross": (spellings.MAE, {}),
+    "cross with self-attention": (
+        spellings.MAE, dict(model__decoder__self_attention=True)
+    ),
+    "huggingface": (spellings.HUGGINGFACE_MAE, dict(MAE)),
 }
 
 
@@ -35,11 +37,11 @@ def model(request):
 
 def test_there_and_back_every_tensor_is_the_same(model):
     table, variables = model
-    theirs, left_over = names.to_theirs(
+    theirs, left_over = spellings.to_theirs(
         table, names.tensors_of(variables), patch_size=4
     )
     assert not left_over
-    back, left_over = names.to_ours(table, theirs)
+    back, left_over = spellings.to_ours(table, theirs)
     assert not left_over
     read = names.variables_of(back, variables, table=table)
     jax.tree.map(np.testing.assert_array_equal, read, variables)
@@ -47,7 +49,7 @@ def test_there_and_back_every_tensor_is_the_same(model):
 
 def test_shapes_are_known_before_tensors_are_read(model):
     table, variables = model
-    theirs, _ = names.to_theirs(table, names.tensors_of(variables), patch_size=4)
+    theirs, _ = spellings.to_theirs(table, names.tensors_of(variables), patch_size=4)
     for value in theirs.values():
         assert value.read().shape == value.shape
         assert value.read().flags.c_contiguous
@@ -56,7 +58,9 @@ def test_shapes_are_known_before_tensors_are_read(model):
 def test_layouts_are_those_of_pytorch():
     variables = _variables()
     encoder = variables["params"]["encoder"]
-    theirs, _ = names.to_theirs(names.MAE, names.tensors_of(variables), patch_size=4)
+    theirs, _ = spellings.to_theirs(
+        spellings.MAE, names.tensors_of(variables), patch_size=4
+    )
     kernel = encoder["patch_embed"]["proj"]["kernel"]  # (row column channel) x out
     np.testing.assert_array_equal(
         theirs["patch_embed.proj.weight"].read()[:, 2, 1, 3],
@@ -75,8 +79,8 @@ def test_layouts_are_those_of_pytorch():
 
 def test_huggingface_keeps_queries_keys_and_values_apart():
     variables = _variables(**MAE)
-    theirs, _ = names.to_theirs(
-        names.HUGGINGFACE_MAE, names.tensors_of(variables), patch_size=4
+    theirs, _ = spellings.to_theirs(
+        spellings.HUGGINGFACE_MAE, names.tensors_of(variables), patch_size=4
     )
     block = variables["params"]["encoder"]["blocks_2"]["attn"]["qkv"]
     prefix = "vit.encoder.layer.2.attention.attention"
@@ -94,7 +98,7 @@ def test_a_part_without_its_others_is_left_over():
     one = {"vit.encoder.layer.0.attention.attention.key.bias": tensor.of_array(
         np.zeros(4, np.float32)
     )}
-    ours, left_over = names.to_ours(names.HUGGINGFACE_MAE, one)
+    ours, left_over = spellings.to_ours(spellings.HUGGINGFACE_MAE, one)
     assert ours == {} and left_over == list(one)
 
 
@@ -104,24 +108,26 @@ def test_a_part_without_its_others_is_left_over():
 ])
 def test_names_that_only_resemble_ours_are_left_over(name):
     value = {name: tensor.of_array(np.zeros(4, np.float32))}
-    assert names.to_ours(names.MAE, value) == ({}, [name])
+    assert spellings.to_ours(spellings.MAE, value) == ({}, [name])
 
 
 def test_a_tensor_of_another_rank_is_left_over_and_not_transposed():
     value = {"head.weight": tensor.of_array(np.zeros((3, 4, 1), np.float32))}
-    assert names.to_ours(names.TIMM, value) == ({}, ["head.weight"])
+    assert spellings.to_ours(spellings.TIMM, value) == ({}, ["head.weight"])
 
 
 def test_a_misfit_lists_every_difference_under_their_names():
     variables = _variables(**MAE)
-    theirs, _ = names.to_theirs(names.MAE, names.tensors_of(variables), patch_size=4)
+    theirs, _ = spellings.to_theirs(
+        spellings.MAE, names.tensors_of(variables), patch_size=4
+    )
     del theirs["norm.bias"]
     theirs["extra"] = tensor.of_array(np.zeros(3, np.float32))
     theirs["mask_token"] = tensor.of_array(np.zeros((1, 1, 7), np.float32))
-    ours, left_over = names.to_ours(names.MAE, theirs)
+    ours, left_over = spellings.to_ours(spellings.MAE, theirs)
     with pytest.raises(ConversionError) as error:
         names.variables_of(
-            ours, variables, table=names.MAE, left_over=left_over, reason="a test"
+            ours, variables, table=spellings.MAE, left_over=left_over, reason="a test"
         )
     text = str(error.value)
     assert "only in the model (1):\n    norm.bias" in text

@@ -88,7 +88,7 @@ _FLAGS = {
     },
     "export": {
         "format": Flag(
-            _writable, "timm, huggingface, mae or safetensors", required=True
+            _writable, "timm, huggingface, mae, simmim or safetensors", required=True
         ),
         **_PARTS,
         "fresh_norm": Flag(

@@ -4,7 +4,7 @@
     export_weights("runs/mine", "weights/mine_timm", format="timm")
     print(inspect("weights/mae_vitb"))
 
-`tensor` and `names` rename and re-lay tensors one at a time; `torch_file` and
+`spellings` and `names` rename and re-lay tensors one at a time; `torch_file` and
 `safetensors_file` read and write them, `contents` finds those of a ViT in a file;
 `cards` and `structure` know what model they are of; `opening` opens any format, with
 `foreign` for those of others, `exporting` writes any; `checks` sends images through
@@ -82,7 +82,7 @@ def export_weights(
 
     Args:
       to: a folder for "timm" and "huggingface", else a file; must not exist yet.
-      format: "timm", "huggingface", "mae" or "safetensors".
+      format: "timm", "huggingface", "mae", "simmim" or "safetensors".
       parts: "all", or "encoder" for the encoder by itself.
       step: of a run; the newest intact one if not given.
       fresh_norm: see `exporting.write_huggingface`.

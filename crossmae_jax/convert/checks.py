@@ -2,8 +2,8 @@
 
 Tables of names and layouts cannot prove themselves. What proves them is another
 implementation that makes of its file what our model makes of ours: of the formats mae
-and timm timm's VisionTransformer, of huggingface the class of transformers that
-config.json names. Our own files are read back, tensor by tensor.
+and timm timm's VisionTransformer, of simmim its Beit, of huggingface the class of
+transformers that config.json names. Our own files are read back, tensor by tensor.
 
 The other side runs first and is gone before our tensors are read: one model is in
 memory at a time. What a file does not tell, such as the number of heads of a bare .pth,
@@ -33,6 +33,7 @@ from crossmae_jax.convert import (
     opened,
     opening,
     packages,
+    spellings,
     structure,
 )
 from crossmae_jax.convert.cards import Card
@@ -74,7 +75,7 @@ def compare(
     Args:
       weights: our side.
       path: what the other side reads: the imported file, or the exported one.
-      format: of that file: "mae", "timm", "huggingface" or "safetensors".
+      format: of that file: "mae", "simmim", "timm", "huggingface" or "safetensors".
       place: of the tensors in it, as in `contents.Contents`, if it has several.
 
     Raises:
@@ -91,7 +92,7 @@ def compare(
     import safetensors
 
     reader = f"{package} {importlib.import_module(package).__version__}"
-    run = _timm if package == "timm" else _transformers
+    run = {"simmim": _beit, "huggingface": _transformers}.get(format, _timm)
     images, noise = _inputs(weights.card)
     try:
         theirs, lines = run(weights, path, images, noise, place)
@@ -199,7 +200,7 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     if path.is_dir():
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
     else:
-        state = _state(path, place)
+        state = _with_layer_scale(_state(path, place))
         if card.kind == "pretrain":
             state, lines = _encoder_state(weights, state)
             card = card.encoder_only()
@@ -255,8 +256,12 @@ def _state(path: Path, place: str | None) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     flat, held = _flat(content), contents.read(path, under=place)
     beginning = f"{held.place}.".lstrip(".")
-    state = {name: flat[beginning + name].float() for name in held.tensors}
-    for number in "12":  # as DeiT's authors and as timm call it
+    return {name: flat[beginning + name].float() for name in held.tensors}
+
+
+def _with_layer_scale(state: dict[str, Any]) -> dict[str, Any]:
+    """Returns tensors with layer scale called as timm, and not DeiT's authors, do."""
+    for number in "12":
         state = {
             name.replace(f".gamma_{number}", f".ls{number}.gamma"): value
             for name, value in state.items()
@@ -281,9 +286,9 @@ def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
         name: Tensor(tuple(x.shape), np.dtype(np.float32), lambda x=x: x.numpy())
         for name, x in state.items()
     }
-    ours, unknown = names.to_ours(names.MAE, theirs)
+    ours, unknown = spellings.to_ours(spellings.MAE, theirs)
     _check_same(ours, weights.tensors, but="encoder/", left_over=unknown)
-    _, rest = names.to_ours(names.TIMM, theirs)
+    _, rest = spellings.to_ours(spellings.TIMM, theirs)
     state = _as_added(state)
     state = {name: x for name, x in state.items() if name not in rest}
     return state, [
@@ -302,6 +307,48 @@ def _as_added(state: dict[str, Any]) -> dict[str, Any]:
     positions = state["pos_embed"].clone()
     positions[:, 0] = 0
     return state | {"pos_embed": positions}
+
+
+def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
+    """Returns what timm's Beit makes of a file of SimMIM."""
+    import torch
+    from timm.models import beit
+
+    card, lines = weights.card, []
+    encoder, classifies = card.encoder, card.kind == "classifier"
+    state = {
+        name.removeprefix("encoder."): value
+        for name, value in _state(path, place).items()
+        if not name.endswith(("relative_position_index", "mask_token"))
+    }
+    behind = [name for name in state if name.startswith("decoder.")]
+    if behind:
+        lines.append(
+            "not checked: the outputs of the decoder, one layer, for want of a package "
+            "with one"
+        )
+    state = {name: x for name, x in state.items() if name not in behind}
+    model = beit.Beit(
+        img_size=card.image_size, patch_size=card.patch_size, in_chans=card.channels,
+        num_classes=card.model["num_classes"] if classifies else 0,
+        global_pool="avg" if card.model.get("pool") == "mean" else "token",
+        embed_dim=encoder.dim, depth=encoder.depth, num_heads=encoder.num_heads,
+        qkv_bias=encoder.qkv_bias == "qv", mlp_ratio=encoder.mlp_ratio,
+        init_values=encoder.layer_scale,
+        use_abs_pos_emb=encoder.positions != "none",
+        use_rel_pos_bias=encoder.relative_bias == "per_block",
+        use_shared_rel_pos_bias=encoder.relative_bias == "shared",
+    )
+    model.load_state_dict(state, strict=True)
+    model.eval()
+    with torch.inference_mode():
+        tokens = model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
+        outputs = {"tokens": tokens}
+        if classifies:
+            outputs["features"] = model.forward_head(tokens, pre_logits=True)
+            if card.model["num_classes"]:
+                outputs["logits"] = model.forward_head(tokens)
+    return {name: value.numpy() for name, value in outputs.items()}, lines
 
 
 def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:

@@ -2,8 +2,9 @@
 
 Training scripts put tensors into dictionaries (`model`, `state_dict_ema`, `teacher`),
 and before their names what the model was wrapped in (`module._orig_mod.`,
-`backbone.`). Where a patch projection is, there is a ViT: a place is the keys of the
-dictionaries and what its names begin with, joined by dots. If a file has one place, it
+`backbone.`). Where a patch projection is, there is a ViT, in SimMIM's files with its
+decoder: a place is the keys of the dictionaries and what its names begin with, joined
+by dots. If a file has one place, it
 is taken; if it has several, or other tensors beside it, the user says which: `under`.
 """
 
@@ -149,7 +150,7 @@ def _places(level: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[_Place]:
         for projection in _PROJECTIONS:
             prefix = name.removesuffix(projection)
             if prefix != name and (not prefix or prefix.endswith(".")):
-                prefixes.append(prefix)
+                prefixes.append(_of_whole_model(prefix, tensors))
                 break
     for prefix in prefixes:
         # What is under a longer one is not of this one.
@@ -165,6 +166,16 @@ def _places(level: dict[Any, Any], keys: tuple[str, ...]) -> Iterator[_Place]:
         for key, value in level.items():
             if isinstance(key, str) and isinstance(value, dict):
                 yield from _places(value, (*keys, key))
+
+
+def _of_whole_model(prefix: str, tensors: dict[str, Tensor]) -> str:
+    """Returns what names begin with; of SimMIM's without the "encoder." in them.
+
+    In its files a layer lies beside the encoder, and both are one model.
+    """
+    outer = prefix.removesuffix("encoder.")
+    whole = outer in ("", prefix) or outer.endswith(".")
+    return outer if whole and f"{outer}decoder.0.weight" in tensors else prefix
 
 
 def _taken(content: dict[Any, Any], place: _Place, *, asked: bool) -> Contents:

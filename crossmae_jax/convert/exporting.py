@@ -4,6 +4,7 @@
     huggingface   a folder: ViTMAEForPreTraining.from_pretrained(PATH), ViTModel or
                   ViTForImageClassification
     mae           a .pth file with the names of facebookresearch/mae or CrossMAE
+    simmim        a .pth file with the names of microsoft/SimMIM's ViT
     safetensors   a .safetensors file with our names and a card
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crossmae_jax.convert import contents, folding, names, opened, structure
+from crossmae_jax.convert import contents, folding, names, opened, spellings, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
@@ -38,7 +39,8 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
     if parts == "encoder" and card.kind != "encoder":
         return opened.encoder_of(weights), []
-    if "aggregator" in card.parts and format in ("mae", "huggingface"):
+    _check_encoder(card, format)
+    if "aggregator" in card.parts and format in ("mae", "huggingface", "simmim"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
             "the decoder is another model; export the encoder with parts='encoder', or "
@@ -79,19 +81,50 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     return weights, lines
 
 
-def _table(format: str, card: Card) -> names.Table:
+def _check_encoder(card: Card, format: str) -> None:
+    """Raises ConversionError if a format means another encoder by the same names."""
+    encoder = card.encoder
+    own = [
+        f"{name}={value!r}" for name, value, usual in (
+            ("qkv_bias", encoder.qkv_bias, "qkv"),
+            ("relative_bias", encoder.relative_bias, "none"),
+            ("layer_scale", encoder.layer_scale, None),
+            ("mask_tokens", encoder.mask_tokens, False),
+        ) if value != usual
+    ]
+    if format in ("timm", "huggingface", "mae") and own:
+        raise ConversionError(
+            f"The format {format} has no place for an encoder with {', '.join(own)}; "
+            "take format 'simmim', whose names timm's Beit has, too, or 'safetensors'."
+        )
+    if format == "simmim" and encoder.qkv_bias == "qkv":
+        raise ConversionError(
+            "SimMIM's ViT has no bias of keys, this encoder has one; take another "
+            "format."
+        )
+    if format == "simmim" and card.kind == "pretrain" and card.channels != 3:
+        raise ConversionError(
+            f"SimMIM's decoder predicts three channels, this one {card.channels}; "
+            "export the encoder with parts='encoder', or take format 'safetensors'."
+        )
+
+
+def _table(format: str, card: Card) -> spellings.Table:
     """Returns the names that another library's format has for a model of this kind."""
+    if format == "simmim":
+        classifies = card.kind == "classifier"
+        return spellings.SIMMIM_CLASSIFIER if classifies else spellings.SIMMIM
     if format == "huggingface":
         return {
-            "pretrain": names.HUGGINGFACE_MAE, "encoder": names.HUGGINGFACE_VIT,
-            "classifier": names.HUGGINGFACE_CLASSIFIER,
+            "pretrain": spellings.HUGGINGFACE_MAE, "encoder": spellings.HUGGINGFACE_VIT,
+            "classifier": spellings.HUGGINGFACE_CLASSIFIER,
         }[card.kind]
-    return {"mae": names.MAE, "timm": names.TIMM}[format]
+    return {"mae": spellings.MAE, "timm": spellings.TIMM}[format]
 
 
 def _left_over(format: str, weights: Weights) -> list[str]:
     """Returns the tensors for which a format has no names."""
-    return names.to_theirs(
+    return spellings.to_theirs(
         _table(format, weights.card), weights.tensors,
         patch_size=weights.card.patch_size,
     )[1]
@@ -145,6 +178,13 @@ def write_mae(weights: Weights, path: Path) -> None:
         )
     torch_file.write(path, {
         "model": _theirs(weights, "mae"), opened.EMBEDDED: weights.card.to_json(),
+    })
+
+
+def write_simmim(weights: Weights, path: Path) -> None:
+    """Writes a .pth file that SimMIM's scripts load: the tensors under "model"."""
+    torch_file.write(path, {
+        "model": _theirs(weights, "simmim"), opened.EMBEDDED: weights.card.to_json(),
     })
 
 
@@ -204,7 +244,7 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
 
 
 def _theirs(weights: Weights, format: str) -> Tensors:
-    theirs, left_over = names.to_theirs(
+    theirs, left_over = spellings.to_theirs(
         _table(format, weights.card), weights.tensors,
         patch_size=weights.card.patch_size,
     )
@@ -304,5 +344,6 @@ WRITERS: dict[str, tuple[Callable[..., None], str]] = {
     "timm": (write_timm, ""),
     "huggingface": (write_huggingface, ""),
     "mae": (write_mae, ".pth"),
+    "simmim": (write_simmim, ".pth"),
     "safetensors": (write_safetensors, ".safetensors"),
 }

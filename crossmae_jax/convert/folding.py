@@ -17,7 +17,7 @@ import numpy as np
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.models.classifier import BatchNorm
 
-# Where a layer scale follows, by what `names.FOLDED` calls it.
+# Where a layer scale follows, by what `spellings.FOLDED` calls it.
 _SCALED = {"ls1": "attn/proj", "ls2": "mlp/fc2"}
 
 

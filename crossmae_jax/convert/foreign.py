@@ -15,6 +15,7 @@ from crossmae_jax.convert import (
     hints,
     names,
     opened,
+    spellings,
     structure,
 )
 from crossmae_jax.convert.cards import Card
@@ -27,13 +28,16 @@ _POOLER = ("pooler.dense.weight", "pooler.dense.bias")  # behind a ViTModel's en
 # transformers 5 writes the blocks of ViTMAE's decoder under this name; it reads both.
 _SPELLINGS = {"decoder.decoder_encoder.layer.": "decoder.decoder_layers."}
 _TABLES = {
-    "mae": (names.MAE,),
-    "timm": (names.TIMM,),
+    "mae": (spellings.MAE,),
+    "timm": (spellings.TIMM,),
     "huggingface": (
-        names.HUGGINGFACE_MAE, names.HUGGINGFACE_VIT, names.HUGGINGFACE_CLASSIFIER
+        spellings.HUGGINGFACE_MAE, spellings.HUGGINGFACE_VIT,
+        spellings.HUGGINGFACE_CLASSIFIER,
     ),
+    "simmim": (spellings.SIMMIM, spellings.SIMMIM_CLASSIFIER),
 }
-_COUNTER = "head.0.num_batches_tracked"  # of a batch norm, without use
+# Without use: of a batch norm, and numbers of rows that follow from the grid.
+_UNUSED = ("head.0.num_batches_tracked", "relative_position_index")
 # Parts of models that change every token, by the words in their names.
 _UNHELD = {
     "reg_token": "register tokens", "register_tokens": "register tokens",
@@ -70,6 +74,8 @@ def find(
             facts = hints.of_huggingface(path, config, evidence)
         elif format == "timm":
             facts = hints.of_timm(config, evidence)
+        elif format == "simmim":
+            facts = Facts(normalize=False)  # its target is never standardised
         else:
             facts = hints.of_mae(held.rest, evidence)
     if format == "huggingface":
@@ -93,11 +99,11 @@ def open_source(
     _check_held(tensors, path)
     # ViTMAEForPreTraining has a prefix that an encoder by itself lacks.
     table = min(
-        _TABLES[format], key=lambda table: len(names.to_ours(table, tensors)[1])
+        _TABLES[format], key=lambda table: len(spellings.to_ours(table, tensors)[1])
     )
-    ours, left_over = names.to_ours((*table, *names.FOLDED), tensors)
-    left_over = [name for name in left_over if not name.endswith(_COUNTER)]
-    patch_name = names.their_names(table, "encoder/patch_embed/proj/kernel")[0]
+    ours, left_over = spellings.to_ours((*table, *spellings.FOLDED), tensors)
+    left_over = [name for name in left_over if not name.endswith(_UNUSED)]
+    patch_name = spellings.their_names(table, "encoder/patch_embed/proj/kernel")[0]
     if patch_name not in tensors or len(tensors[patch_name].shape) != 4:
         raise ConversionError(
             f"{path} is not of the format {format}: it has no {patch_name} of 4 axes."
@@ -129,7 +135,7 @@ def open_source(
         )
     advice = "; to take the encoder alone: parts='encoder', or --parts=encoder"
     opened.check(
-        ours, card, path, table=(*table, *names.FOLDED), left_over=left_over,
+        ours, card, path, table=(*table, *spellings.FOLDED), left_over=left_over,
         advice=advice if any(map(comes_after, left_over)) else "",
     )
     return Weights(
@@ -159,12 +165,13 @@ def _with_imagenet(
     facts: Facts, format: str, channels: int, assumed: dict[str, str]
 ) -> Facts:
     """Adds what the reference's code always normalises with."""
-    if format != "mae" or channels != 3 or (facts.mean, facts.std) != (None, None):
+    code = {"mae": "MAE", "simmim": "SimMIM"}.get(format)
+    if not code or channels != 3 or (facts.mean, facts.std) != (None, None):
         return facts
     for name, values in zip(("mean", "std"), hints.IMAGENET, strict=True):
         assumed[name] = (
-            f"{name} {' '.join(map(str, values))}, ImageNet's, as MAE's code has; give "
-            f"{name} if not"
+            f"{name} {' '.join(map(str, values))}, ImageNet's, as {code}'s code has; "
+            f"give {name} if not"
         )
     mean, std = hints.IMAGENET
     return dataclasses.replace(facts, mean=mean, std=std)

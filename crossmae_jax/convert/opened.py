@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from crossmae_jax.convert import hints, names, structure
+from crossmae_jax.convert import hints, names, spellings, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.names import ConversionError, Untold
@@ -58,7 +58,7 @@ def with_usable_names(weights: Weights) -> Weights:
 
 
 def check(
-    tensors: Tensors, card: Card, path: AnyPath, *, table: names.Table = (),
+    tensors: Tensors, card: Card, path: AnyPath, *, table: spellings.Table = (),
     left_over: list[str] | None = None, advice: str = "",
 ) -> None:
     """Raises ConversionError unless tensors are exactly those of the card's model.

@@ -3,6 +3,7 @@
     run             a --workdir: config.json and checkpoints/
     safetensors     ours: a .safetensors file with a card, or the folder of an import
     mae             a .pth file with the names of facebookresearch/mae or CrossMAE
+    simmim          a .pth file with the names of microsoft/SimMIM's ViT, or BEiT's
     timm            .safetensors or .pth with timm's names, or a folder with config.json
     huggingface     a folder of transformers: ViTMAEForPreTraining, an encoder or a
                     ViTForImageClassification
@@ -12,6 +13,7 @@ Nothing is read but descriptions; tensors come when they are asked for.
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,13 @@ from crossmae_jax.convert.opened import CARD, Weights
 from crossmae_jax.paths import AnyPath
 from crossmae_jax.runs import workdir
 
-FORMATS = ("run", "safetensors", "mae", "timm", "huggingface")
+FORMATS = ("run", "safetensors", "mae", "simmim", "timm", "huggingface")
+
+# What SimMIM's ViT has and MAE's has not.
+_OF_SIMMIM = re.compile(
+    r"^(encoder\.)?(blocks\.0\.attn\.(q_bias|relative_position_bias_table)"
+    r"|rel_pos_bias\.relative_position_bias_table)$|^encoder\.blocks\.0\."
+)
 
 
 def open_weights(
@@ -141,6 +149,8 @@ def recognise(path: AnyPath, *, under: str | None = None) -> tuple[str, str]:
         return "safetensors", "a card of ours in its metadata"
     if any(".patch_embeddings." in name for name in tensors):
         return "huggingface", "names like embeddings.patch_embeddings"
+    if any(_OF_SIMMIM.search(name) for name in tensors):
+        return "simmim", "names like blocks.0.attn.q_bias, of SimMIM's and BEiT's ViT"
     if "patch_embed.proj.weight" in tensors:
         if "mask_token" in tensors:
             return "mae", "a mask_token and names like decoder_blocks.0"

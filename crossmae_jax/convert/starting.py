@@ -7,8 +7,10 @@ What is loaded is decided by part, and a part is loaded whole or not at all:
 A part that both sides have must agree in every name and shape, and in what shapes do
 not show: heads, the maps that are mixed. A part of another kind (MAE's decoder for
 CrossMAE's, MFF's fusion for inter-block attention) is left unused, and the model's own
-stays new. The aggregators of several targets are one part. Position tables are
-resized to the model's grid. Anything else is an error.
+stays new. The aggregators of several targets are one part. Tables of positions and of
+relative biases are resized to the model's grid, a bias that all blocks shared is copied
+where each has its own, and a mask token of the encoder is left out where it would have
+none. Anything else is an error.
 """
 
 import collections
@@ -24,12 +26,12 @@ import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from crossmae_jax.convert import names, opening, structure
+from crossmae_jax.convert import names, opening, resizing, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.models import encoders, mim, posemb
+from crossmae_jax.models import encoders, mim
 from crossmae_jax.runs import workdir
 
 PARTS = (
@@ -140,7 +142,7 @@ def plan(
     if classes and card.classes and card.classes != classes:
         parts.discard("head")
     _check_hidden(card, config, parts)
-    changed = _adapt(theirs, card, config, path) + _resize(theirs, card, config)
+    changed = _adapt(theirs, card, config, path) + _fit_encoder(theirs, card, config)
     names.check_match(
         {name: value for name, value in theirs.items() if _part(name) in parts},
         {name: leaf.shape for name, leaf in ours.items() if _part(name) in parts},
@@ -154,7 +156,7 @@ def plan(
         _line("loaded", loaded),
         _line("new", new, "drawn at random"),
         _line("unused", [name for name in theirs if name not in loaded]),
-        f"  resized  {'; '.join(changed) or 'nothing'}",
+        f"  adapted  {'; '.join(changed) or 'nothing'}",
         *(f"  assumed  {line}" for line in _assumed(card, config, parts)),
         *(f"  note     {line}" for line in weights.changed),
         *(f"  note     {line}" for line in _notes(card, config, parts, classes)),
@@ -321,18 +323,18 @@ def adapt_channels(
     return einops.rearrange(new, "pp c d -> (pp c) d").astype(kernel.dtype)
 
 
-def _resize(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
-    new_grid = encoders.build_encoder(config).grid
-    grid = card.grid_for(new_grid)
-    if grid == new_grid:
-        return []
-    for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
-        if name in theirs:
-            theirs[name] = theirs[name].then(functools.partial(
-                posemb.resize, grid=grid, new_grid=new_grid
-            ))
-    (rows, columns), (new_rows, new_columns) = grid, new_grid
-    return [f"position tables {rows} x {columns} -> {new_rows} x {new_columns} patches"]
+def _fit_encoder(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
+    """Brings what tells places to the model's grid and blocks; drops a mask token.
+
+    That of SimMIM's encoder has no place in one that sees no masked patches.
+    """
+    encoder, lines = encoders.build_encoder(config), []
+    if not encoder.mask_tokens:
+        theirs.pop("encoder/mask_token", None)
+    if encoder.relative_bias == "per_block":
+        lines += resizing.bias_for_each_block(theirs, depth=card.encoder.depth)
+    grid = card.grid_for(encoder.grid)
+    return lines + resizing.resize(theirs, grid=grid, new_grid=encoder.grid)
 
 
 def _reason(card: Card, config: ConfigDict) -> str:
@@ -348,6 +350,12 @@ def _reason(card: Card, config: ConfigDict) -> str:
     ):
         if name in theirs and name in ours and theirs[name] != ours[name]:
             differences.append(f"file has {name}={theirs[name]}, model {ours[name]}")
+    sides = (card.encoder, encoders.build_encoder(config))
+    for name in ("positions", "relative_bias", "qkv_bias", "layer_scale"):
+        a, b = (getattr(side, name) for side in sides)
+        # Whatever it began with, it is a tensor now.
+        if (a is None) != (b is None) if name == "layer_scale" else a != b:
+            differences.append(f"file has encoder.{name}={a}, model {b}")
     if card.channels != config.data.channels:
         differences.append(
             f"file is for {card.channels} channels, model for {config.data.channels}"

@@ -7,20 +7,18 @@ caller says. If it is in none of them, what is usual is assumed where there is s
 usual, and the card says so (`Card.assumed`); else that is an error.
 """
 
-import math
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from crossmae_jax.convert import names
+from crossmae_jax.convert import encoder_structure, names
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError, Untold
-from crossmae_jax.models import classifier, encoders, mim, vit
+from crossmae_jax.models import classifier, encoders, mim
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.runs import settings
 
@@ -99,14 +97,14 @@ def infer(
     Raises:
       ConversionError: if a fact is missing, or the tensors are of no model of ours.
     """
-    encoder, image_size = _encoder_settings(
+    encoder, image_size = encoder_structure.settings(
         tensors, patch, facts, fallback, evidence, assumed
     )
     model: dict[str, Any] = {"encoder": encoder}
     channels, kind, masking, classes = patch[1], "encoder", None, None
     _check_statistics(facts, channels)
     if any(name.startswith("decoder/") for name in tensors):
-        kind, depth = "pretrain", _depth(tensors, "encoder/blocks_")
+        kind, depth = "pretrain", encoder_structure.depth_of(tensors, "encoder/blocks_")
         model |= _decoder_settings(tensors, depth, facts, fallback, evidence, assumed)
         masking = _masking_settings(tensors, facts)
         if facts.normalize is None:
@@ -131,43 +129,6 @@ def infer(
         mean=facts.mean, std=facts.std, normalize=facts.normalize, masking=masking,
         recipe=recipe, step=None, origin=origin, classes=classes, assumed=assumed,
     )
-
-
-def _encoder_settings(
-    tensors: Tensors, patch: tuple[int, ...], facts: Facts, fallback: Facts,
-    evidence: list[str], assumed: dict[str, str],
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """Returns `config.model.encoder`, and the size of the images."""
-    depth = _depth(tensors, "encoder/blocks_")
-    dim, channels, patch_size = patch[0], patch[1], patch[2]
-    needed = {  # with their ranks
-        "encoder/cls_token": 3, "encoder/pos_embed": 2,
-        "encoder/blocks_0/mlp/fc1/bias": 1,
-    }
-    missing = [
-        name for name, rank in needed.items()
-        if name not in tensors or len(tensors[name].shape) != rank
-    ]
-    if patch[2] != patch[3]:
-        missing.append("square patches")
-    if missing:
-        raise ConversionError(
-            "This is no ViT as we build them, with a class token, an absolute position "
-            f"table, blocks and square patches; missing: {', '.join(missing)}."
-        )
-    size, heads = _size(dim, depth, facts, fallback, assumed)
-    image_size, grid = _image_size(
-        max(tensors["encoder/pos_embed"].shape[0] - 1, 0), patch_size, facts, fallback,
-        assumed,
-    )
-    evidence.append(
-        f"encoder: width {dim}, depth {depth}, {heads} heads; patches of {patch_size}, "
-        f"{channels} channels, {grid[0]} x {grid[1]} patches: {image_size[0]} x "
-        f"{image_size[1]} px"
-    )
-    mlp_ratio = _mlp_ratio(tensors, "encoder/blocks_0", dim)
-    encoder = dict(kind="vit", size=f"{size}/{patch_size}", mlp_ratio=mlp_ratio)
-    return encoder, image_size
 
 
 def _check_statistics(facts: Facts, channels: int) -> None:
@@ -223,103 +184,22 @@ def _head_settings(
     return {"pool": usual, "num_classes": num_classes}
 
 
-def _depth(tensors: Tensors, prefix: str) -> int:
-    pattern = re.compile(rf"{prefix}(\d+)/")
-    blocks = {int(match[1]) for name in tensors if (match := pattern.match(name))}
-    for number in range(len(blocks)):
-        if number not in blocks:
-            raise ConversionError(
-                f"The file has blocks up to {max(blocks)}, but no {prefix}{number}."
-            )
-    return len(blocks)
-
-
-def _mlp_ratio(tensors: Tensors, block: str, dim: int) -> float:
-    hidden = tensors[f"{block}/mlp/fc1/bias"].shape[0]
-    if int(dim * (hidden / dim)) != hidden:  # rounded down to just below, as 240 / 176
-        return (hidden + 0.5) / dim
-    return hidden / dim
-
-
-def _size(
-    dim: int, depth: int, facts: Facts, fallback: Facts, assumed: dict[str, str]
-) -> tuple[str, int]:
-    """Returns the size of the encoder as configs write it, and its number of heads."""
-    known = {size[:2]: name for name, size in vit.SIZES.items()}.get((dim, depth))
-    num_heads = facts.num_heads
-    if num_heads is None and known:
-        num_heads = vit.SIZES[known].num_heads
-        assumed["num_heads"] = (
-            f"{num_heads} heads of the encoder, as ViT-{known} has; give num_heads if "
-            "not"
-        )
-    elif num_heads is None:
-        num_heads = fallback.num_heads
-        assumed["num_heads"] = f"{num_heads} heads of the encoder"
-    if num_heads is None:
-        raise Untold(
-            f"Width {dim} and depth {depth} are no published size, so that the number "
-            "of heads cannot be told from the tensors; give num_heads.",
-            flags="--num_heads=N",
-        )
-    if known and num_heads == vit.SIZES[known].num_heads:
-        return known, num_heads
-    return f"W{dim}-D{depth}-H{num_heads}", num_heads
-
-
-def _image_size(
-    num_patches: int, patch_size: int, facts: Facts, fallback: Facts,
-    assumed: dict[str, str],
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns height and width in pixels and in patches."""
-    side, size = math.isqrt(num_patches), facts.image_size
-    square = side**2 == num_patches
-    if size is None and square:
-        if side > 1:
-            assumed["image_size"] = (
-                f"{num_patches} patches are a square of {side} x {side}; give "
-                "image_size if not"
-            )
-        return (side * patch_size, side * patch_size), (side, side)
-    if size is None and fallback.image_size is not None:
-        rows, columns = (length // patch_size for length in fallback.image_size)
-        if rows * columns == num_patches:
-            size = fallback.image_size
-            assumed["image_size"] = f"{num_patches} patches are {rows} x {columns}"
-    if size is None:
-        raise Untold(
-            f"{num_patches} positions form no square; give image_size, the height and "
-            "width in pixels that they are for: convert import --image_size=H,W."
-            + _without_class_row(num_patches + 1, patch_size),
-            flags="--image_size=H,W",
-        )
-    grid = tuple(length // patch_size for length in size)
-    fits = all(length % patch_size == 0 for length in size)
-    if not fits or grid[0] * grid[1] != num_patches:
-        raise ConversionError(
-            f"image_size={size} has {grid[0]} x {grid[1]} patches of "
-            f"{patch_size} px, but the file has positions for {num_patches}."
-        )
-    return size, grid
-
-
-def _without_class_row(rows: int, patch_size: int) -> str:
-    """Says what size to give if the table has no row for the class token."""
-    length = math.isqrt(rows) * patch_size
-    return "" if math.isqrt(rows)**2 != rows else (
-        f" If none of the table's {rows} rows is for the class token, as in DeiT III: "
-        f"--image_size={length},{length}."
-    )
-
-
 def _decoder_settings(
     tensors: Tensors, depth: int, facts: Facts, fallback: Facts, evidence: list[str],
     assumed: dict[str, str],
 ) -> dict[str, Any]:
+    if "encoder/mask_token" in tensors and "decoder/decoder_pred/bias" in tensors:
+        evidence.append("decoder: one layer, as SimMIM's")
+        return dict(
+            fusion=dict(kind="last"), decoder=dict(kind="linear", norm=False),
+            aggregator=dict(
+                kind="none", kernel_size=7, rewrites_retained=False, visible="decoder"
+            ),
+        )
     if "decoder/mask_token" not in tensors or not tensors["decoder/mask_token"].shape:
         raise ConversionError("The file has parts of a decoder, but no mask token.")
     dim = tensors["decoder/mask_token"].shape[-1]
-    decoder_depth = _depth(tensors, "decoder/decoder_blocks_")
+    decoder_depth = encoder_structure.depth_of(tensors, "decoder/decoder_blocks_")
     heads = facts.decoder_heads
     if heads is None:
         heads = _DECODER_HEADS.get(dim, fallback.decoder_heads)
@@ -355,8 +235,8 @@ def _decoder_settings(
         ),
         decoder=dict(
             kind="cross" if crosses else "mae", dim=dim, depth=decoder_depth,
-            num_heads=heads, mlp_ratio=_mlp_ratio(tensors, first, dim),
-            self_attention=attends,
+            num_heads=heads, self_attention=attends,
+            mlp_ratio=encoder_structure.mlp_ratio_of(tensors, first, dim),
         ),
         aggregator=dict(
             kind="none", kernel_size=7, rewrites_retained=False,

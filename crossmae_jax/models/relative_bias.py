@@ -12,7 +12,6 @@ The row of an offset is that of the query less that of the key, columns fastest:
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.interpolate
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -101,6 +100,8 @@ def resize(
             f"A table of a grid of {grid[0]}x{grid[1]} cannot be resized to "
             f"{new_grid[0]}x{new_grid[1]}: both need 3 patches or more a side."
         )
+    import scipy.interpolate  # takes longer than most of what starts with a run
+
     known = [_distances(*sides) for sides in zip(grid, new_grid, strict=True)]
     wanted = [np.arange(1 - side, side, dtype=np.float64) for side in new_grid]
     of_offsets = table[:-OF_CLASS_TOKEN].astype(np.float64)

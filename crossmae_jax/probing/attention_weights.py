@@ -179,10 +179,11 @@ def predict_without(
         )
     if kind is None:
         return model.apply(variables, images, ids)
-    if not model.decoder.gives_visible:
+    if not model.decoder.gives_visible or not model.decoder.depth:
         raise ValueError(
             f"without={kind!r} is about one self-attention over visible and masked "
-            "patches, which a CrossMAE does not have; load an MAE."
+            f"patches, which {model.decoder.method}'s decoder does not have; load an "
+            "MAE."
         )
     if model.aggregators:
         raise ValueError(

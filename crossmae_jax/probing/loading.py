@@ -1,7 +1,6 @@
 """Weights of any format, ready to be looked into: `crossmae_jax.load(path)`."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from crossmae_jax.convert import names, opening, structure
+from crossmae_jax.convert import names, opening, resizing, structure
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
-from crossmae_jax.models import posemb
 from crossmae_jax.probing import pretrained
 
 
@@ -58,11 +56,7 @@ def load(
             )
         new_grid = resized.encoder.grid
         grid = card.grid_for(new_grid)
-        for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
-            if name in tensors:
-                tensors[name] = tensors[name].then(functools.partial(
-                    posemb.resize, grid=grid, new_grid=new_grid
-                ))
+        resizing.resize(tensors, grid=grid, new_grid=new_grid)
         if grid == new_grid:  # which tells what was assumed
             assumed = {k: v for k, v in card.assumed.items() if k != "image_size"}
             resized = dataclasses.replace(resized, assumed=assumed)

@@ -71,6 +71,16 @@ def pictures(card: Card, predicted: Target) -> None:
         )
 
 
+def blocks(card: Card, of_model: Decoder) -> None:
+    """Raises ConversionError if a decoder has no blocks to look into."""
+    if not of_model.depth:
+        raise ConversionError(
+            f"{card.origin}: {of_model.method}'s decoder is one layer without "
+            "attention; what its patches attend to is in the encoder: "
+            "attention_maps(images, part='encoder')."
+        )
+
+
 def one_softmax(card: Card, of_model: Decoder) -> None:
     """Raises SetupError if masked patches attend to each other in a layer apart."""
     if of_model.self_attention and not of_model.gives_visible:

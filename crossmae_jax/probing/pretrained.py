@@ -223,6 +223,7 @@ class Pretrained:
         """
         needs.target(self.card)
         needs.pictures(self.card, self._objective(mask_ratio).target)
+        needs.blocks(self.card, self.model.decoder)
 
         def after(objective, variables, images, ids):
             parts = contributions.contributions(
@@ -255,6 +256,8 @@ class Pretrained:
         if part not in ("decoder", "encoder"):
             raise ValueError(f"Unknown part {part!r}. Known: decoder, encoder.")
         if part == "decoder":
+            needs.decoder(self.card)
+            needs.blocks(self.card, self.model.decoder)
             return self._masked(
                 "attention", _decoder_attention, images, mask_ratio, seed
             )
@@ -279,6 +282,7 @@ class Pretrained:
           SetupError: if masked patches attend to each other in a layer of its own.
         """
         needs.decoder(self.card)
+        needs.blocks(self.card, self.model.decoder)
         needs.one_softmax(self.card, self.model.decoder)
 
         def magnitudes(objective, variables, images, ids):
