@@ -202,6 +202,23 @@ def simmim(size: str) -> dict[str, Any]:
     )
 
 
+def local(size: str) -> dict[str, Any]:
+    """Returns LocalMIM's model: small decoders of four blocks, a scale each."""
+    model = mae(size, decoder_dim=256, decoder_heads=8, decoder_depth=1)
+    model["fusion"].update(kind="taps", maps=(1, 3, -3, -1))
+    model["decoder"]["kind"] = "local"
+    return model
+
+
+def hog(*, bins: int = 9) -> dict[str, Any]:
+    """Returns LocalMIM's target: oriented gradients, in cells of four sizes."""
+    return dict(
+        kind="hog", bins=bins,
+        cells=(4, 8, 16, 32),  # sides in pixels
+        bias=False,  # adds drawn numbers to the gradients, as the code of ViT-L does
+    )
+
+
 def masking(
     *,
     mask_ratio: float = 0.75,

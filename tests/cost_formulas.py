@@ -130,10 +130,69 @@ def simmim(config: ConfigDict) -> counting.Cost:
     )
 
 
+def _cell_head(num_patches: int, wide: int, factor: float, width: int):
+    """Returns MACs and parameters from decoder tokens to the cells of a scale."""
+    macs, params, dim, places = 0, 0, wide, num_patches
+    for features in {4: (wide // 2, wide // 4), 2: (wide // 2,)}.get(factor, ()):
+        macs += places * dim * 4 * features
+        params += dim * 4 * features + features
+        dim, places = features, 4 * places
+    if factor == 4:
+        params += 2 * (wide // 2)
+    places = int(num_patches * factor**2)
+    return macs + places * dim * width, params + _linear(dim, width)
+
+
+def local(config: ConfigDict) -> counting.Cost:
+    """Returns what LocalMIM costs: MAE's encoder, and a small decoder for each scale.
+    """
+    model, target, channels = config.model, config.target, config.data.channels
+    size, patch_size = vit.parse_size(model.encoder.size)
+    rows, columns = grid_size(tuple(config.data.image_size), patch_size)
+    num_patches, patch_dim = rows * columns, patch_size**2 * channels
+    num_keep, num_pred, num_thrown = masking.token_counts(
+        num_patches, mask_ratio=config.masking.mask_ratio,
+        pred_ratio=config.masking.pred_ratio, throw_ratio=config.masking.throw_ratio,
+    )
+    dim, wide, tokens = size.dim, model.decoder.dim, 1 + num_keep + num_pred
+    hidden = int(dim * model.encoder.mlp_ratio)
+    encoder_macs = num_patches * patch_dim * dim
+    encoder_macs += size.depth * _block_macs(num_keep + 1, dim, hidden)
+    encoder_params = _linear(patch_dim, dim) + dim
+    encoder_params += size.depth * _block_params(dim, hidden)
+    macs, params = 0, len(target.cells) * 2 * dim  # norms of the blocks' outputs
+    for cell in target.cells:
+        middle = _mae_decoder(model, dim, num_keep + 1, tokens)
+        head = _cell_head(
+            num_patches, wide, patch_size / cell, target.bins * channels
+        )
+        macs += middle[0] + head[0]
+        params += middle[1] + head[1] + wide + 2 * wide  # mask token, norm
+    taps = model.aggregator.kernel_size**2 * (model.aggregator.kind != "none")
+    mixed = len(target.cells) * taps
+    aggregator = counting.Part(mixed * num_patches * wide, (mixed + 4) * wide * (
+        taps > 0
+    ))
+    everything = encoder_macs + macs + aggregator.macs
+    return counting.Cost(
+        num_patches=num_patches, num_keep=num_keep, num_pred=num_pred,
+        num_thrown=num_thrown, decoder_tokens=tokens,
+        parts={
+            "encoder": counting.Part(encoder_macs, encoder_params),
+            "decoder": counting.Part(macs, params), "aggregator": aggregator,
+        },
+        others={"constants": (num_patches + 1) * (dim + len(target.cells) * wide)},
+        differentiated=everything,
+        computed=everything - (num_patches - num_keep) * patch_dim * dim,
+    )
+
+
 def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
     if config.model.encoder.mask_tokens:
         return simmim(config)
+    if config.model.decoder.kind == "local":
+        return local(config)
     model, channels = config.model, config.data.channels
     size, patch_size = vit.parse_size(model.encoder.size)
     rows, columns = grid_size(tuple(config.data.image_size), patch_size)

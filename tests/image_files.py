@@ -52,5 +52,5 @@ def config(**changes) -> ConfigDict:
         batch_size=8, transform="classification", crop="ten_tries",
         crop_scale=(0.2, 1.0), flip=True, randaug_ops=0, randaug_magnitude=9.0,
         eval_crop_ratio=0.875, workers=0, max_bad_share=0.001,
-        max_pixels=decoding.MAX_PIXELS, max_skipped_share=0.05,
+        max_pixels=decoding.MAX_PIXELS, max_skipped_share=0.05, interpolation="bicubic",
     ) | changes)

@@ -25,6 +25,7 @@ import jax
 from tests import (
     parity_files,
     parity_finetune,
+    parity_local,
     parity_mff,
     parity_models,
     parity_prmim,
@@ -55,6 +56,10 @@ def _kind(data) -> str:
         {"thrown_mask", "features"} <= set(data)
     ):
         return "SimMIM"
+    if "hog_tokens/0" in data:
+        return "oriented gradients"
+    if reference.startswith("LocalMIM"):
+        return "LocalMIM"
     if {"fusion_weights", "fused_before_norm"} <= set(data):
         return "multi-level fusion"
     if {"config", "table"} == set(data):
@@ -80,6 +85,8 @@ NPZ_CHECKS = {
     "transposed posembed": parity_mff.check_posembed,
     "progressive reconstruction": parity_prmim.check_reconstruction,
     "SimMIM": parity_simmim.check,
+    "LocalMIM": parity_local.check_model,
+    "oriented gradients": parity_local.check_target,
     "classifier": parity_finetune.check_classifier,
     "fine-tuning trajectory": parity_finetune.check_trajectory,
     "linear probe": parity_finetune.check_linear_probe,

@@ -1,6 +1,7 @@
 """Parity of fine-tuning and linear probing: classifiers, AdamW by layer, LARS."""
 
 import collections
+import functools
 import json
 import re
 from pathlib import Path
@@ -230,10 +231,11 @@ def check_lars(_path: Path, data: Data, report: Report) -> None:
 _SIZES = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
 
 
-def _published(name: str, *, pooled: bool) -> tuple[Classifier, int]:
+@functools.cache
+def _published(name: str, *, pooled: bool) -> tuple[Any, int]:
     """Makes the classifier that the references call such as vit_large_patch16.
 
-    Returns the model, and the number of its blocks.
+    Returns the shapes of its parameters, and the number of its blocks.
     """
     size = re.fullmatch(rf"vit_({'|'.join(_SIZES)})_patch(\d+)", name)
     if size is None:
@@ -247,17 +249,16 @@ def _published(name: str, *, pooled: bool) -> tuple[Classifier, int]:
         patch_size=patch_size, img_size=16 * patch_size, mlp_ratio=4.0,
         drop_path_rate=0.0, global_pool=pooled, num_classes=1000,
     ))
-    return model, shape.depth
+    images = jnp.zeros((1, *model.encoder.image_size, 3))
+    return jax.eval_shape(model.init, jax.random.key(0), images)["params"], shape.depth
 
 
 def check_layer_decay(cases: list[dict], report: Report) -> None:
     """Factor of the rate and weight decay of every parameter of published models."""
     for case in cases:
-        model, depth = _published(case["model"], pooled=case["global_pool"])
+        params, depth = _published(case["model"], pooled=case["global_pool"])
         what = f"{case['model']}, decay {case['layer_decay']}"
         report.exact(f"{what}, depth", depth, case["depth"])
-        images = jnp.zeros((1, *model.encoder.image_size, 3))
-        params = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
         scales = by_their_name(layerwise.lr_scales(
             params, decay=case["layer_decay"], depth=depth
         ))

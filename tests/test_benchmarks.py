@@ -55,7 +55,7 @@ WRONG_OVERRIDES = {
         "There are: knn, linear, rank, reconstruction.",
     "seed.x=1": "Unknown setting seed.x.",
     "masking=0.5": "masking is a group of settings. There are: mask_ratio, noise, "
-        "pred_ratio, retain, rounding, throw_ratio, together, unit.",
+        "pred_ratio, retain, rounding, throw_by, throw_ratio, together, unit.",
     "optim.base_lr=fast": "optim.base_lr='fast' is of type str; give one of type "
         "float, such as 0.012.",
     "optim.clip_norm=big":

@@ -122,6 +122,8 @@ def test_the_experiments_of_the_papers_are_all_there():
     others = {
         "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
         "vitb_mff", "vitb_simmim", "vitb_simmim_100", "vitb_simmim_prmim",
+        "vitb_local", "vitl_local", "vitb_local_prmim", "digits_local",
+        "finetune_vitb_local", "finetune_vitl_local",
         "digits_simmim", "finetune_vitb_simmim", "digits_cross", "digits_cross_prmim",
         "digits_mae", "folder_cross",
         "folder_cross_knn", "photographs_cross", "photographs_mae", "finetune_vits",
@@ -141,6 +143,11 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
     if path.stem == "vitb_mff":  # the only one whose maps are named
         expected = KEYS | {"model": KEYS["model"] | {
             "fusion": KEYS["model"]["fusion"] | {"maps": tuple},
+        }}
+    if "local" in path.stem and path not in CLASSIFY:
+        maps = KEYS["model"]["fusion"] | {"maps": tuple}
+        expected = KEYS | {"model": KEYS["model"] | {"fusion": maps}, "target": {
+            "kind": str, "bins": int, "cells": tuple, "bias": bool,
         }}
     scaled = KEYS["model"]["encoder"] | {"layer_scale": float}
     if "simmim" in path.stem:  # whose decoder has no block
@@ -216,9 +223,42 @@ def test_the_recipe_of_simmim_is_its_codes():
     )
 
 
+def test_the_recipe_of_localmim_is_its_codes():
+    expected = {  # epochs, warm-up, peak rate, bins, thrown
+        "vitb_local": (1600, 40, 1.6e-3, 9, 0), "vitl_local": (800, 40, 2.4e-3, 18, 0),
+        "vitb_local_prmim": (100, 10, 1.6e-3, 9, 98),
+    }
+    for name, (epochs, warmup, rate, bins, thrown) in expected.items():
+        config = load(ROOT / "configs" / f"{name}.py")
+        assert (config.epochs, config.optim.warmup_epochs) == (epochs, warmup)
+        assert optimizers.peak_lr(config) == pytest.approx(rate)
+        assert config.optim.min_lr == 1e-6
+        objective = OBJECTIVES["pretrain"](config)
+        depth = objective.model.encoder.depth
+        # Blocks 1, 3, depth - 3, depth - 1; position 0 is the encoder's input.
+        maps = (2, 4, depth - 2, depth)
+        assert objective.model.fusion.used_maps == maps
+        assert objective.target.grids == {
+            "hog_4": (56, 56), "hog_8": (28, 28), "hog_16": (14, 14), "hog_32": (7, 7),
+        }
+        assert set(objective.target.widths.values()) == {3 * bins}
+        assert objective.counts.num_thrown == thrown
+        assert len(objective.model.aggregators) == 4 * (thrown > 0)
+    rates = {  # absolute rate at 1024, least rate, warm-up, epochs, decay, drop path
+        "vitb": (2e-3, 1e-5, 20, 100, 0.65, 0.1), "vitl": (3e-3, 1e-6, 5, 50, 0.75, 0.2)
+    }
+    for size, recipe in rates.items():
+        config = load(ROOT / "configs" / f"finetune_{size}_local.py")
+        assert recipe == (
+            pytest.approx(optimizers.peak_lr(config)), config.optim.min_lr,
+            config.optim.warmup_epochs, config.epochs, config.optim.layer_decay,
+            config.model.encoder.drop_path,
+        )
+
+
 @pytest.mark.parametrize("name", [
     name for name in PRETRAIN_NAMES
-    if name.startswith("vit") and "simmim" not in name
+    if name.startswith("vit") and not re.search("simmim|local", name)
 ])
 def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")

@@ -6,6 +6,7 @@ import pytest
 
 from configs import (
     digits_cross,
+    digits_local,
     digits_mae,
     digits_simmim,
     finetune_digits,
@@ -25,7 +26,7 @@ from tests import cost_formulas
 # Every size once, both decoders, both ratios of prediction.
 REAL = (
     vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae,
-    digits_simmim,
+    digits_simmim, digits_local,
 )
 
 

@@ -98,6 +98,11 @@ class Two:
     def widths(self):
         return {"near": 1, "far": self.channels * self.patch_size**2}
 
+    @property
+    def grids(self):
+        grid = tuple(side // self.patch_size for side in self.image_size)
+        return dict.fromkeys(self.widths, grid)
+
     def init(self, key):
         return {}
 

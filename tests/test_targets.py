@@ -54,10 +54,15 @@ def test_one_value_cannot_be_standardised():
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: pixels."),
+    (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: hog, pixels."),
     (dict(kind="pixels"), "target.kind='pixels' needs normalize; set config.target."),
-    (dict(kind="pixels", normalize=True, bins=9),
-     "Unknown option target.bins=9. Known: normalize."),
+    (dict(kind="pixels", normalize=True, bin=9),
+     "Unknown option target.bin=9. Known: bias, bins, cells, normalize."),
+    (dict(kind="pixels", normalize=True, bins=18), "target.bins=18 is an option of "),
+    (dict(kind="hog", cells=(3,)), "Image size 8x8 is not a multiple of patch 3"),
+    (dict(kind="hog", cells=(4, 4)), r"target.cells=\(4, 4\) must be different sides"),
+    (dict(kind="hog", cells=()), r"target.cells=\(\) must be different sides"),
+    (dict(kind="hog", cells=(4,), bins=0), "target.bins"),
 ])
 def test_a_target_that_does_not_exist_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
@@ -197,6 +202,11 @@ class Steepness:
     @property
     def widths(self):
         return {"steepness": 1}
+
+    @property
+    def grids(self):
+        grid = tuple(side // self.patch_size for side in self.image_size)
+        return dict.fromkeys(self.widths, grid)
 
     def init(self, key):
         return {}

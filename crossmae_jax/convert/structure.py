@@ -46,7 +46,7 @@ def config_of(card: Card) -> ConfigDict:
     )
     if card.kind == "pretrain":  # whose card may be older than some settings
         config = settings.completed(config)
-    return ConfigDict(config)
+    return ConfigDict(settings.as_written(config))  # JSON has no tuples
 
 
 def build(card: Card) -> Any:

@@ -30,7 +30,7 @@ class CrossDecoder(nn.Module):
     """
 
     method = "CrossMAE"
-    gives_visible = needs_masked = shares_context = reads_masked = False
+    gives_visible = needs_masked = reads_masked = False
 
     dim: int
     depth: int
@@ -49,6 +49,11 @@ class CrossDecoder(nn.Module):
         )
         parts.only(self.widths)
         super().__post_init__()
+
+    @property
+    def num_contexts(self) -> int:
+        """One for each block."""
+        return self.depth
 
     def setup(self):
         self.mask_token = self.param("mask_token", init_schemes.token, (1, 1, self.dim))

@@ -30,9 +30,9 @@ class LinearDecoder(nn.Module):
     """
 
     method = "SimMIM"
-    gives_visible = needs_masked = shares_context = reads_masked = True
+    gives_visible = needs_masked = reads_masked = True
     self_attention = False
-    depth = 0
+    num_contexts, depth = 1, 0
 
     widths: Mapping[str, int]
     grid: tuple[int, int]

@@ -26,8 +26,9 @@ class MAEDecoder(nn.Module):
     """
 
     method = "MAE"
-    gives_visible = needs_masked = self_attention = shares_context = True
+    gives_visible = needs_masked = self_attention = True
     reads_masked = False
+    num_contexts = 1
 
     dim: int
     depth: int
@@ -61,7 +62,11 @@ class MAEDecoder(nn.Module):
         ]
         self.decoder_norm = layers.LayerNorm(self.dtype)
         self.name_of_target, width = parts.only(self.widths)
-        self.decoder_pred = layers.Dense(width, self.dtype)
+        self.decoder_pred = self.make_prediction(width)
+
+    def make_prediction(self, width: int) -> nn.Module:
+        """Returns the layer that predicts so many values of a token."""
+        return layers.Dense(width, self.dtype)
 
     def __call__(
         self, contexts: tuple[Tokens, ...], ids: masking.TokenIds, asked: Asked

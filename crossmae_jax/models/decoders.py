@@ -7,6 +7,7 @@ from crossmae_jax import masking
 from crossmae_jax.masking import Asked
 from crossmae_jax.models.decoder_cross import CrossDecoder
 from crossmae_jax.models.decoder_linear import LinearDecoder
+from crossmae_jax.models.decoder_local import LocalDecoder
 from crossmae_jax.models.decoder_mae import MAEDecoder
 from crossmae_jax.tokens import Tokens
 
@@ -25,7 +26,7 @@ class Decoder(Protocol):
         one self-attention, and come out as tokens, too.
       needs_masked: it can be asked for masked patches only.
       self_attention: the tokens of masked patches attend to each other.
-      shares_context: all blocks have one context; others can have one each.
+      num_contexts: how many it takes, where it is not one for all of it.
       reads_masked: masked patches are tokens of its context.
     """
 
@@ -38,7 +39,7 @@ class Decoder(Protocol):
     gives_visible: bool
     needs_masked: bool
     self_attention: bool
-    shares_context: bool
+    num_contexts: int
     reads_masked: bool
 
     def __call__(
@@ -66,4 +67,7 @@ class Decoder(Protocol):
         ...
 
 
-DECODERS = {"cross": CrossDecoder, "linear": LinearDecoder, "mae": MAEDecoder}
+DECODERS = {
+    "cross": CrossDecoder, "linear": LinearDecoder, "local": LocalDecoder,
+    "mae": MAEDecoder,
+}

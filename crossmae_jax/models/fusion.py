@@ -16,6 +16,8 @@ of chosen blocks' outputs f_1 ... f_m, the last of them as it is,
     context = LayerNorm( sum_j  softmax(w)_j P_j(f_j) ),    P_m = identity
 
 with a linear layer P_j for each other block and one number w_j, 1 at the start.
+
+Taps (LocalMIM, arXiv 2303.05251): a context for each of some blocks, its output normed.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -227,6 +229,55 @@ class MultiLevel(nn.Module):
         return jax.nn.softmax(params["weights"], axis=0).reshape(1, -1)
 
 
+class Taps(nn.Module):
+    """Hands on the outputs of chosen blocks, each with a norm of its own.
+
+    Attributes are those of `Fusion`, and:
+      encoder_depth: number of blocks that there are to choose from.
+      maps: blocks, as `resolve_maps` takes them; the lowest is the first context.
+    """
+
+    encoder_depth: int
+    maps: tuple[int, ...] | None = None
+    dtype: DTypeLike = jnp.float32
+
+    method = None
+    final_norm = False
+
+    def __post_init__(self):
+        if self.maps is None:
+            raise ValueError(
+                "fusion.kind='taps' hands on chosen blocks; set "
+                "config.model.fusion.maps, as LocalMIM does to (1, 3, -3, -1)."
+            )
+        _ = self.used_maps  # refuses blocks that there are not
+        super().__post_init__()
+
+    @property
+    def used_maps(self) -> tuple[int, ...]:
+        """Positions of the maps that are handed on, see `Fusion`."""
+        return resolve_maps(self.maps, depth=self.encoder_depth, include_input=False)
+
+    @property
+    def num_contexts(self) -> int:
+        """One for each of the maps."""
+        return len(self.used_maps)
+
+    @nn.compact
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
+        maps = (encoded.maps[j] for j in self.used_maps)
+        return tuple(
+            each.replace(
+                sequence=layers.LayerNorm(self.dtype, name=f"norms_{i}")(each.sequence)
+            ) for i, each in enumerate(maps)
+        )
+
+    def shares(self, params: Any) -> Float[Array, "i maps"]:
+        """Returns that each context is one map."""
+        return jnp.eye(self.num_contexts)
+
+
 FUSIONS = {
-    "inter_block": InterBlockAttention, "last": Last, "multi_level": MultiLevel
+    "inter_block": InterBlockAttention, "last": Last, "multi_level": MultiLevel,
+    "taps": Taps,
 }

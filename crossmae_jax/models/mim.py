@@ -5,7 +5,8 @@
 
 MAE is fusion "last" with decoder "mae", MFF "multi_level" with "mae"; CrossMAE is
 "inter_block" with "cross"; "last" with "cross" is its ablation with the encoder's last
-map only. SimMIM is "last" with "linear", and masked patches as tokens of the encoder.
+map only. LocalMIM is "taps" with "local". SimMIM is "last" with "linear", and masked
+patches as tokens of the encoder.
 PR-MIM is any of them with an aggregator, which predicts the patches that were thrown
 from the decoder, or from SimMIM's encoder.
 """
@@ -54,11 +55,13 @@ class MaskedImageModel(nn.Module):
                 + f"; set config.model.encoder.mask_tokens={mask_tokens}, or another "
                 "config.model.decoder.kind."
             )
-        if self.decoder.shares_context and self.fusion.num_contexts != 1:
+        if self.fusion.num_contexts not in (1, self.decoder.num_contexts):
+            several = self.decoder.num_contexts
             raise ValueError(
                 f"{self.decoder.method}'s decoder takes one context for all of its "
-                f"blocks, but the fusion makes {self.fusion.num_contexts}; set "
-                "config.model.fusion.kind='last' or config.model.decoder.kind='cross'."
+                f"blocks{f', or {several}' if several > 1 else ''}, but the fusion "
+                f"makes {self.fusion.num_contexts}; set config.model.fusion.kind='last'"
+                " or another config.model.decoder.kind."
             )
         if self.encoder.mask_tokens and any(
             each.visible == "encoder" for each in self.aggregators.values()
@@ -141,9 +144,10 @@ def build(config: ConfigDict) -> MaskedImageModel:
     )
     model, computing = config.model, parts.computing(config.model)
     encoder = encoders.build_encoder(config, final_norm=ends_in_norm(model))
+    target = targets.make(config, patch_size=encoder.patch_size)
     decoder = kinds.make(
         "model.decoder", decoders.DECODERS, model.decoder, grid=encoder.grid,
-        widths=targets.make(config, patch_size=encoder.patch_size).widths,
+        widths=target.widths, grids=target.grids,
         encoder_dim=encoder.dim, encoder_heads=encoder.num_heads,
         encoder_mlp_ratio=encoder.mlp_ratio, **computing,
     )
@@ -161,7 +165,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
         }
     return MaskedImageModel(
         encoder=encoder,
-        fusion=build_fusion(config, encoder, num_contexts=decoder.depth),
+        fusion=build_fusion(config, encoder, num_contexts=decoder.num_contexts),
         decoder=decoder, aggregators=aggregators,
     )
 

@@ -72,7 +72,12 @@ def pictures(card: Card, predicted: Target) -> None:
 
 
 def blocks(card: Card, of_model: Decoder) -> None:
-    """Raises ConversionError if a decoder has no blocks to look into."""
+    """Raises ConversionError if a decoder has no blocks to look into, or is several."""
+    if len(of_model.widths) > 1:
+        raise ConversionError(
+            f"{card.origin} has a decoder for each of {', '.join(of_model.widths)}; "
+            "the attention of one is looked at, not of several."
+        )
     if not of_model.depth:
         raise ConversionError(
             f"{card.origin}: {of_model.method}'s decoder is one layer without "

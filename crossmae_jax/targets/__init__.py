@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import kinds
+from crossmae_jax.targets.hog import HOG
 from crossmae_jax.targets.pixels import Pixels
 from crossmae_jax.tokens import Tokens
 
@@ -25,11 +26,13 @@ class Target(Protocol):
     Attributes:
       widths: how many values there are at each place, by name. A model predicts under
         the same names.
+      grids: rows and columns of the places, by name.
       caption: what a viewer of predictions as pictures must know; None where they
         cannot be turned into pixels.
     """
 
     widths: Mapping[str, int]
+    grids: Mapping[str, tuple[int, int]]
     caption: str | None
 
     def init(self, key: Key[Array, ""]) -> Variables:
@@ -53,7 +56,7 @@ class Target(Protocol):
         """
 
 
-TARGETS = {"pixels": Pixels}
+TARGETS = {"hog": HOG, "pixels": Pixels}
 
 
 def make(config: ConfigDict, *, patch_size: int) -> Target:

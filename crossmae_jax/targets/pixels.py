@@ -94,6 +94,11 @@ class Pixels:
         return {"pixels": self.patch_size**2 * self.channels}
 
     @property
+    def grids(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of the patches."""
+        return {"pixels": grid_size(self.image_size, self.patch_size)}
+
+    @property
     def caption(self) -> str:
         """What a viewer of its pictures must know."""
         return caption(normalize=self.normalize)
