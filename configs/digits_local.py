@@ -1,8 +1,8 @@
 """LocalMIM, tiny, on 1797 real handwritten digits: two minutes on two CPU cores.
 
 Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", arXiv
-2303.05251, at the scale of configs/digits_cross.py: digits of 32 x 32 pixels in 64
-patches, cells of a pixel to two patches.
+2303.05251, at the scale of digits of 32 x 32 pixels: 64 patches, three scales, cells of
+half a patch to two patches.
 
     python -m crossmae_jax.main --config=configs/digits_local.py \\
         --workdir=runs/digits_local
@@ -17,13 +17,14 @@ from configs import common, digits_cross
 def get_config():
     """Returns the experiment."""
     config = digits_cross.get_config()
+    config.epochs, config.optim.warmup_epochs = 20.0, 2.0
     config.model = common.local("W64-D4-H4/4")
-    config.model.fusion.maps = (0, 1, 2, 3)
+    config.model.fusion.maps = (0, 1, 3)
     config.model.decoder.update(dim=32, num_heads=4)
     config.model.dtype = "float32"
     config.masking = common.masking(pred_ratio=0.75)
     config.target = common.hog()
-    config.target.cells = (1, 2, 4, 8)
+    config.target.cells = (2, 4, 8)
     config.data.image_size = (32, 32)
     del config.evals.reconstruction  # oriented gradients are no pixels
     return config

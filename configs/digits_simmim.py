@@ -1,7 +1,9 @@
 """SimMIM, tiny, on 1797 real handwritten digits: two minutes on two CPU cores.
 
 Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886, at
-the scale of configs/digits_cross.py: squares of two by two patches are masked.
+the scale of digits: squares of two by two patches are masked. All patches are in the
+encoder, so that it is smaller than that of configs/digits_cross.py, and trained for
+fewer epochs.
 
     python -m crossmae_jax.main --config=configs/digits_simmim.py \\
         --workdir=runs/digits_simmim
@@ -16,7 +18,8 @@ from configs import common, digits_cross
 def get_config():
     """Returns the experiment."""
     config = digits_cross.get_config()
-    config.model = common.simmim("W64-D4-H4/2")
+    config.epochs, config.optim.warmup_epochs = 20.0, 2.0
+    config.model = common.simmim("W48-D3-H4/2")
     config.model.encoder.drop_path = 0.0
     config.model.dtype = "float32"
     config.masking = common.masking(mask_ratio=0.6, pred_ratio=0.6) | dict(unit=2)

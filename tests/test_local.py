@@ -138,7 +138,7 @@ def test_lower_blocks_predict_finer_cells():
 @pytest.mark.parametrize("changes, message", [
     (dict(target__cells=(4, 8, 16)), "Image size 16x24 is not a multiple of pat"),
     (dict(target__cells=(2, 4, 8), model__fusion__maps=(0, 1)), "makes 2; set conf"),
-    (dict(model__fusion=dict(kind="taps")), "set config.model.fusion.maps, as LocalMIM"),
+    (dict(model__fusion=dict(kind="taps")), "set config.model.fusion.maps, as LocalM"),
     (dict(model__fusion__maps=(0, 1, -1, 5)), "must name blocks of an encoder of de"),
     (dict(model__decoder__kind="mae"), "This decoder predicts one target, but"),
     (dict(model__encoder__size="W16-D3-H2/8", target__cells=(1, 4, 8)),

@@ -227,7 +227,8 @@ def _get(config, name):
 
 @pytest.mark.parametrize("name, changes, message", [
     ("vitb_cross", [LAST, ("model.fusion.maps", (0,))],
-     "fusion.maps=(0,) is an option of fusion.kind='inter_block' or 'multi_level', "
+     "fusion.maps=(0,) is an option of fusion.kind='inter_block' or 'multi_level' or "
+     "'taps', "
      "and does nothing with fusion.kind='last'; leave it at None."),
     ("vitb_cross", [LAST, ("model.fusion.input", False)], "leave it at True."),
     ("vitb_mae", [("model.decoder.self_attention", True)],

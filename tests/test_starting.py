@@ -149,7 +149,7 @@ def test_weights_lie_where_the_state_lies(cross):
 def test_position_tables_are_resized_to_the_models_grid(cross):
     config = _config("digits_cross", "data.image_size=(24, 16)")
     plan = _plan(cross, config)
-    assert _report(plan, "resized") == "position tables 4 x 4 -> 6 x 4 patches"
+    assert _report(plan, "adapted") == "position tables 4 x 4 -> 6 x 4 patches"
     before = _read(cross)
     for name in ("encoder/pos_embed", "decoder/decoder_pos_embed"):
         np.testing.assert_array_equal(
@@ -229,7 +229,7 @@ def test_channels_are_adapted_when_asked(cross, how, tmp_path):
         tmp_path / "e.safetensors",
         _config("digits_cross", *overrides, f"init_channels={how}"),
     )
-    assert f"1 -> 3 channels by {how}" in _report(plan, "resized")
+    assert f"1 -> 3 channels by {how}" in _report(plan, "adapted")
     assert plan.tensors["encoder/patch_embed/proj/kernel"].shape == (48, 16)
 
 

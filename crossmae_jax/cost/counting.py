@@ -195,6 +195,8 @@ def _left_out(
     # The patch projection of patches that are not seen.
     hidden = num_patches - rows[_PATCH_EMBED]
     left_out = collections.Counter(encoder=hidden * kernels[_PATCH_EMBED])
+    if any(path[0] == "decoder" for path in rows):
+        left_out["aggregator"] = 0  # is named even where there is none
     if _LAST_LAYER in rows:
         # The last layer runs on what is predicted here, and on every token of the
         # decoder's blocks there; the aggregator's share of it stands under its name.
