@@ -1,4 +1,4 @@
-"""LocalMIM, tiny, on 1797 real handwritten digits: two minutes on two CPU cores.
+"""LocalMIM, tiny, on 1797 real handwritten digits.
 
 Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", arXiv
 2303.05251, at the scale of digits of 32 x 32 pixels: 64 patches, three scales, cells of

@@ -1,4 +1,4 @@
-"""SimMIM, tiny, on 1797 real handwritten digits: two minutes on two CPU cores.
+"""SimMIM, tiny, on 1797 real handwritten digits.
 
 Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", arXiv 2111.09886, at
 the scale of digits: squares of two by two patches are masked. All patches are in the

@@ -21,7 +21,8 @@ among all masked ones (PR-MIM, section 3.3), which covers the image evenly.
 Methods differ in the noise, one of `NOISES`: `uniform`, or drawn once for many images
 (`shared`: GreenMIM, arXiv 2205.13515), or larger where the weight of a patch is larger
 (`weighted`: AMT, arXiv 2211.15362); and in what is masked as one, a patch or a `unit`,
-a square of patches (SimMIM, arXiv 2111.09886). Then the N above counts units.
+a square of patches (SimMIM, arXiv 2111.09886). Then the N of the visible ones counts
+units; of the others, too, if `throw_by` says so, and else patches of the masked units.
 
 Uniform and weighted noise come from a key per sample, `fold_in(key, sample number)`, so
 that a mask depends on nothing but the seed and the sample: not on the batch, the device
@@ -307,13 +308,21 @@ def weighted(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b 
     are 0 or more, in any scale; patches of weight 0 come before all others.
 
     Raises:
-      ValueError: if the batch has no weights.
+      ValueError: if the batch has no weights, or another number of them.
     """
     if "weights" not in batch:
         raise ValueError(
             "masking.noise='weighted' orders patches by batch['weights'], a number per "
             f"patch, but the batch has only {', '.join(sorted(batch))}; give data with "
             "weights, or set config.masking.noise='uniform'."
+        )
+
+    if batch["weights"].shape[1] != num:
+        raise ValueError(
+            f"masking.noise='weighted': batch['weights'] has "
+            f"{batch['weights'].shape[1]} numbers for each sample, but {num} patches "
+            "or units are to be ordered; with masking.unit above 1 give a weight per "
+            "unit, and masking.throw_by='unit'."
         )
 
     def draw(number):

@@ -10,6 +10,7 @@ from crossmae_jax import kinds, masking
 
 RETAIN = ("furthest", "random")
 THROW_BY = ("patch", "unit")
+_PATCHES = 2**32 - 2  # folded into a key, where samples have their numbers
 
 
 def make(options: kinds.Group, *, grid: tuple[int, int]) -> "Sampler":
@@ -77,6 +78,12 @@ class Sampler:
                 f"masking.unit={self.unit} does not divide a grid of {rows}x{columns} "
                 "patches into squares; give a common divisor of both sides."
             )
+        weighs = self.noise is masking.weighted
+        if weighs and self.unit > 1 and self.throw_by == "patch":
+            raise ValueError(
+                f"masking.noise='weighted' with masking.unit={self.unit} has a weight "
+                "per unit, and none to order patches by; set masking.throw_by='unit'."
+            )
         num_keep, num_pred, _ = self.counts
         if self.retain == "furthest" and num_pred == self.num_patches - num_keep:
             raise ValueError(
@@ -99,11 +106,13 @@ class Sampler:
         )
         area = self.unit**2
         num_units = self.num_patches // area
-        units = masking.token_counts(num_units, **ratios)
         if self.throw_by == "unit" or self.unit == 1:
+            units = masking.token_counts(num_units, **ratios)
             return masking.TokenCounts(*(num * area for num in units))
+        whole = dict(pred_ratio=self.mask_ratio, throw_ratio=0.0)
+        num_keep = masking.token_counts(num_units, **ratios | whole).num_keep
         return masking.token_counts(
-            self.num_patches, num_keep=units.num_keep * area, **ratios
+            self.num_patches, num_keep=num_keep * area, **ratios
         )
 
     @property
@@ -159,7 +168,9 @@ class Sampler:
         keep = self._expanded(masking.token_ids(noise, units)).keep
         visible = masking.mask_of(keep, num_patches=self.num_patches)
         # Another draw of the same kind, for the patches of masked units.
-        noise = self.noise(jax.random.fold_in(key, 0), batch, num=self.num_patches)
+        key = jax.random.fold_in(key, _PATCHES)
+        noise = self.noise(key, batch, num=self.num_patches)
+        noise = jnp.maximum(noise, jnp.finfo(noise.dtype).min)
         ids = masking.token_ids(
             jnp.where(visible, -jnp.inf, noise), counts,
             columns=self.grid[1] if furthest else None,

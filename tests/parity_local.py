@@ -193,7 +193,7 @@ def check_target(_path: Path, data: Data, report: Report) -> None:
     variables, compared = {}, {"config", "imgs"}
     if reference["bias"]:
         biases = [data[f"hog_bias/{k}"] for k in range(len(reference["pools"]))]
-        variables = {"hog": {"bias": jnp.asarray(np.stack(biases))}}
+        variables = {"hog": {"hog": {"bias": jnp.asarray(np.stack(biases))}}}
         compared |= {f"hog_bias/{k}" for k in range(len(biases))}
     found = jax.jit(target)(variables, images)
     for k, name in enumerate(target.widths):

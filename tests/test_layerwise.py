@@ -6,10 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from configs import finetune_vitb_simmim
 from crossmae_jax import train_step
 from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.distributed import parallel
 from crossmae_jax.models import classifier, vit
+from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.optim import layerwise, optimizers
 from tests import drawn
 from tests.test_optim import make_config
@@ -194,3 +196,25 @@ def test_a_checkpoint_holds_the_state_of_the_tuned_parameters(tmp_path):
     assert step == 1
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
+
+
+@pytest.mark.parametrize("biases", ["shared", "per_block"])
+def test_a_relative_bias_belongs_to_its_block_and_a_shared_one_to_all(biases):
+    config = finetune_vitb_simmim.get_config()
+    config.model.encoder.update(size="W16-D3-H2/16", relative_bias=biases)
+    shapes = jax.eval_shape(Classify(config).init, jax.random.key(0))["params"]
+    scales = layerwise.lr_scales(shapes, decay=0.5, depth=3)["encoder"]
+    tuned = {
+        blocks: layerwise.is_tuned(shapes, tune_blocks=blocks, depth=3)["encoder"]
+        for blocks in (0.5, 1.0, 3.0)
+    }
+    if biases == "shared":
+        assert scales["relative_bias"]["table"] == 1
+        found = [tuned[n]["relative_bias"]["table"] for n in (0.5, 1, 3)]
+        assert found == [False, False, True]
+        return
+    tables = [f"relative_bias_{i}" for i in range(3)]
+    assert [scales[name]["table"] for name in tables] == [1 / 8, 1 / 4, 1 / 2]
+    assert [tuned[0.5][name]["table"] for name in tables] == [False] * 3
+    assert [tuned[1][name]["table"] for name in tables] == [False, False, True]
+    assert all(tuned[3][name]["table"] for name in tables)

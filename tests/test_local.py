@@ -77,7 +77,7 @@ def test_a_flat_image_has_no_orientation_and_no_nan():
 def test_a_bias_of_the_filters_is_drawn_and_kept_out_of_training():
     plain, biased = Pretrain(local()), Pretrain(local(target__bias=True))
     variables = jax.jit(biased.init)(jax.random.key(0))
-    bias = variables["hog"]["bias"]
+    bias = variables["hog"]["hog"]["bias"]
     assert bias.shape == (3, 2) and 0 < jnp.abs(bias).max() <= 1 / 3
     images = jnp.ones((1, 16, 24, 3))
     assert not any(x.values.any() for x in plain.target({}, images).values())

@@ -302,6 +302,18 @@ def test_a_sampler_throws_single_patches_of_masked_units(retain):
     )
 
 
+def test_weights_are_of_what_is_masked_as_one():
+    options = dict(noise="weighted", unit=2, throw_ratio=0.25)
+    with pytest.raises(ValueError, match="none to order patches by; set masking.throw"):
+        _sampler(**options)
+    sampler = _sampler(**options, throw_by="unit")
+    batch = {"sample": jnp.arange(2, dtype=jnp.uint32), "weights": jnp.ones((2, 24))}
+    assert sampler.draw(jax.random.key(0), batch).thrown.shape == (2, 24)
+    batch["weights"] = jnp.ones((2, 96))
+    with pytest.raises(ValueError, match="has 96 numbers for each sample, but 24 patc"):
+        sampler.draw(jax.random.key(0), batch)
+
+
 @pytest.mark.parametrize("changes", [
     dict(pred_ratio=0.25), dict(pred_ratio=0.5, throw_ratio=0.25, retain="furthest"),
     dict(unit=2, noise="shared", together=4, pred_ratio=0.4, throw_ratio=0.1),

@@ -223,9 +223,9 @@ def test_maps_are_taken_in_ascending_order():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(model__decoder__kind="croos"),
-     "Unknown decoder.kind 'croos'. Known: cross, linear, mae."),
+     "Unknown decoder.kind 'croos'. Known: cross, linear, local, mae."),
     (dict(model__fusion__kind="mean"),
-     "Unknown fusion.kind 'mean'. Known: inter_block, last, multi_level."),
+     "Unknown fusion.kind 'mean'. Known: inter_block, last, multi_level, taps."),
     (dict(model__encoder__kind="resnet"), "Unknown encoder.kind 'resnet'. Known: vit."),
     (dict(model__dtype="float16"), "Unknown model.dtype 'float16'"),
     (dict(model__encoder__size="XL/16"),
@@ -234,7 +234,7 @@ def test_maps_are_taken_in_ascending_order():
     (dict(model__encoder__size="W10-D1-H3/4"), "width 10 does not divide into 3 heads"),
     (dict(model__decoder__kind="mae"), "MAE's decoder takes one context for all of its "
      "blocks, but the fusion makes 2; set config.model.fusion.kind='last' or "
-     "config.model.decoder.kind='cross'."),
+     "another config.model.decoder.kind."),
     (dict(model__decoder__num_heads=3),
      "decoder.dim=8 does not divide into decoder.num_heads=3"),
     (dict(model__decoder__num_heads=0), "decoder.dim=8 does not divide into"),

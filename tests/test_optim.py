@@ -79,6 +79,8 @@ def test_the_rate_drops_at_its_epochs_and_stays():
     (dict(schedule="step", drop_epochs=(2.0,)), "behind warmup_epochs=2.0"),
     (dict(warmup_lr=-1.0), "optim.warmup_lr"), (dict(base_batch=0), "optim.base_batch"),
     (dict(drop_factor=float("nan")), "optim.drop_factor"),
+    (dict(drop_factor=0.5), "optim.drop_factor=0.5 does nothing with optim.sched"),
+    (dict(schedule="step", drop_epochs=(7.0,), min_lr=1e-6), "optim.min_lr=1e-06 does"),
 ])
 def test_a_schedule_that_contradicts_itself_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):

@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from configs import finetune_vitb_simmim
+from configs import finetune_vitb_simmim, vitb_simmim_prmim
 from crossmae_jax import convert
 from crossmae_jax.convert import names, opening, spellings, starting
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import relative_bias
 from crossmae_jax.objectives.classify import Classify
+from crossmae_jax.objectives.pretrain import Pretrain
 from tests.interop import torch
 from tests.test_parity import GOLDEN
 
@@ -160,6 +161,30 @@ def test_weights_of_a_plain_vit_are_none_of_this_encoder():
     assert "file has encoder.relative_bias=none, model per_block" in said
 
 
+def test_pre_training_goes_on_from_a_run_of_another_recipe(tmp_path):
+    config = vitb_simmim_prmim.get_config()
+    config.update_from_flattened_dict({
+        "model.encoder.size": "W24-D2-H2/8", "model.encoder.mlp_ratio": 2.0,
+        "model.dtype": "float32", "data.image_size": (32, 32),
+    })
+    like = jax.eval_shape(Pretrain(config).init, jax.random.key(0))
+    plan = starting.plan(str(_file(tmp_path)), like, config)
+    assert plan.new == {"aggregator"}
+    assert "encoder/mask_token" in plan.tensors
+    assert "decoder/decoder_pred/kernel" in plan.tensors
+
+
+def test_an_imported_file_is_masked_as_simmim_masks(tmp_path):
+    weights = opening.open_weights(_file(tmp_path), num_heads=2)
+    assert weights.card.masking["mask_ratio"] == 0.6
+    assert weights.card.masking["unit"] == 1  # squares of 32 pixels are the image
+    assert "squares of 32 pixels, as SimMIM" in weights.card.assumed["mask_ratio"]
+    told = opening.open_weights(_file(tmp_path), num_heads=2, mask_ratio=0.5)
+    assert told.card.masking["pred_ratio"] == 0.5 and "mask_ratio" not in (
+        told.card.assumed
+    )
+
+
 def test_a_tuned_classifier_is_what_timm_makes_of_its_file(tmp_path):
     variables = Classify(_classifier()).init(jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -179,3 +204,7 @@ def test_a_tuned_classifier_is_what_timm_makes_of_its_file(tmp_path):
     (line,) = [line for line in made.lines if line.startswith("check:")]
     assert "logits" in line and "features" in line
     assert made.card.model["pool"] == "mean" and made.card.model["num_classes"] == 5
+    alone = convert.import_weights(
+        path, tmp_path / "alone", num_heads=2, parts="encoder"
+    )
+    assert any("check: 2 random images" in line for line in alone.lines)

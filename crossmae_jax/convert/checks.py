@@ -328,6 +328,8 @@ def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
             "with one"
         )
     state = {name: x for name, x in state.items() if name not in behind}
+    if card.kind == "encoder":  # beside which a file may have more
+        state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
     model = beit.Beit(
         img_size=card.image_size, patch_size=card.patch_size, in_chans=card.channels,
         num_classes=card.model["num_classes"] if classifies else 0,
@@ -339,6 +341,8 @@ def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
         use_rel_pos_bias=encoder.relative_bias == "per_block",
         use_shared_rel_pos_bias=encoder.relative_bias == "shared",
     )
+    if "norm.weight" not in state:  # of a mean that is pooled
+        model.norm = torch.nn.Identity()
     model.load_state_dict(state, strict=True)
     model.eval()
     with torch.inference_mode():

@@ -36,7 +36,7 @@ from crossmae_jax.runs import workdir
 
 PARTS = (
     "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
-    "batch_norm", "head",
+    "batch_norm", "head", "hog",
 )
 ADAPTATIONS = ("mean", "repeat", "sum")
 
@@ -214,7 +214,7 @@ def _assumed(card: Card, config: ConfigDict, parts: set[str]) -> list[str]:
     if "head" in parts:
         lines += filter(None, [card.assumed.get("pool")])
     if known := [name for name in ("mean", "std") if name in card.assumed]:
-        lines.append(f"ImageNet's {' and '.join(known)}, as MAE's code has")
+        lines.append(f"ImageNet's {' and '.join(known)}, as its authors' code has")
     return [f"{line}; the file does not tell" for line in lines]
 
 
@@ -265,7 +265,7 @@ def _check_hidden(card: Card, config: ConfigDict, parts: set[str]) -> None:
         pairs["heads of the encoder"] = (theirs.num_heads, ours.num_heads)
     if "decoder" in parts and "decoder_heads" not in card.assumed:
         decoders = card.model["decoder"], config.model.decoder
-        if decoders[0]["dim"] == decoders[1]["dim"]:
+        if "dim" in decoders[0] and decoders[0]["dim"] == decoders[1]["dim"]:
             pairs["decoder.num_heads"] = tuple(side["num_heads"] for side in decoders)
     if "fusion" in parts and theirs.depth == ours.depth:
         mixing = mim.build_fusion(config, ours, num_contexts=1)

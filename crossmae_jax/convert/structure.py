@@ -107,6 +107,8 @@ def infer(
         kind, depth = "pretrain", encoder_structure.depth_of(tensors, "encoder/blocks_")
         model |= _decoder_settings(tensors, depth, facts, fallback, evidence, assumed)
         masking = _masking_settings(tensors, facts)
+        if encoder.get("mask_tokens"):
+            masking = _masking_of_simmim(patch[2], image_size, facts, assumed)
         if facts.normalize is None:
             evidence.append("targets: the file does not say whether standardised")
     elif "head/bias" in tensors or "fc_norm/scale" in tensors:
@@ -155,6 +157,26 @@ def _masking_settings(tensors: Tensors, facts: Facts) -> dict[str, Any] | None:
         return None
     return dict(
         mask_ratio=facts.mask_ratio, pred_ratio=pred, throw_ratio=0.0, retain="random"
+    )
+
+
+def _masking_of_simmim(
+    patch_size: int, image_size: tuple[int, int], facts: Facts, assumed: dict[str, str]
+) -> dict[str, Any]:
+    """Returns `config.masking` of SimMIM, whose files do not tell it."""
+    ratio = facts.mask_ratio
+    if ratio is None:
+        ratio = 0.6
+        assumed["mask_ratio"] = (
+            "60 % masked, in squares of 32 pixels, as SimMIM's code has; give "
+            "mask_ratio if not"
+        )
+    grid = [length // patch_size for length in image_size]
+    unit = max(32 // patch_size, 1)
+    if any(side % unit or side == unit for side in grid):
+        unit = 1
+    return dict(
+        mask_ratio=ratio, pred_ratio=ratio, throw_ratio=0.0, retain="random", unit=unit
     )
 
 

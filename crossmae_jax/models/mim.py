@@ -165,7 +165,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
         }
     return MaskedImageModel(
         encoder=encoder,
-        fusion=build_fusion(config, encoder, num_contexts=decoder.num_contexts),
+        fusion=build_fusion(config, encoder, num_contexts=decoder.depth),
         decoder=decoder, aggregators=aggregators,
     )
 

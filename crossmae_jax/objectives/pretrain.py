@@ -1,12 +1,14 @@
 """Masked image pre-training: MAE (arXiv 2111.06377), CrossMAE (arXiv 2401.14391),
-SimMIM (arXiv 2111.09886) and, on any of them, PR-MIM (arXiv 2411.15746).
+SimMIM (arXiv 2111.09886), LocalMIM (arXiv 2303.05251) and, on any of them, PR-MIM
+(arXiv 2411.15746).
 
     normalise -> sample tokens -> model -> target -> loss
 
 The loss, `config.loss`, is the mean over the predicted patches, in float32: those that
-were decoded and, where an aggregator predicts them, those that were thrown. Beside it
-stands the loss of a trivial predictor, the mean of each patch: about 1.0 for
-standardised targets. A model at that level has learnt nothing.
+were decoded and, where an aggregator predicts them, those that were thrown. Cells of
+another grid count by the share of them that is masked, and several targets add up.
+Beside it stands the loss of a trivial predictor, the mean of each patch: about 1.0 for
+squared errors of standardised targets, where a model at that level has learnt nothing.
 """
 
 from typing import NamedTuple
@@ -20,6 +22,8 @@ from crossmae_jax import augment, losses, masking, ranges, sampling, targets
 from crossmae_jax.models import mim
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
+
+_DROP_PATH = 2**32 - 1  # folded into a key, where samples have their numbers
 
 
 class Reconstruction(NamedTuple):
@@ -124,8 +128,9 @@ class Pretrain:
         """Returns the mean loss of a batch, and what to log beside it."""
         rngs = None
         if self.model.encoder.drop_path:
-            first = jax.random.fold_in(key, batch["sample"][0])
-            rngs = {"drop_path": jax.random.fold_in(first, 1)}
+            drop_key = jax.random.fold_in(key, _DROP_PATH)
+            first = batch["sample"][0]
+            rngs = {"drop_path": jax.random.fold_in(drop_key, first)}
         return self.masked_loss(
             variables, self.normalize(batch), self.sample(key, batch), rngs
         )

@@ -1,8 +1,9 @@
 """What the place of a parameter in the encoder decides, when it is fine-tuned.
 
 Layers count from the image: 0 makes the tokens (class token, positions, patch
-projection), i + 1 is block i, and depth + 1 is everything else (final norm, pooling
-norm, head).
+projection), i + 1 is block i with a relative position bias of its own, and depth + 1 is
+everything else (final norm, pooling norm, head; a bias that all blocks share, which is
+tuned only with all of them).
 
 Layer-wise decay: the rate of a layer is that of the head times
 
@@ -23,8 +24,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-_TOKENS = re.compile(r"encoder/(cls_token|pos_embed|patch_embed)(/|$)")
-_BLOCK = re.compile(r"encoder/blocks_(\d+)/(\w+)")
+_TOKENS = re.compile(r"encoder/(cls_token|mask_token|pos_embed|patch_embed)(/|$)")
+_BLOCK = re.compile(r"encoder/(?:blocks|relative_bias)_(\d+)/(\w+)")
+_SHARED = "encoder/relative_bias/"
 _ANY_BLOCK = re.compile(r".*?blocks_\d+(?=/|$)")
 
 
@@ -108,6 +110,8 @@ def is_tuned(params: Any, *, tune_blocks: float | None, depth: int) -> Any:
     def tuned(name):
         if not name.startswith("encoder/"):
             return True
+        if name.startswith(_SHARED):
+            return False
         layer = _layer(name, depth)
         if tune_blocks == 0.5 and layer == depth:
             return _BLOCK.match(name)[2] in ("norm2", "mlp")

@@ -144,6 +144,13 @@ def make_schedule(
             f"{', '.join(sorted(SCHEDULES))}."
         )
     drops = tuple(optim.drop_epochs)
+    unused = "min_lr" if optim.schedule == "step" else "drop_factor"
+    usual = {"min_lr": 0.0, "drop_factor": 0.1}[unused]
+    if optim[unused] != usual:
+        raise ValueError(
+            f"optim.{unused}={optim[unused]} does nothing with optim.schedule="
+            f"{optim.schedule!r}; leave it at {usual}."
+        )
     if (optim.schedule == "step") != bool(drops) or any(
         not optim.warmup_epochs < drop < config.epochs for drop in drops
     ):

@@ -4,6 +4,7 @@ from crossmae_jax import augment, errors
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models.decoders import Decoder
+from crossmae_jax.models.encoders import Encoder
 from crossmae_jax.targets import Target
 
 
@@ -67,7 +68,20 @@ def pictures(card: Card, predicted: Target) -> None:
     if predicted.caption is None:
         raise ConversionError(
             f"{card.origin} predicts {card.target['kind']}, of which there are no "
-            "pictures; `predict` and `targets` have the numbers."
+            "pictures."
+        )
+
+
+def of_patches(card: Card, predicted: Target, encoder: Encoder) -> None:
+    """Raises ConversionError unless a value for each patch is all that is predicted."""
+    if list(predicted.grids.values()) != [encoder.grid]:
+        cells = ", ".join(
+            f"{name} in {rows}x{columns} cells"
+            for name, (rows, columns) in predicted.grids.items()
+        )
+        raise ConversionError(
+            f"{card.origin} predicts {cells}, and not one vector for each of "
+            f"{encoder.grid[0]}x{encoder.grid[1]} patches."
         )
 
 

@@ -103,8 +103,9 @@ class Pretrained:
         """Returns how much of each feature map goes into each decoder block's context.
 
         The matrix W of CrossMAE (arXiv 2401.14391, section 3.4), a row per decoder
-        block; of MFF one row for all of them, shares of projected maps. Which maps its
-        columns are says `mixed_maps`.
+        block; of MFF one row for all of them, shares of projected maps; of LocalMIM the
+        identity, for each decoder sees one map. Which maps its columns are says
+        `mixed_maps`.
 
         Raises:
           ConversionError: if the model mixes no feature maps.
@@ -172,7 +173,7 @@ class Pretrained:
         Raises:
           ConversionError: if there is no decoder.
           ValueError: if a number is none of a patch, or MAE is asked for a visible one,
-            or the model has an aggregator.
+            or the model has an aggregator, or an encoder that sees masked patches.
         """
         objective = self._objective(mask_ratio)
         num, ids = objective.num_patches, np.asarray(ids)
@@ -183,11 +184,15 @@ class Pretrained:
                 f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, the "
                 "same for all images. Of a mask: np.flatnonzero(mask)."
             )
-        if objective.model.aggregators:
-            raise ValueError(
-                "This model has an aggregator, whose predictions depend on which "
-                "patches are decoded; use reconstruct."
+        if objective.model.aggregators or objective.model.decoder.reads_masked:
+            what = "an aggregator" if objective.model.aggregators else (
+                "an encoder with masked patches in it"
             )
+            raise ValueError(
+                f"This model has {what}, so that its predictions depend on which "
+                "patches are there; use reconstruct."
+            )
+        needs.of_patches(self.card, objective.target, objective.model.encoder)
 
         def predict(objective, variables, images, drawn, ids):
             ids = jnp.broadcast_to(ids[None], (len(images), len(ids)))
@@ -300,6 +305,7 @@ class Pretrained:
         """Returns what should be predicted for every patch: the space of `predict`."""
         needs.target(self.card)
         objective = self._objective(None)
+        needs.of_patches(self.card, objective.target, objective.model.encoder)
 
         def targets(variables, images):
             (target,) = objective.target(variables, self._normalize(images)).values()

@@ -79,7 +79,7 @@ class HOG:
         drawn = jax.random.uniform(
             key, (len(self.cells), 2), minval=-1 / 3, maxval=1 / 3
         )
-        return {_COLLECTION: {"bias": drawn}}
+        return {_COLLECTION: {"hog": {"bias": drawn}}}
 
     def __call__(
         self, variables: dict[str, Any], images: Float[Array, "b height width c"]
@@ -87,7 +87,7 @@ class HOG:
         """Returns the target of every cell, at each scale."""
         biases = [None] * len(self.cells)
         if self.bias:
-            biases = variables[_COLLECTION]["bias"]
+            biases = variables[_COLLECTION]["hog"]["bias"]
         gradients = _sobel(images.astype(jnp.float32))
         found = {}
         for (name, grid), bias in zip(self.grids.items(), biases, strict=True):
