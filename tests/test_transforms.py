@@ -48,20 +48,6 @@ class _Stream(np.random.Generator):
         return self._draws.pop(0)
 
 
-@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
-def test_random_crops_are_resized_as_asked(name):
-    image = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
-    whole = _Stream(0.0, 0.5, 0.0, 0.0, 0.9)  # area, ratio, place, no flip
-    found = _train(image, whole, interpolation=name, crop_scale=(1.0, 1.0))
-    kind = {"bicubic": Image.BICUBIC, "bilinear": Image.BILINEAR}[name]
-    expected = np.asarray(Image.fromarray(image).resize((16, 16), kind))
-    np.testing.assert_array_equal(found, expected)
-    # Evaluation does not follow.
-    np.testing.assert_array_equal(_eval(image, interpolation=name), _eval(image))
-    with pytest.raises(ValueError, match="Unknown data.interpolation 'area'. Known"):
-        _train(image, interpolation="area")
-
-
 def test_crop_follows_the_draws():
     # Area .2 + .8 * .375 = .5 of 40 * 60, ratio exp(0) = 1: the side is sqrt(1200).
     box = crops.random_resized_crop(

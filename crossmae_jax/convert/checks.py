@@ -194,7 +194,6 @@ def _ours(
 def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     """Returns what timm makes of a file, or of a folder as its users load it."""
     import timm
-    import torch
 
     card, lines = weights.card, []
     if path.is_dir():
@@ -209,6 +208,13 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
             state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
         model = _timm_model(card, state)
         model.load_state_dict(state, strict=True, assign=True)
+    return _outputs(model, card, images), lines
+
+
+def _outputs(model: Any, card: Card, images: np.ndarray) -> Outputs:
+    """Returns what one of timm's models makes of images."""
+    import torch
+
     model.eval()
     with torch.inference_mode():
         tokens = model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
@@ -217,7 +223,7 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
             outputs["features"] = model.forward_head(tokens, pre_logits=True)
             if card.model["num_classes"]:
                 outputs["logits"] = model.forward_head(tokens)
-    return {name: value.numpy() for name, value in outputs.items()}, lines
+    return {name: value.numpy() for name, value in outputs.items()}
 
 
 def _timm_model(card: Card, state: dict[str, Any]) -> Any:
@@ -344,15 +350,7 @@ def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     if "norm.weight" not in state:  # of a mean that is pooled
         model.norm = torch.nn.Identity()
     model.load_state_dict(state, strict=True)
-    model.eval()
-    with torch.inference_mode():
-        tokens = model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
-        outputs = {"tokens": tokens}
-        if classifies:
-            outputs["features"] = model.forward_head(tokens, pre_logits=True)
-            if card.model["num_classes"]:
-                outputs["logits"] = model.forward_head(tokens)
-    return {name: value.numpy() for name, value in outputs.items()}, lines
+    return _outputs(model, card, images), lines
 
 
 def _transformers(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:

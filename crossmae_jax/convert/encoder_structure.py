@@ -171,6 +171,11 @@ def _without_class_row(rows: int, patch_size: int) -> str:
 
 
 def depth_of(tensors: Tensors, prefix: str) -> int:
+    """Returns how many blocks there are, whose names begin so before their number.
+
+    Raises:
+      ConversionError: if one before the last is missing.
+    """
     pattern = re.compile(rf"{prefix}(\d+)/")
     blocks = {int(match[1]) for name in tensors if (match := pattern.match(name))}
     for number in range(len(blocks)):
@@ -182,6 +187,7 @@ def depth_of(tensors: Tensors, prefix: str) -> int:
 
 
 def mlp_ratio_of(tensors: Tensors, block: str, dim: int) -> float:
+    """Returns the hidden width of a block's MLP over `dim`, that of its tokens."""
     hidden = tensors[f"{block}/mlp/fc1/bias"].shape[0]
     if int(dim * (hidden / dim)) != hidden:  # rounded down to just below, as 240 / 176
         return (hidden + 0.5) / dim

@@ -185,12 +185,9 @@ class Pretrained:
                 "same for all images. Of a mask: np.flatnonzero(mask)."
             )
         if objective.model.aggregators or objective.model.decoder.reads_masked:
-            what = "an aggregator" if objective.model.aggregators else (
-                "an encoder with masked patches in it"
-            )
             raise ValueError(
-                f"This model has {what}, so that its predictions depend on which "
-                "patches are there; use reconstruct."
+                "This model has an aggregator, or an encoder with masked patches in "
+                "it: predictions depend on which patches are there; use reconstruct."
             )
         needs.of_patches(self.card, objective.target, objective.model.encoder)
 
