@@ -116,8 +116,8 @@ def test_statistics_of_the_references_code_are_assumed_and_give_way(caplog, tmp_
             "model.decoder.mlp_ratio=2.0",
         ).report
         assert (
-            "  assumed  ImageNet's mean and std, as MAE's code has; the file does not "
-            "tell"
+            "  assumed  ImageNet's mean and std, as its authors' code has; the file "
+            "does not tell"
         ) in report
         assert any("the weights are of images with mean=(0.485" in x for x in report)
 
