@@ -148,6 +148,15 @@ def probed(size: str) -> dict[str, Any]:
     return classifier(size) | dict(pool="cls", head_norm="batch", head_std=0.01)
 
 
+def no_aggregator(*, visible: str) -> dict[str, Any]:
+    """Returns PR-MIM's part, which predicts thrown patches, turned off.
+
+    Args:
+      visible: what it would see at visible places.
+    """
+    return dict(kind="none", kernel_size=7, visible=visible, rewrites_retained=False)
+
+
 def crossmae(
     size: str, *, decoder_dim: int, decoder_heads: int, decoder_depth: int = 12
 ) -> dict[str, Any]:
@@ -163,9 +172,7 @@ def crossmae(
             kind="cross", dim=decoder_dim, depth=decoder_depth,
             num_heads=decoder_heads, mlp_ratio=4.0, self_attention=False,
         ),
-        aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
-            kind="none", kernel_size=7, visible="encoder", rewrites_retained=False
-        ),
+        aggregator=no_aggregator(visible="encoder"),
         remat="selective",  # what gradients compute again: "none", "selective", "full"
         dtype="bfloat16",
     )
@@ -194,9 +201,7 @@ def simmim(size: str) -> dict[str, Any]:
             kind="linear",
             norm=False,  # True: the final norm stands behind an aggregator
         ),
-        aggregator=dict(  # PR-MIM: predicts thrown patches from their neighbours
-            kind="none", kernel_size=7, visible="decoder", rewrites_retained=False
-        ),
+        aggregator=no_aggregator(visible="decoder"),
         remat="selective",
         dtype="bfloat16",
     )

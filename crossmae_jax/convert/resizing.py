@@ -6,7 +6,7 @@ from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.models import posemb, relative_bias
 
 _POSITIONS = ("encoder/pos_embed", "decoder/decoder_pos_embed")
-_SHARED, _OF_BLOCK = "encoder/relative_bias/table", "encoder/relative_bias_{i}/table"
+_SHARED = "encoder/relative_bias/table"
 
 
 def resize(
@@ -42,5 +42,5 @@ def bias_for_each_block(tensors: dict[str, Tensor], *, depth: int) -> list[str]:
         return []
     shared = tensors.pop(_SHARED)
     for i in range(depth):
-        tensors[_OF_BLOCK.replace("{i}", str(i))] = shared
+        tensors[f"encoder/relative_bias_{i}/table"] = shared
     return [f"the shared relative position bias copied to each of {depth} blocks"]

@@ -178,35 +178,45 @@ class InterBlockAttention(nn.Module):
         return jnp.einsum("jbkd,ji->ibkd", chosen, self.kernel.astype(self.dtype))
 
 
-class MultiLevel(nn.Module):
-    """Mixes projections of shallow blocks into the last one, class token included.
+class _OfChosen(nn.Module):
+    """A fusion of blocks that must be named.
 
-    Attributes are those of `Fusion`, and:
+    Attributes:
       encoder_depth: number of blocks that there are to choose from.
-      maps: blocks to mix, as `resolve_maps` takes them. The paper gives those of ViT-B.
+      maps: blocks, as `resolve_maps` takes them.
     """
 
     encoder_depth: int
     maps: tuple[int, ...] | None = None
     dtype: DTypeLike = jnp.float32
 
-    method = "MFF"
     final_norm = False
-    num_contexts = 1
+    unnamed = ""  # what is said where no blocks are named
 
     def __post_init__(self):
         if self.maps is None:
-            raise ValueError(
-                "fusion.kind='multi_level' mixes chosen blocks; set "
-                "config.model.fusion.maps, for ViT-B to (0, 2, 4, 6, 8, 11)."
-            )
+            raise ValueError(self.unnamed)
         _ = self.used_maps  # refuses blocks that there are not
         super().__post_init__()
 
     @property
     def used_maps(self) -> tuple[int, ...]:
-        """Positions of the maps that are mixed, see `Fusion`."""
+        """Positions of the maps that are used, see `Fusion`."""
         return resolve_maps(self.maps, depth=self.encoder_depth, include_input=False)
+
+
+class MultiLevel(_OfChosen):
+    """Mixes projections of shallow blocks into the last one, class token included.
+
+    Attributes are those of `Fusion` and of `_OfChosen`.
+    """
+
+    method = "MFF"
+    num_contexts = 1
+    unnamed = (
+        "fusion.kind='multi_level' mixes chosen blocks; set config.model.fusion.maps, "
+        "for ViT-B to (0, 2, 4, 6, 8, 11)."
+    )
 
     @nn.compact
     def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
@@ -229,34 +239,18 @@ class MultiLevel(nn.Module):
         return jax.nn.softmax(params["weights"], axis=0).reshape(1, -1)
 
 
-class Taps(nn.Module):
+class Taps(_OfChosen):
     """Hands on the outputs of chosen blocks, each with a norm of its own.
 
-    Attributes are those of `Fusion`, and:
-      encoder_depth: number of blocks that there are to choose from.
-      maps: blocks, as `resolve_maps` takes them; the lowest is the first context.
+    Attributes are those of `Fusion` and of `_OfChosen`; the lowest block is the first
+    context.
     """
 
-    encoder_depth: int
-    maps: tuple[int, ...] | None = None
-    dtype: DTypeLike = jnp.float32
-
     method = None
-    final_norm = False
-
-    def __post_init__(self):
-        if self.maps is None:
-            raise ValueError(
-                "fusion.kind='taps' hands on chosen blocks; set "
-                "config.model.fusion.maps, as LocalMIM does to (1, 3, -3, -1)."
-            )
-        _ = self.used_maps  # refuses blocks that there are not
-        super().__post_init__()
-
-    @property
-    def used_maps(self) -> tuple[int, ...]:
-        """Positions of the maps that are handed on, see `Fusion`."""
-        return resolve_maps(self.maps, depth=self.encoder_depth, include_input=False)
+    unnamed = (
+        "fusion.kind='taps' hands on chosen blocks; set config.model.fusion.maps, as "
+        "LocalMIM does to (1, 3, -3, -1)."
+    )
 
     @property
     def num_contexts(self) -> int:
