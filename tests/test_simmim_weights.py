@@ -1,12 +1,14 @@
 """SimMIM's own .pth files: read, checked against timm's Beit, written, tuned from."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from configs import finetune_vitb_simmim, vitb_simmim_prmim
 from crossmae_jax import convert
-from crossmae_jax.convert import names, opening, spellings, starting
+from crossmae_jax.convert import exporting, names, opening, spellings, starting
 from crossmae_jax.convert.files import tensor
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import relative_bias
@@ -113,6 +115,15 @@ def test_a_plain_vit_is_no_simmim(tmp_path):
         )
 
 
+def test_a_vit_without_positions_has_no_place_in_timm(tmp_path):
+    config = {"positions": "none", "relative_bias": "none", "layer_scale": None}
+    card = opening.open_weights(_file(tmp_path), num_heads=2).card
+    encoder = card.model["encoder"] | config | dict(qkv_bias="qkv", mask_tokens=False)
+    card = dataclasses.replace(card, model=card.model | {"encoder": encoder})
+    with pytest.raises(ConversionError, match="an encoder with positions='none'"):
+        exporting.check_encoder(card, "timm")
+
+
 def _classifier(**changes):
     config = finetune_vitb_simmim.get_config()
     config.update_from_flattened_dict({
@@ -178,7 +189,8 @@ def test_an_imported_file_is_masked_as_simmim_masks(tmp_path):
     weights = opening.open_weights(_file(tmp_path), num_heads=2)
     assert weights.card.masking["mask_ratio"] == 0.6
     assert weights.card.masking["unit"] == 1  # squares of 32 pixels are the image
-    assert "squares of 32 pixels, as SimMIM" in weights.card.assumed["mask_ratio"]
+    assert weights.card.assumed["unit"] == "masked in squares of 8 pixels"
+    assert "60 % masked, as SimMIM's code" in weights.card.assumed["mask_ratio"]
     told = opening.open_weights(_file(tmp_path), num_heads=2, mask_ratio=0.5)
     assert told.card.masking["pred_ratio"] == 0.5 and "mask_ratio" not in (
         told.card.assumed

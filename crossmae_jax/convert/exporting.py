@@ -39,7 +39,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
     if parts == "encoder" and card.kind != "encoder":
         return opened.encoder_of(weights), []
-    _check_encoder(card, format)
+    check_encoder(card, format)
     if "aggregator" in card.parts and format in ("mae", "huggingface", "simmim"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
@@ -81,7 +81,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     return weights, lines
 
 
-def _check_encoder(card: Card, format: str) -> None:
+def check_encoder(card: Card, format: str) -> None:
     """Raises ConversionError if a format means another encoder by the same names."""
     encoder = card.encoder
     own = [
@@ -92,6 +92,8 @@ def _check_encoder(card: Card, format: str) -> None:
             ("mask_tokens", encoder.mask_tokens, False),
         ) if value != usual
     ]
+    if encoder.positions == "none":  # fixed or trained, others have a table of them
+        own.append("positions='none'")
     if format in ("timm", "huggingface", "mae") and own:
         raise ConversionError(
             f"The format {format} has no place for an encoder with {', '.join(own)}; "

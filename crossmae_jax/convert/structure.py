@@ -164,17 +164,17 @@ def _masking_of_simmim(
     patch_size: int, image_size: tuple[int, int], facts: Facts, assumed: dict[str, str]
 ) -> dict[str, Any]:
     """Returns `config.masking` of SimMIM, whose files do not tell it."""
-    ratio = facts.mask_ratio
-    if ratio is None:
-        ratio = 0.6
-        assumed["mask_ratio"] = (
-            "60 % masked, in squares of 32 pixels, as SimMIM's code has; give "
-            "mask_ratio if not"
-        )
     grid = [length // patch_size for length in image_size]
     unit = max(32 // patch_size, 1)
     if any(side % unit or side == unit for side in grid):
         unit = 1
+    assumed["unit"] = f"masked in squares of {unit * patch_size} pixels"
+    ratio = facts.mask_ratio
+    if ratio is None:
+        ratio = 0.6
+        assumed["mask_ratio"] = (
+            "60 % masked, as SimMIM's code has; give mask_ratio if not"
+        )
     return dict(
         mask_ratio=ratio, pred_ratio=ratio, throw_ratio=0.0, retain="random", unit=unit
     )
