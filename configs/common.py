@@ -28,6 +28,7 @@ def pretrain(*, epochs: float, warmup_epochs: float, seed: int = 0) -> ConfigDic
         log_norms=False,  # of gradients and updates, for every block
         init_from="",  # weights of any format to start from, see docs/weights.md
         init_channels="",  # "mean", "repeat", "sum": for another number of channels
+        attention_maps=attention_maps(every_epochs=0.0),
         target=dict(kind="pixels", normalize=True),
         loss=dict(
             kind="mse",  # of all targets, or a dict of kinds by their names
@@ -79,7 +80,7 @@ def finetune(*, epochs: float, warmup_epochs: float = 5.0, seed: int = 0) -> Con
     training data.
     """
     config = pretrain(epochs=epochs, warmup_epochs=warmup_epochs, seed=seed)
-    for name in ("target", "loss"):
+    for name in ("attention_maps", "target", "loss"):
         del config[name]
     config.objective = "classify"
     config.tune_blocks = placeholder(float)  # so many last blocks; unset: everything
@@ -224,6 +225,23 @@ def hog(*, bins: int = 9) -> dict[str, Any]:
     )
 
 
+def attention_maps(
+    *, every_epochs: float, mask_ratio: float = 0.75
+) -> dict[str, Any]:
+    """Returns how often AMT looks where the model looks, in all training images.
+
+    It goes with `masking.noise="weighted"` and `data.transform="weighted"`.
+
+    Args:
+      every_epochs: so many epochs apart; 0.0 for all methods without.
+      mask_ratio: of plain masking, until it has looked for the first time.
+    """
+    return dict(
+        every_epochs=every_epochs,
+        before=dict(mask_ratio=mask_ratio, pred_ratio=mask_ratio, throw_ratio=0.0),
+    )
+
+
 def masking(
     *,
     mask_ratio: float = 0.75,
@@ -243,8 +261,9 @@ def masking(
         pred_ratio=pred_ratio,
         throw_ratio=throw_ratio,
         retain=retain,
-        noise="uniform",  # orders the patches; "shared": of several images at once,
-        together=1,  # so many of a batch in a row
+        # What orders the patches. "weighted" by what the model looks at, or "shared":
+        noise="uniform",
+        together=1,  # of so many images of a batch in a row
         unit=1,  # what is masked as one: squares of so many patches a side
         throw_by="patch",  # what is thrown as one; or "unit"
         rounding="floor",  # of the number of visible ones; or "ceil"
@@ -284,7 +303,9 @@ def images(
         mean=mean,
         std=std,
         batch_size=batch_size,
-        transform="classification",  # a crop of the image, and its label if it has one
+        # A crop of the image, and its label if it has one; "weighted": and the weights
+        transform="classification",
+        weights_grid=placeholder(tuple),  # of so many rows and columns of patches
         crop="ten_tries",  # "single_try" is the linear probe's
         crop_scale=crop_scale,
         flip=flip,

@@ -6,6 +6,10 @@ is an error here, and not after hours.
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Key
@@ -14,15 +18,33 @@ from ml_collections import ConfigDict
 from crossmae_jax import objectives, ranges, train_step
 from crossmae_jax.checkpoints import checkpointer, schedule
 from crossmae_jax.convert import starting
-from crossmae_jax.data import content, order, sources
+from crossmae_jax.data import content, order, pipeline, sources
+from crossmae_jax.data.batches import Batches
 from crossmae_jax.distributed import cluster, parallel, sharding
-from crossmae_jax.evals import while_training
+from crossmae_jax.evals import attention_maps, while_training
 from crossmae_jax.optim import optimizers
 from crossmae_jax.runs import mirror, workdir
 from crossmae_jax.runs.best import Best
 from crossmae_jax.train_step import TrainState
 
 _MOST_STEPS = 2**31 - 1  # the state counts them in int32
+
+
+class Leg(NamedTuple):
+    """A part of a run in which every step is made alike; most runs are one.
+
+    Attributes:
+      first: the steps that are made before it; `last`, and with it.
+      config: by which its batches are trained on.
+      step: jitted; (state, batch) -> (state, metrics).
+      maps: what is made at its beginning, of the state, and weighs patches in it.
+    """
+
+    first: int
+    last: int
+    config: ConfigDict
+    step: jax.stages.Wrapped
+    maps: attention_maps.AttentionMaps | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +58,8 @@ class Job:
       mesh_line: how the state lies on the mesh, for people.
       abstract: shapes and shardings of the state.
       init: jitted; key -> state.
-      step: jitted; (state, batch) -> (state, metrics).
       total: steps of the whole run.
+      legs: its parts, in their order.
       weights: what to start from where there is no checkpoint; none: drawn parameters.
       notes: lines about what is other than in the launch before, for people.
     """
@@ -51,8 +73,8 @@ class Job:
     mesh_line: str
     abstract: TrainState
     init: jax.stages.Wrapped
-    step: jax.stages.Wrapped
     total: int
+    legs: tuple[Leg, ...]
     steps_per_epoch: float
     saving: schedule.Schedule
     evaluations: while_training.Evaluations
@@ -68,6 +90,37 @@ class Job:
     def saves(self, step: int) -> bool:
         """Says whether a checkpoint is due after a step; one always is at the end."""
         return step == self.total or self.saving.saves(step)
+
+    def left(self, step: int) -> list[Leg]:
+        """Returns the legs that a state of this step has not come to the end of."""
+        return [leg for leg in self.legs if step < leg.last]
+
+    def begins_of(self, steps: Iterable[int]) -> set[int]:
+        """Returns with which steps the legs begin that these states go on in."""
+        return {
+            leg.first for leg in self.legs for step in steps
+            if leg.first <= step < leg.last
+        }
+
+    def images_of(self, leg: Leg) -> sources.Source:
+        """Returns the training images as a leg sees them.
+
+        Raises:
+          ValueError: if it needs a file that is not there any more.
+        """
+        if leg.maps is None:
+            return self.images["train"]
+        return leg.maps.source(leg.first)
+
+    def batches(self, leg: Leg, step: int, stop: Callable[[], bool]) -> Batches:
+        """Returns the batches of a leg, from behind this step on."""
+        return pipeline.train_batches(
+            self.images_of(leg), leg.config.data, seed=leg.config.seed,
+            start_step=step, num_steps=leg.last - step,
+            process_index=jax.process_index(), process_count=jax.process_count(),
+            workdir=str(self.home.local),
+            num_classes=leg.config.data.get("num_classes"), stop=stop,
+        )
 
     def due(self, step: int) -> list[str]:
         """Returns which evaluations run after a step; those at the end are apart."""
@@ -111,29 +164,55 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     evaluations = while_training.Evaluations(
         config, objective, images, mesh=mesh, directory=home.local, key=panel_key
     )
-    init, step = train_step.compile_steps(
-        objective, tx, mesh, schedule=rate, key=step_key,
+    compile_steps = functools.partial(
+        train_step.compile_steps, tx=tx, mesh=mesh, schedule=rate, key=step_key,
         accum_steps=config.optim.accum_steps, log_norms=config.log_norms,
         max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
     )
+    init, step = compile_steps(objective)
+    legs = (Leg(0, total, config, step),)
+    made = attention_maps.steps(
+        config, images["train"], steps_per_epoch=steps_per_epoch, total=total
+    )
+    if made:
+        maps = attention_maps.AttentionMaps(
+            config, objective, images["train"], mesh=mesh, home=home, key=panel_key
+        )
+        legs = _legs_with_maps(config, maps, [*made, total], step, compile_steps)
     checkpoints = _checkpoints(config, home, abstract, saving)
     stack.callback(checkpoints.close)
     resuming = bool(checkpoints.steps())
-    weights = []
-    if not resuming:
-        weights = starting.plan_all(
-            objective.starts, abstract.variables, config, classes=classes
-        )
+    weights = [] if resuming else starting.plan_all(
+        objective.starts, abstract.variables, config, classes=classes
+    )
     best, notes = _claim(config, home, images["train"], resuming=resuming)
     stack.callback(best.close)
     return Job(
         config=config, home=home, images=images, init_key=init_key,
-        step_key=step_key, mesh=mesh, mesh_line=mesh_line, init=init, step=step,
-        total=total,
+        step_key=step_key, mesh=mesh, mesh_line=mesh_line, init=init, total=total,
+        legs=legs,
         abstract=parallel.with_sharding(abstract, sharding.shardings(mesh, abstract)),
         steps_per_epoch=steps_per_epoch, saving=saving, evaluations=evaluations,
         checkpoints=checkpoints, best=best, weights=weights, notes=notes,
     )
+
+
+def _legs_with_maps(
+    config: ConfigDict, maps: attention_maps.AttentionMaps, ends: list[int],
+    step: jax.stages.Wrapped, compile_steps: Callable[..., Any],
+) -> tuple[Leg, ...]:
+    """Returns the legs of a run: until there are maps, and behind each making of them.
+
+    Args:
+      ends: of all legs.
+      step: of all legs but the first.
+    """
+    before = attention_maps.before(config)
+    _, first_step = compile_steps(objectives.make(before))
+    return (Leg(0, ends[0], before, first_step), *(
+        Leg(first, last, config, step, maps)
+        for first, last in itertools.pairwise(ends)
+    ))
 
 
 def _checkpoints(

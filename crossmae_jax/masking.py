@@ -24,9 +24,9 @@ Methods differ in the noise, one of `NOISES`: `uniform`, or drawn once for many 
 a square of patches (SimMIM, arXiv 2111.09886). Then the N of the visible ones counts
 units; of the others, too, if `throw_by` says so, and else patches of the masked units.
 
-Uniform and weighted noise come from a key per sample, `fold_in(key, sample number)`, so
-that a mask depends on nothing but the seed and the sample: not on the batch, the device
-or the number of hosts. The model never samples; it is handed the `TokenIds`.
+Uniform and weighted noise come from a key per sample, `fold_in(key, sample number)`: a
+mask depends on nothing but the seed and the sample, neither on the batch nor on devices
+or hosts. The model never samples; it is handed the `TokenIds`.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def token_counts(
 
     Args:
       rounding: of the visible ones. "floor" rounds the masked ones up, as MAE and
-        SimMIM do; "ceil" rounds them down, as AMT does.
+        SimMIM do; "ceil" rounds them and the predicted ones down, as AMT does.
       num_keep: so many visible ones, whatever `mask_ratio` is: those of whole units.
 
     Raises:
@@ -96,9 +96,8 @@ def token_counts(
         is left to see or to decode.
     """
     if rounding not in ROUNDINGS:
-        raise ValueError(
-            f"Unknown masking.rounding {rounding!r}. Known: {', '.join(ROUNDINGS)}."
-        )
+        known = ", ".join(ROUNDINGS)
+        raise ValueError(f"Unknown masking.rounding {rounding!r}. Known: {known}.")
     if num_patches < 2:
         raise ValueError(
             f"An image of {num_patches} patch (masking.unit: of what is masked as one) "
@@ -111,6 +110,8 @@ def token_counts(
     elif num_keep is None:
         num_keep = num_patches - int(num_patches * mask_ratio)
     num_skip = int(num_patches * (mask_ratio - pred_ratio))
+    if rounding == "ceil":
+        num_skip = num_patches - num_keep - int(num_patches * pred_ratio)
     num_thrown = round(num_patches * throw_ratio)
     num_pred = num_patches - num_keep - num_skip - num_thrown
     if pred_ratio > mask_ratio:
@@ -304,31 +305,31 @@ def weighted(key: Key[Array, ""], batch: Batch, *, num: int) -> Float[Array, "b 
     """Draws noise whose order is weighted: log w + Gumbel noise, w = batch["weights"].
 
     The largest noise of a sample belongs to a patch with probability w / sum w, the
-    next likewise among those that are left: drawn without replacement. Weights `[b n]`
-    are 0 or more, in any scale; patches of weight 0 come before all others.
+    next likewise among those that are left. Weights `[b n]` are 0 or more, in any
+    scale; patches of weight 0 come before all others, in random order.
 
     Raises:
       ValueError: if the batch has no weights, or another number of them.
     """
     if "weights" not in batch:
         raise ValueError(
-            "masking.noise='weighted' orders patches by batch['weights'], a number per "
+            "masking.noise='weighted' orders patches by batch['weights'], a number a "
             f"patch, but the batch has only {', '.join(sorted(batch))}; give data with "
             "weights, or set config.masking.noise='uniform'."
         )
-
     if batch["weights"].shape[1] != num:
         raise ValueError(
             f"masking.noise='weighted': batch['weights'] has "
             f"{batch['weights'].shape[1]} numbers for each sample, but {num} patches "
-            "or units are to be ordered; with masking.unit above 1 give a weight per "
-            "unit, and masking.throw_by='unit'."
+            "or units are to be ordered; set config.data.weights_grid to their grid; "
+            "with masking.unit above 1 masking.throw_by='unit'."
         )
 
     def draw(number):
         return jax.random.gumbel(jax.random.fold_in(key, number), (num,))
 
-    return jnp.log(batch["weights"]) + jax.vmap(draw)(batch["sample"])
+    weights = jnp.maximum(batch["weights"], jnp.finfo(jnp.float32).tiny)  # not all -inf
+    return jnp.log(weights) + jax.vmap(draw)(batch["sample"])
 
 
 NOISES = {"uniform": uniform, "shared": Shared, "weighted": weighted}

@@ -136,6 +136,8 @@ class Sampler:
     ) -> masking.TokenIds:
         """Draws the same visible patches, and skips none of the masked ones.
 
+        Weights are known of the images of training only; here all patches count alike.
+
         Args:
           throw: as many as in training are decoded and all others thrown; otherwise
             all are decoded.
@@ -144,7 +146,10 @@ class Sampler:
         num_masked = self.num_patches - num_keep
         num_pred = num_pred if throw else num_masked
         counts = masking.TokenCounts(num_keep, num_pred, num_masked - num_pred)
-        return self._cut(counts, key, batch)
+        sampler = self
+        if self.noise is masking.weighted:
+            sampler = dataclasses.replace(self, noise=masking.uniform)
+        return sampler._cut(counts, key, batch)
 
     def some(self) -> masking.TokenIds:
         """Returns patches of one sample, for shapes: whatever the noise looks at."""

@@ -13,7 +13,6 @@ for bit, as if it had never stopped: the data order and the masks are functions 
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,9 +22,9 @@ from crossmae_jax import errors, paths
 from crossmae_jax.checkpoints import space
 from crossmae_jax.cost import out_of_memory
 from crossmae_jax.data import pipeline, sources
-from crossmae_jax.data.batches import Batch, StoppedWaiting
+from crossmae_jax.data.batches import StoppedWaiting
 from crossmae_jax.distributed import environment, parallel, preemption
-from crossmae_jax.job import Job, plan
+from crossmae_jax.job import Job, Leg, plan
 from crossmae_jax.ops import attention, attention_check
 from crossmae_jax.optim import optimizers
 from crossmae_jax.report import closing
@@ -81,25 +80,17 @@ def run(
         state, resumed = begin(job, resume)
         first = int(state.step)
         watch.alive()
-        check_kernels(job, state, steps_left=job.total - first)
+        check_kernels(job, state)
         stop = stack.enter_context(preemption.stop_requests(watch.alive))
         with errors.setting_up():
-            batches = stack.enter_context(pipeline.train_batches(
-                job.images["train"], job.config.data, seed=job.config.seed,
-                start_step=first, num_steps=job.total - first,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(), workdir=str(home.local),
-                num_classes=job.config.data.get("num_classes"), stop=stop.asked_here,
-            ))
             journal = stack.enter_context(Journal(
-                home.local, batches, total=job.total, first_step=first,
-                resumed=resumed, begun=begun,
-                images_per_step=job.config.data.batch_size,
+                home.local, total=job.total, first_step=first, resumed=resumed,
+                begun=begun, images_per_step=job.config.data.batch_size,
                 steps_per_epoch=job.steps_per_epoch, watch=watch,
                 max_skipped_in_a_row=job.config.optim.max_skipped_in_a_row,
             ))
         try:
-            state = train(job, state, watch.awaiting(batches), journal, stop)
+            state = train(job, state, journal, stop)
             return close(job, state, journal, stop)
         except preemption.Interrupted:  # the state is saved wherever this is raised
             journal.say(
@@ -143,62 +134,101 @@ def begin(job: Job, resume: str) -> tuple[TrainState, bool]:
     return state, restored is not None
 
 
-def check_kernels(job: Job, state: TrainState, *, steps_left: int) -> None:
+def check_kernels(job: Job, state: TrainState) -> None:
     """Compares each attention kernel of the run with float32 on these devices.
 
     What is traced for it JAX keeps for the first step.
     """
+    left = job.left(int(state.step))
     with attention.recording() as choices:
-        if steps_left:
-            data = job.config.data
+        for leg in {leg.step: leg for leg in left}.values():
+            data = leg.config.data
             blank = pipeline.blank_batch(data, batch_size=data.batch_size)
-            jax.eval_shape(job.step, state, parallel.with_sharding(
+            jax.eval_shape(leg.step, state, parallel.with_sharding(
                 blank, parallel.batch_sharding(job.mesh)
             ))
+        for leg in left[-1:]:
+            if leg.maps is not None:
+                leg.maps.trace(state.variables)
         job.evaluations.trace(state.variables)
     attention_check.check(choices, mesh=job.mesh)
 
 
 def train(
-    job: Job,
-    state: TrainState,
-    batches: Iterator[Batch],
-    journal: Journal,
-    stop: preemption.Stop,
+    job: Job, state: TrainState, journal: Journal, stop: preemption.Stop
 ) -> TrainState:
-    """Makes the steps that are left; returns the last state.
-
-    Where a state is both saved and evaluated it is saved first, and the run stops when
-    it is saved: neither can lose a step. Steps that are not finite are skipped on the
-    device (`optim.guard`), so a state may be saved whatever its last loss was.
+    """Makes the steps that are left, leg by leg; returns the last state.
 
     Raises:
       Interrupted: if `stop` is set, also while a batch is waited for; the state is
         saved then.
       NotFinite: if too many steps in a row were skipped; the first can be made again.
     """
-    first, make_step = int(state.step), journal.compiled_once(job.step)
+    first = int(state.step)
     if first == job.checkpoints.last_step:  # a stop may have cut its evaluation short
         evaluate(job, job.due(first), first, state, journal, stop)
+    for leg in job.left(first):
+        begin_leg(job, leg, state, journal, stop)
+        state = train_leg(job, leg, state, journal, stop)
+    return state
+
+
+def begin_leg(
+    job: Job, leg: Leg, state: TrainState, journal: Journal, stop: preemption.Stop
+) -> None:
+    """Makes what the batches of a leg need of the state that it begins with.
+
+    Raises:
+      Interrupted: if `stop` is set meanwhile; the state is saved then, and this is done
+        again when the run goes on.
+    """
+    step = int(state.step)
+    if leg.maps is None or step > leg.first:
+        return
     try:
-        for step, batch in enumerate(batches, start=first + 1):
-            state, logged = make_step(state, parallel.place_batch(job.mesh, batch))
-            stopping = stop.is_set()
-            saving = stopping or job.saves(step)
-            journal.stepped(step, logged, log=saving or job.logs(step))
-            if saving:
-                save(job, step, state, journal, wait=stopping or step == job.total)
-            if stopping:
-                raise preemption.Interrupted
-            evaluate(job, job.due(step), step, state, journal, stop)
-    except NotFinite as error:
-        raise replay.kept(
-            error, job.home, job.config, job.images["train"], state, key=job.step_key
-        ) from None
-    except StoppedWaiting as waiting:
-        journal.say(str(waiting))
-        save(job, int(state.step), state, journal, wait=True)
-        raise preemption.Interrupted from None
+        with journal.spent("refresh"):
+            cost = leg.maps.make(step, state.variables, stop=stop, say=journal.say)
+    except preemption.Interrupted:
+        save(job, step, state, journal, wait=True)
+        raise
+    journal.evaluated(step, cost)
+    leg.maps.remove_all_but(job.begins_of([step, *job.checkpoints.steps()]))
+
+
+def train_leg(
+    job: Job, leg: Leg, state: TrainState, journal: Journal, stop: preemption.Stop
+) -> TrainState:
+    """Makes the steps of a leg: step, log, save, stop, evaluate.
+
+    Where a state is both saved and evaluated it is saved first, and the run stops when
+    it is saved: neither can lose a step. Steps that are not finite are skipped on the
+    device (`optim.guard`), so a state may be saved whatever its last loss was.
+    """
+    first, make_step = int(state.step), journal.compiled_once(leg.step)
+    with errors.setting_up():
+        batches = job.batches(leg, first, stop.asked_here)
+    with batches:
+        try:
+            for step, batch in enumerate(journal.reading(batches), start=first + 1):
+                state, logged = make_step(state, parallel.place_batch(job.mesh, batch))
+                stopping = stop.is_set()
+                saving = stopping or job.saves(step)
+                journal.stepped(step, logged, log=saving or job.logs(step))
+                if saving:
+                    wait = stopping or step == job.total
+                    save(job, step, state, journal, wait=wait)
+                if stopping:
+                    raise preemption.Interrupted
+                evaluate(job, job.due(step), step, state, journal, stop)
+        except NotFinite as error:
+            raise replay.kept(
+                error, job.home, leg.config, job.images_of(leg), state,
+                key=job.step_key,
+            ) from None
+        except StoppedWaiting as waiting:
+            journal.say(str(waiting))
+            save(job, int(state.step), state, journal, wait=True)
+            raise preemption.Interrupted from None
     return state
 
 

@@ -31,12 +31,14 @@ from crossmae_jax.checkpoints import checkpointer
 from crossmae_jax.checkpoints import steps as steps_there
 from crossmae_jax.data import sources
 from crossmae_jax.distributed import cluster
+from crossmae_jax.evals import attention_maps
 from crossmae_jax.runs import metrics
 
 # Metrics that tell of the machine and the day, and so differ.
 TIMES = frozenset({
     "train/images_per_second", "train/step_seconds", "train/data_wait",
     "train/data_wait_median", "train/slowest_host", "train/goodput",
+    attention_maps.SECONDS,
 })
 _CONFIG = '''"""{title}"""
 
@@ -189,6 +191,8 @@ def shortened(config: ConfigDict, *, steps: int, save_every: int) -> ConfigDict:
     config.checkpoint.update(
         every_epochs=save_every / epoch, keep_every_epochs=0.0, best=""
     )
+    if config.get("attention_maps", {}).get("every_epochs"):  # made twice, at thirds
+        config.attention_maps.every_epochs = config.epochs / 3
     config.evals, config.baselines = ConfigDict(), False
     return config
 

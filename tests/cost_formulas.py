@@ -87,6 +87,17 @@ def _aggregator(model: ConfigDict, dim: int, num_patches: int, num_keep: int):
     return macs, params
 
 
+def _refreshing(
+    config: ConfigDict, encoder: vit.Size, num_patches: int, patch_dim: int
+):
+    """Returns MACs of an image seen whole, and after how many epochs all are."""
+    every = config.attention_maps.every_epochs
+    hidden = int(encoder.dim * config.model.encoder.mlp_ratio)
+    macs = num_patches * patch_dim * encoder.dim
+    macs += encoder.depth * _block_macs(num_patches + 1, encoder.dim, hidden)
+    return counting.Refresh(macs, every) if every else None
+
+
 def simmim(config: ConfigDict) -> counting.Cost:
     """Returns what SimMIM's ViT costs: all in the encoder, and one layer behind it."""
     model, channels, masks = config.model, config.data.channels, config.masking
@@ -96,6 +107,8 @@ def simmim(config: ConfigDict) -> counting.Cost:
     num_units = num_patches // masks.unit**2
     num_keep = int(num_units * (1 - masks.mask_ratio)) * masks.unit**2
     num_thrown = round(num_patches * masks.throw_ratio)
+    if masks.throw_by == "unit":
+        num_thrown = round(num_units * masks.throw_ratio) * masks.unit**2
     num_pred = num_patches - num_keep - num_thrown
     dim, hidden = size.dim, int(size.dim * model.encoder.mlp_ratio)
     tokens = 1 + num_keep + num_pred
@@ -105,7 +118,10 @@ def simmim(config: ConfigDict) -> counting.Cost:
     block = _block_params(dim, hidden) - dim + 2 * dim
     # Patches, class and mask token, norm, and a bias for each offset and head.
     encoder_params = _linear(patch_dim, dim) + 2 * dim + 2 * dim + size.depth * block
-    encoder_params += ((2 * rows - 1) * (2 * columns - 1) + 3) * size.num_heads
+    if model.encoder.relative_bias == "shared":
+        encoder_params += ((2 * rows - 1) * (2 * columns - 1) + 3) * size.num_heads
+    if model.encoder.positions == "learned":
+        encoder_params += (num_patches + 1) * dim
     aggregates = model.aggregator.kind != "none"
     thrown_macs = num_thrown * dim * patch_dim * aggregates
     taps = model.aggregator.kernel_size**2 * aggregates
@@ -124,6 +140,7 @@ def simmim(config: ConfigDict) -> counting.Cost:
             ),
         },
         others={},
+        refresh=_refreshing(config, size, num_patches, patch_dim),
         differentiated=macs,
         computed=macs - (num_patches - num_keep) * patch_dim * dim
         - num_keep * dim * patch_dim,
@@ -200,7 +217,7 @@ def pretraining(config: ConfigDict) -> counting.Cost:
     num_keep, num_pred, num_thrown = masking.token_counts(
         num_patches, mask_ratio=config.masking.mask_ratio,
         pred_ratio=config.masking.pred_ratio,
-        throw_ratio=config.masking.throw_ratio,
+        throw_ratio=config.masking.throw_ratio, rounding=config.masking.rounding,
     )
     dim, wide = size.dim, model.decoder.dim
     hidden = int(dim * model.encoder.mlp_ratio)
@@ -253,6 +270,7 @@ def pretraining(config: ConfigDict) -> counting.Cost:
             "aggregator": counting.Part(aggregator_macs, aggregator_params),
         },
         others={"constants": (num_patches + 1) * (dim + wide)},  # position tables
+        refresh=_refreshing(config, size, num_patches, patch_dim),
         differentiated=all_macs,
         computed=all_macs - left_out,
     )

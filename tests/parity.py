@@ -23,6 +23,7 @@ from pathlib import Path
 import jax
 
 from tests import (
+    parity_amt,
     parity_files,
     parity_finetune,
     parity_local,
@@ -41,6 +42,8 @@ def _kind(data) -> str:
     """Names the kind of an `.npz` file by the arrays it holds."""
     config = json.loads(str(data["config"])) if "config" in data else {}
     reference = config.get("class", "")
+    if {"refreshed_map", "keys"} <= set(data):
+        return "AMT"
     if {"dec_vis", "dec_ret"} <= set(data):
         return "progressive reconstruction"
     if "checkpoint" in config or "weights" in config:
@@ -85,6 +88,7 @@ NPZ_CHECKS = {
     "transposed posembed": parity_mff.check_posembed,
     "progressive reconstruction": parity_prmim.check_reconstruction,
     "SimMIM": parity_simmim.check,
+    "AMT": parity_amt.check,
     "LocalMIM": parity_local.check_model,
     "oriented gradients": parity_local.check_target,
     "classifier": parity_finetune.check_classifier,

@@ -89,7 +89,7 @@ def optimizer(reference: dict[str, Any], **changes: Any) -> dict[str, Any]:
     ) | changes
 
 
-def _load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, Any]:
+def load(config: ConfigDict, state: dict[str, np.ndarray]) -> tuple[Pretrain, Any]:
     """Returns the objective, and the reference's weights as our variables."""
     objective = Pretrain(config)
     objective.counts = token_counts(
@@ -186,7 +186,7 @@ def compare_outputs(outputs: dict[str, Any], data: Data, report: Report) -> None
 def check_model(_path: Path, data: Data, report: Report) -> None:
     """Activations, loss and gradients of one forward and backward pass."""
     config = make_config(json.loads(str(data["config"])))
-    objective, variables = _load(config, prefixed(data, "sd/"))
+    objective, variables = load(config, prefixed(data, "sd/"))
     images = jnp.asarray(nhwc(data["imgs"]))
     ids = masking.token_ids(jnp.asarray(data["noise"]), objective.counts)
 
@@ -244,7 +244,7 @@ def check_trajectory(_path: Path, data: Data, report: Report) -> None:
     """Losses, gradient norms and parameters over a few AdamW updates."""
     reference = json.loads(str(data["config"]))
     config = make_config(reference)
-    objective, variables = _load(config, prefixed(data, "sd/"))
+    objective, variables = load(config, prefixed(data, "sd/"))
     images, noise = jnp.asarray(nhwc(data["imgs"])), jnp.asarray(data["noise"])
 
     def loss(params, step):

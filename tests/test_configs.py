@@ -54,6 +54,10 @@ KEYS = {
         "mask_ratio": float, "pred_ratio": float, "throw_ratio": float, "retain": str,
         "noise": str, "together": int, "unit": int, "rounding": str, "throw_by": str,
     },
+    "attention_maps": {
+        "every_epochs": float,
+        "before": {"mask_ratio": float, "pred_ratio": float, "throw_ratio": float},
+    },
     "target": {"kind": str, "normalize": bool},
     "loss": {"kind": str, "thrown_weight": float, "weights": {}},
     "optim": {
@@ -68,7 +72,7 @@ KEYS = {
         "source": str, "name": str, "data_dir": None, "split": str, "eval_split": str,
         "dir": None, "eval_dir": None, "image_size": tuple, "channels": int,
         "mean": tuple, "std": tuple, "batch_size": int, "transform": str,
-        "crop": str, "crop_scale": tuple, "flip": bool,
+        "weights_grid": None, "crop": str, "crop_scale": tuple, "flip": bool,
         "interpolation": str, "randaug_ops": int,
         "randaug_magnitude": float, "eval_crop_ratio": float, "workers": int,
         "max_bad_share": float, "max_pixels": int, "max_skipped_share": float,
@@ -78,7 +82,9 @@ KEYS = {
     },
     "mesh": {"fsdp": int},
 }
-CLASSIFY_KEYS = {key: KEYS[key] for key in KEYS if key not in ("masking", "target")} | {
+CLASSIFY_KEYS = {
+    key: KEYS[key] for key in KEYS if key not in ("attention_maps", "masking", "target")
+} | {
     "model": {
         "encoder": KEYS["model"]["encoder"],
         "pool": str, "head_norm": str, "head_std": float, "remat": str, "dtype": str,
@@ -123,6 +129,7 @@ def test_the_experiments_of_the_papers_are_all_there():
         "vitb_cross_448", "vitb_mae_prmim", "vitl_mae_prmim", "vitb_cross_prmim",
         "vitb_mff", "vitb_simmim", "vitb_simmim_100", "vitb_simmim_prmim",
         "vitb_local", "vitl_local", "vitb_local_prmim", "digits_local",
+        "vitb_amt", "vitb_simmim_amt", "digits_amt",
         "finetune_vitb_local", "finetune_vitl_local",
         "digits_simmim", "finetune_vitb_simmim", "digits_cross", "digits_cross_prmim",
         "digits_mae", "folder_cross",
@@ -149,9 +156,12 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
         expected = KEYS | {"model": KEYS["model"] | {"fusion": maps}, "target": {
             "kind": str, "bins": int, "cells": tuple, "bias": bool,
         }}
+    if "amt" in path.stem:
+        data = KEYS["data"] | {"weights_grid": tuple}
+        expected = KEYS | {"data": data}
     scaled = KEYS["model"]["encoder"] | {"layer_scale": float}
     if "simmim" in path.stem:  # whose decoder has no block
-        expected = KEYS | {"optim": KEYS["optim"] | {"clip_norm": float}}
+        expected = expected | {"optim": KEYS["optim"] | {"clip_norm": float}}
         expected["model"] = KEYS["model"] | {
             "encoder": scaled, "fusion": {"kind": str},
             "decoder": {"kind": str, "norm": bool},
@@ -188,7 +198,7 @@ def test_a_config_describes_a_model_and_a_schedule(path):
 
 @pytest.mark.parametrize("name", [
     name for name in PRETRAIN_NAMES
-    if name.startswith("vit") and not re.search("simmim|local", name)
+    if name.startswith("vit") and not re.search("simmim|local|amt", name)
 ])
 def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")

@@ -19,13 +19,18 @@ class Loader:
     wait_seconds = 0.0
     num_bad = 0
 
+    def __iter__(self):
+        return iter(())
+
 
 def begun(directory, clock, loader, **changes):
     options = dict(
         total=100, first_step=0, resumed=False, begun=clock.now, images_per_step=64,
         steps_per_epoch=10.0, max_skipped_in_a_row=3, clock=clock,
     ) | changes
-    return journal.Journal(directory, loader, **options)
+    book = journal.Journal(directory, **options)
+    book.reading(loader)
+    return book
 
 
 def rows(directory):

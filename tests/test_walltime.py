@@ -44,7 +44,7 @@ def test_every_second_belongs_to_one_kind(tmp_path):
     wall_time.write()
     assert seconds(tmp_path) == {
         "steps": 40 + 9 + 6, "data": 1 + 10 + 2, "compile": 19, "evaluate": 4,
-        "save": 3, "start": 7, "restart": 0,
+        "refresh": 0, "save": 3, "start": 7, "restart": 0,
     }
     assert sum(seconds(tmp_path).values()) == clock.now - 1000
     assert wall_time.shares()["steps"] == pytest.approx(55 / 101)

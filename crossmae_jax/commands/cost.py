@@ -54,6 +54,17 @@ def _training(counted: "Cost") -> str:
     )
 
 
+def _refreshing(counted: "Cost") -> str:
+    """Says what attention maps take besides."""
+    macs, every = counted.refresh
+    operations = 2 * macs / every / counted.train_flops
+    return (
+        f"Attention maps take a pass over all training images every {every:g} epochs, "
+        f"{1 / every:.3g}\nan epoch, of {macs / 1e9:.4f} GMACs an image: "
+        f"{operations:.1%} of an epoch's operations more."
+    )
+
+
 def _share(part: int, other: int) -> str:
     return f"{part / other:.1%}" if other else "-"
 
@@ -85,7 +96,7 @@ def report(counted: "Cost", against: "Cost | None" = None) -> str:
         [name, c.num_patches, c.num_keep, c.num_pred, c.num_thrown, c.decoder_tokens]
         for name, c in both.items()
     ]
-    return "\n\n".join([
+    paragraphs = [
         "Counted are the multiply-adds (MACs) of one image's forward pass in training, "
         f"matrix\nproducts and convolutions only. {_training(counted)}:\n"
         f"{counted.train_flops / 1e9:.3f} GFLOPs an image.",
@@ -94,7 +105,10 @@ def report(counted: "Cost", against: "Cost | None" = None) -> str:
             ["tokens", "patches", "visible", "decoded", "thrown", "in decoder blocks"],
             tokens,
         ),
-    ])
+    ]
+    if counted.refresh:
+        paragraphs.append(_refreshing(counted))
+    return "\n\n".join(paragraphs)
 
 
 @session.command()

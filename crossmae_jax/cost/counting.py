@@ -53,6 +53,14 @@ class Part(NamedTuple):
     params: int
 
 
+class Refresh(NamedTuple):
+    """Multiply-adds of one image that the encoder sees whole, and how often it does.
+    """
+
+    macs: int
+    every_epochs: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """Cost of one image's forward pass in training, and the size of the model.
@@ -69,6 +77,7 @@ class Cost:
         position tables, "batch_stats" running statistics.
       differentiated: multiply-adds that the gradient passes through.
       computed: multiply-adds that this library computes, all parts together.
+      refresh: what it takes besides to look at all training images now and then.
     """
 
     num_patches: int
@@ -80,6 +89,7 @@ class Cost:
     others: Mapping[str, int]
     differentiated: int
     computed: int
+    refresh: Refresh | None = None
 
     @property
     def macs(self) -> int:
@@ -138,6 +148,7 @@ def count(config: ConfigDict) -> Cost:
         others={name: sum(tree.values()) for name, tree in sizes.items()},
         differentiated=differentiated + left_out.total(),
         computed=computed.total(),
+        refresh=_refresh(config, objective, variables),
     )
 
 
@@ -169,6 +180,23 @@ def _macs(
         {path: number // num_images for path, number in macs.items()},
         differentiated // num_images,
     )
+
+
+def _refresh(config: ConfigDict, objective: Any, variables: Any) -> Refresh | None:
+    """Counts a pass of the encoder over a whole image, if attention maps take any."""
+    every = config.get("attention_maps", {}).get("every_epochs", 0.0)
+    if not every:
+        return None
+    batch = pipeline.blank_batch(config.data, batch_size=1)
+
+    def encode(params, others, batch, _key):
+        images = objective.normalize(batch)
+        variables = {**others, "params": params}
+        return objective.model.apply(variables, images, method="encode")
+
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+    found = products.trace(encode, variables["params"], others, batch, None)
+    return Refresh(sum(product.macs for product in found), every)
 
 
 def _decoder_tokens(rows: Mapping[_Path, int]) -> int:

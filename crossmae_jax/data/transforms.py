@@ -1,6 +1,8 @@
 """From the record of a source to the arrays of a sample: `config.data.transform`.
 
     classification   a crop of the image; its label, -1 where there is none
+    squashed         the same of the whole image, whatever its shape
+    weighted         as classification, and a weight for each patch of the crop
 
 A transform draws one `View` for a sample and hands all of its fields through it. Those
 of the classification are a random resized crop and a flip, and the centre in evaluation
@@ -9,6 +11,7 @@ does (arXiv:2111.06377).
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -20,7 +23,7 @@ from PIL import Image
 
 from crossmae_jax import errors, ranges
 from crossmae_jax.data import crops, decoding, randaug
-from crossmae_jax.data.fields import INTERPOLATIONS, Field
+from crossmae_jax.data.fields import INTERPOLATIONS, Bands, Field, View
 from crossmae_jax.data.randaug import RandAugment
 
 NO_LABEL = -1
@@ -118,7 +121,11 @@ class Classification:
     @classmethod
     def from_config(cls, data: ConfigDict) -> "Classification":
         """Reads its settings from `config.data`."""
-        return cls(
+        return cls(**cls._settings(data))
+
+    @classmethod
+    def _settings(cls, data: ConfigDict) -> dict[str, Any]:
+        return dict(
             image_size=tuple(data.image_size),
             channels=data.channels,
             crop=data.crop,
@@ -145,18 +152,28 @@ class Classification:
         picture = decoding.open_image(
             record["image"], name=record["name"], max_pixels=self.max_pixels
         )
-        if rng is None:
-            view = crops.centre_view(
-                picture.size, image_size=self.image_size,
-                crop_ratio=self.eval_crop_ratio,
-            )
-        else:
-            view = crops.random_view(
-                rng, picture.size, image_size=self.image_size, crop=self.crop,
-                crop_scale=self.crop_scale, flip=self.flip,
-            )._replace(interpolation=self.interpolation)
+        view = self.view(picture.size, rng)
+        if rng is not None:
             picture.reduce(view)
-        pixels = view.pixels(picture.decode(self.channels))
+        return self.seen(record, view, picture.decode(self.channels), rng)
+
+    def view(self, stored: tuple[int, int], rng: np.random.Generator | None) -> View:
+        """Returns what is seen of an image of this height and width."""
+        if rng is None:
+            return crops.centre_view(
+                stored, image_size=self.image_size, crop_ratio=self.eval_crop_ratio
+            )
+        return crops.random_view(
+            rng, stored, image_size=self.image_size, crop=self.crop,
+            crop_scale=self.crop_scale, flip=self.flip,
+        )._replace(interpolation=self.interpolation)
+
+    def seen(
+        self, record: Record, view: View, bands: Bands,
+        rng: np.random.Generator | None,
+    ) -> dict[str, np.ndarray]:
+        """Returns the arrays of a sample, of what is seen of its record."""
+        pixels = view.pixels(bands)
         if rng is not None and self.randaug is not None:
             whole = Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
             pixels = np.asarray(self.randaug(whole, rng)).reshape(pixels.shape)
@@ -164,9 +181,74 @@ class Classification:
         return {"image": pixels, "label": label}
 
 
+@dataclasses.dataclass(frozen=True)
+class Squashed(Classification):
+    """The whole image, resized to the model's size whatever its shape; no crop.
+
+    What AMT looks at (arXiv 2211.15362): every place of an image has a place in it.
+    """
+
+    def view(self, stored: tuple[int, int], rng: np.random.Generator | None) -> View:
+        """Returns all of it."""
+        whole = (0.0, 0.0, float(stored[1]), float(stored[0]))
+        return View(stored, whole, False, self.image_size, self.image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Classification):
+    """A crop, and how much each of its patches weighs: for `masking.weighted`.
+
+    A record's "weights" lie on a grid over the whole image. They are cut and mirrored
+    by the view of the pixels, and averaged over each patch of the crop. All are 1 in
+    evaluation, and where a record has none.
+
+    Attributes:
+      weights_grid: rows and columns of the patches, or of units of patches.
+
+    Raises:
+      ValueError: if it is none.
+    """
+
+    weights_grid: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.weights_grid or ()) != 2 or min(self.weights_grid) < 1:
+            raise ValueError(
+                f"config.data.weights_grid={self.weights_grid} with "
+                "data.transform='weighted'; give rows and columns of what is masked as "
+                "one, such as (14, 14)."
+            )
+
+    @classmethod
+    def _settings(cls, data: ConfigDict) -> dict[str, Any]:
+        grid = data.weights_grid
+        given = {"weights_grid": None if grid is None else tuple(grid)}
+        return super()._settings(data) | given
+
+    @property
+    def fields(self) -> dict[str, Field]:
+        """The pixels, the label and the weights, in raster order."""
+        shape = (math.prod(self.weights_grid),)
+        return super().fields | {"weights": Field(shape, "float32", 1.0)}
+
+    def seen(
+        self, record: Record, view: View, bands: Bands,
+        rng: np.random.Generator | None,
+    ) -> dict[str, np.ndarray]:
+        """Returns also f32 weights [patches]."""
+        weights, grid = np.ones(self.weights_grid, np.float32), self.weights_grid
+        if rng is not None and "weights" in record:
+            patches = view._replace(size=grid, canvas=grid)
+            weights = patches.raster(record["weights"], nearest=False, fill=1.0)
+        return super().seen(record, view, bands, rng) | {"weights": weights.reshape(-1)}
+
+
 # config.data.transform -> what makes it from config.data
 TRANSFORMS: dict[str, Callable[[ConfigDict], Transform]] = {
     "classification": Classification.from_config,
+    "squashed": Squashed.from_config,
+    "weighted": Weighted.from_config,
 }
 
 

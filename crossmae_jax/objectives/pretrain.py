@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import augment, losses, masking, ranges, sampling, targets
-from crossmae_jax.models import mim
+from crossmae_jax.models import mim, watching
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
 from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
 
@@ -240,13 +240,14 @@ class Pretrain:
 
     @property
     def outputs(self) -> Outputs:
-        """Features of whole images and, of a target that has any, pictures of masked
-        ones.
+        """Features and attention of whole images and, of a target that has any, a
+        picture of masked ones.
         """
         outputs = Outputs({
             name: Output(self._features, name, rows=True)
             for name in ("features", "class_token")
         })
+        outputs["attention_map"] = Output(self._attention_map)
         if self.target.caption is not None:
             outputs["reconstruction"] = Output(
                 self._reconstruct, draws=True, caption=self.target.caption
@@ -269,6 +270,19 @@ class Pretrain:
             "features": trained.mean(),
             "class_token": trained.cls[:, 0].astype(jnp.float32),
         }
+
+    def _attention_map(
+        self, variables: Variables, batch: Batch
+    ) -> Float[Array, "b row col"]:
+        """Returns where the encoder looks, see `watching.attention_map`."""
+        of_encoder = {
+            name: tree["encoder"] for name, tree in variables.items()
+            if "encoder" in tree
+        }
+        found = watching.attention_map(
+            self.model.encoder, of_encoder, self.normalize(batch)
+        )
+        return found.reshape(-1, *self.grid)
 
     def masked_ids(self, key: Key[Array, ""], batch: Batch) -> masking.TokenIds:
         """Draws ids for a reconstruction: every masked patch, however few in training.

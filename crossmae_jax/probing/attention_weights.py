@@ -1,10 +1,6 @@
 """Attention weights: looked at, added up as CrossMAE's figure 1 does, and taken away.
 
-On the hot path no attention weight exists outside of a kernel. Here a method of
-`layers.Attention` is watched from outside (`nn.intercept_methods`), in float32, and the
-layers know nothing of it:
-
-    with recording() as found:  found["decoder/decoder_blocks_0/attn"]: f32 [b h q k]
+On the hot path weights exist in a kernel only; `models.watching` records them.
 
 Magnitudes (CrossMAE, arXiv 2401.14391, figure 1, section 3.1 and appendix A.1). Of each
 decoder block the weights from masked patches to visible ones and to masked ones. The
@@ -23,7 +19,7 @@ them stands the share of the attention's mass, (1 + visible) mu_visible / heads.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +29,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from crossmae_jax import masking, tables
-from crossmae_jax.models import layers, mim
+from crossmae_jax.models import mim, watching
 from crossmae_jax.tokens import CLASS_TOKEN, Tokens
 
 WITHOUT = ("masked", "visible")
@@ -98,28 +94,6 @@ class Magnitudes(NamedTuple):
 
 
 @contextlib.contextmanager
-def recording(
-    keep: Callable[[Array], Array] = lambda weights: weights
-) -> Iterator[dict[str, Array]]:
-    """Collects the weights of every attention that is called meanwhile, by its path.
-
-    Inside of a function that is jitted; it must return what it wants of them. The model
-    must be built with remat="none".
-
-    Args:
-      keep: what is collected of weights [b h q k]; all of them if not given.
-    """
-    recorded: dict[str, Array] = {}
-
-    def watch(module, queries, keys, values, bias=None):
-        recorded["/".join(module.path)] = keep(_weights(module, queries, keys, bias))
-        return None
-
-    with _intercepted(watch):
-        yield recorded
-
-
-@contextlib.contextmanager
 def without(
     kind: str, ids: masking.TokenIds, *, keep_own: bool = False
 ) -> Iterator[None]:
@@ -149,12 +123,12 @@ def without(
     def change(module, queries, keys, values, bias=None):
         if module.path[0] != "decoder":
             return None
-        weights = _weights(module, queries, keys, hidden)
+        weights = watching.weights_of(module, queries, keys, hidden)
         heads = values.reshape(*values.shape[:2], module.num_heads, -1)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, heads.astype(jnp.float32))
         return module.proj(out.reshape(queries.shape).astype(queries.dtype))
 
-    with _intercepted(change):
+    with watching.attending(change):
         yield
 
 
@@ -212,30 +186,6 @@ def decoding() -> Iterator[list[tuple[tuple[Tokens, ...], tuple[Tokens, ...]]]]:
         yield calls
 
 
-def _intercepted(function):
-    """Calls the function in place of `Attention.attend`; None leaves it to do it."""
-
-    def interceptor(next_function, args, kwargs, context):
-        module = context.module
-        if isinstance(module, layers.Attention) and context.method_name == "attend":
-            out = function(module, *args)
-            if out is not None:
-                return out
-        return next_function(*args, **kwargs)
-
-    return nn.intercept_methods(interceptor)
-
-
-def _weights(module, queries, keys, bias):
-    """Returns the softmax weights, in float32."""
-    q, k = (
-        x.astype(jnp.float32).reshape(*x.shape[:2], module.num_heads, -1)
-        for x in (queries, keys)
-    )
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
-
-
 def of_whole_images(recorded: dict[str, Float[Array, "b h k k"]]) -> AttentionMaps:
     """Returns what was recorded while a ViT encoded whole images."""
     weights = jnp.stack(list(recorded.values()))
@@ -257,7 +207,7 @@ def of_decoder(
     patches, in both. CrossMAE: masked patches; class token and visible patches; what
     its queries see of each other, if they do, is left out.
     """
-    with recording() as recorded, decoding() as calls:
+    with watching.recording() as recorded, decoding() as calls:
         model.apply(variables, images, ids)
     ((contexts, (tokens,)),) = calls
     keys = tokens if model.decoder.gives_visible else contexts[-1]
@@ -280,7 +230,7 @@ def magnitudes(
     def per_key(weights):  # b h q k -> b k: over heads and masked queries
         return weights[:, :, -num_pred:].sum(1).mean(1)
 
-    with recording(per_key) as recorded:
+    with watching.recording(per_key) as recorded:
         model.apply(variables, images, ids)
     keys = jnp.stack(_of_decoder(recorded), axis=1)  # b i k
     num_masked = keys.shape[-1] - num_visible

@@ -18,6 +18,7 @@ from crossmae_jax.convert import structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.data import transforms
 from crossmae_jax.distributed import parallel
+from crossmae_jax.models import watching
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.probing import attention_weights, contributions, needs
 from crossmae_jax.tokens import Encoded, Tokens
@@ -357,7 +358,7 @@ class Pretrained:
         return jnp.stack([tokens.sequence for tokens in encoded.maps])
 
     def _encoder_attention(self, variables: Any, images: Array) -> Any:
-        with attention_weights.recording() as recorded:
+        with watching.recording() as recorded:
             self._whole(variables, self._normalize(images))
         return attention_weights.of_whole_images(recorded)
 

@@ -49,7 +49,8 @@ class Journal:
         before, since one that finds the run finished makes no step.
 
     Example:
-      with Journal(directory, loader, total=300, ...) as journal:
+      with Journal(directory, total=300, ...) as journal:
+          batch = next(journal.reading(loader))
           state, logged = step(state, batch)
           journal.stepped(1, logged, log=True)
           with journal.spent("save"):
@@ -59,7 +60,6 @@ class Journal:
           journal.finish()
 
     Args:
-      loader: where the batches come from.
       total: steps of the whole run.
       first_step: the step that the launch goes on from.
       resumed: whether there were launches before, with a checkpoint.
@@ -71,7 +71,6 @@ class Journal:
     def __init__(
         self,
         directory: Path,
-        loader: Loader,
         *,
         total: int,
         first_step: int,
@@ -83,7 +82,8 @@ class Journal:
         watch: Watchdog | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        self._loader, self._first = loader, first_step
+        self._loader: Loader | None = None
+        self._waited, self._first = 0.0, first_step
         self._watch = watch or Watchdog()
         self._images_per_step = images_per_step
         self._steps_per_epoch = steps_per_epoch
@@ -93,13 +93,14 @@ class Journal:
         self._progress = Progress(total, first_step=first_step)
         self._time = walltime.WallTime(
             directory, begun=begun, resuming=resumed,
-            waited=lambda: loader.wait_seconds, clock=clock,
+            waited=self._waited_in_all, clock=clock,
         )
         self._step = first_step
         self._skips, self._max_skipped = skips.Skips(), max_skipped_in_a_row
         self._logged: Mapping[str, Any] = {}
         self._programs, self._open = programs.Record(), contextlib.ExitStack()
         self._make_step: programs.Once | None = None
+        self._step_made, self._compiling = None, True
         self.latest: dict[str, float] = dict(self._writer.latest)
         self._time.until_now("start")
         self._watch.started(first_step)
@@ -115,17 +116,31 @@ class Journal:
         self._progress.close()
         self._writer.close()
 
+    def reading(self, loader: Loader) -> Iterator[Any]:
+        """Returns the batches that come from here from now on."""
+        self._waited, self._loader = self._waited_in_all(), loader
+        return self._watch.awaiting(loader)
+
+    def _waited_in_all(self) -> float:
+        return self._waited + (self._loader.wait_seconds if self._loader else 0.0)
+
     def compiled_once(self, step: Callable) -> Callable:
-        """Returns a step that is said to be compiled again, should that happen."""
-        self._make_step = programs.Once(
-            step, ("state", "batch"), self._programs, self.say
-        )
+        """Returns a step that is said to be compiled again, should that happen.
+
+        Its first call counts as compiling, unless it is the step of before.
+        """
+        if step is not self._step_made:
+            self._step_made, self._compiling = step, True
+            self._make_step = programs.Once(
+                step, ("state", "batch"), self._programs, self.say
+            )
         return self._make_step
 
     def stepped(self, step: int, logged: Mapping[str, Any], *, log: bool) -> None:
         """Takes note of a step; its metrics are fetched and written only if `log`.
 
-        The first step of a launch compiles, and counts as that.
+        The first step of a launch, and of each kind of step, compiles and counts as
+        that.
 
         Raises:
           NotFinite: if too many steps in a row were skipped; of the last few steps
@@ -133,13 +148,15 @@ class Journal:
         """
         self._step, self._logged = step, logged
         self._tell(self._skips.stepped(step, logged))
-        if step == self._first + 1:
+        if self._compiling:
+            self._compiling = False
             jax.block_until_ready(logged)
             before = sum(self._time.seconds("compile", "data"))
             self._time.until_now("compile")
             seconds = sum(self._time.seconds("compile", "data")) - before
             compiling = self._make_step.told() if self._make_step else ""
-            self.say(f"first step: {seconds:.1f} s{compiling and f'; {compiling}'}")
+            what = "first step" if step == self._first + 1 else f"step {step}"
+            self.say(f"{what}: {seconds:.1f} s{compiling and f'; {compiling}'}")
             self._mark()
         self._watch.stepped(step)
         self._progress.update(step, **(self._log(step) if log else {}))

@@ -46,6 +46,7 @@ _BEFORE = {
     "data.max_pixels": decoding.MAX_PIXELS,
     "data.max_skipped_share": 1.0,
     "data.transform": "classification",
+    "data.weights_grid": None,
     "log_norms": False,
     "mesh.fsdp": 0,
     "model.encoder.drop_path": 0.0,
@@ -66,6 +67,8 @@ _BEFORE = {
 }
 # and of pre-training, which there was first.
 _BEFORE_OF_PRETRAINING = {
+    "attention_maps.before": dict(mask_ratio=0.75, pred_ratio=0.75, throw_ratio=0.0),
+    "attention_maps.every_epochs": 0.0,
     "checkpoint.best": "",
     "data.crop": "ten_tries",
     "data.eval_crop_ratio": 0.875,
@@ -98,6 +101,7 @@ _OPTIONAL = {
     "data.dir": str,
     "data.eval_dir": str,
     "data.num_classes": int,
+    "data.weights_grid": tuple,
     "model.encoder.layer_scale": float,
     "model.fusion.maps": tuple,
     "optim.clip_norm": float,

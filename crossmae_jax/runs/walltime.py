@@ -2,8 +2,9 @@
 
     steps      training, which is what the time is for; its share is the goodput
     data       waiting for images
-    compile    the first step of a launch
+    compile    the first step of a launch, and of each kind of step
     evaluate   evaluations
+    refresh    attention maps of all images, made anew
     save       what a checkpoint holds the steps up; writing goes on beside them
     start      from the first line of a launch to its first step: restoring, tracing
     restart    what a launch that ended early cost: its steps since the last checkpoint,
@@ -27,7 +28,7 @@ from crossmae_jax import paths
 from crossmae_jax.runs import records
 
 FILE = "time.json"
-KINDS = ("steps", "data", "compile", "evaluate", "save", "start", "restart")
+KINDS = ("steps", "data", "compile", "evaluate", "refresh", "save", "start", "restart")
 
 
 class WallTime:

@@ -1,0 +1,212 @@
+"""Where a model looks in each training image, found out anew every few epochs: AMT.
+
+AMT (arXiv 2211.15362) hides what the model attends to. So many epochs apart the encoder
+sees every training image as a whole, squashed to its size, and what the class token of
+the last block attends to becomes the weights of the image's patches. Masks are drawn
+with them (`masking.weighted`) until the next time; before the first time they are drawn
+as `config.attention_maps.before` says.
+
+    WORKDIR/attention_maps/step_00012512.npy    made of the state after that step
+
+So the batches of a run are a function of (seed, step) and of the newest of these files
+that is not younger than the step. A run that goes on in the middle of such a leg reads
+it; one that was stopped while it was made has saved the state that it is made of. Files
+that no checkpoint goes on from are removed.
+
+The maps are kept in half precision: 392 bytes an image of 14 x 14 patches.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from crossmae_jax import paths, ranges
+from crossmae_jax.data import pipeline, sources, weights
+from crossmae_jax.distributed import parallel, preemption
+from crossmae_jax.evals import features, outputs, while_training
+from crossmae_jax.runs import mirror
+
+FOLDER = "attention_maps"
+SECONDS = f"eval/{FOLDER}/seconds"
+_OUTPUT = "attention_map"
+_SPEAK = 10.0  # seconds, after which is said how far it is
+
+
+def steps(
+    config: ConfigDict, source: sources.Source, *, steps_per_epoch: float, total: int
+) -> list[int]:
+    """Returns after which steps maps are made; [] for a run without.
+
+    Args:
+      source: the training images.
+
+    Raises:
+      ValueError: if there would be none in the whole run, or settings contradict each
+        other.
+    """
+    every = config.get(FOLDER, {}).get("every_epochs", 0.0)
+    ranges.check(f"{FOLDER}.every_epochs", every, least=0)
+    orders = config.get("masking", {}).get("noise") == "weighted"
+    cuts = config.data.transform == "weighted"
+    if not orders == cuts == (bool(every) or cuts and "weights" in source.kinds):
+        raise ValueError(
+            f"masking.noise={config.get('masking', {}).get('noise')!r}, data.transform="
+            f"{config.data.transform!r}, attention_maps.every_epochs={every:g}: AMT "
+            "needs 'weighted', 'weighted' and a number of epochs after which weights "
+            "are made anew; without it leave all three at 'uniform', 'classification' "
+            "and 0.0."
+        )
+    if not every:
+        return []
+    apart = every * steps_per_epoch
+    made = {max(1, round(n * apart)) for n in range(1, 1 + math.ceil(total / apart))}
+    made = sorted(step for step in made if step < total)
+    if not made:
+        raise ValueError(
+            f"attention_maps.every_epochs={every:g} in a run of {config.epochs:g} "
+            "epochs: none would ever be made; give fewer epochs, or 0.0 for a run "
+            "without."
+        )
+    return made
+
+
+def before(config: ConfigDict) -> ConfigDict:
+    """Returns the settings of training before there are maps: all patches alike."""
+    config = config.copy_and_resolve_references()
+    config.masking.update(config.attention_maps.before)
+    config.masking.noise = "uniform"
+    return config
+
+
+class AttentionMaps:
+    """The maps of one run.
+
+    Args:
+      source: the training images.
+      home: where the files lie.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        objective: Any,
+        source: sources.Source,
+        *,
+        mesh: jax.sharding.Mesh,
+        home: mirror.Home,
+        key: jax.Array,
+    ):
+        if _OUTPUT not in objective.outputs:
+            raise ValueError(
+                f"config.attention_maps needs a model that pre-trains, and objective="
+                f"{config.objective!r} does not; set attention_maps.every_epochs=0.0."
+            )
+        blank = pipeline.blank_batch(config.data, batch_size=1)
+        # Whatever the noise refuses is known before the first step.
+        jax.eval_shape(objective.sampler.draw, key, blank)
+        self._data = config.data.copy_and_resolve_references()
+        self._data.transform = "squashed"
+        self._grid, self._source = objective.grid, source
+        self._mesh, self._home = mesh, home
+        self._outputs = outputs.Compiled(objective, mesh, key=key)
+
+    def file(self, step: int) -> Path:
+        """Returns where the maps of a state are."""
+        return self._home.local / FOLDER / f"step_{step:08d}.npy"
+
+    def source(self, step: int) -> sources.Source:
+        """Returns the training images with the maps of a state.
+
+        Raises:
+          ValueError: if these are not there, or damaged.
+        """
+        return weights.WithWeights(self._source, self.file(step))
+
+    def trace(self, variables: Any) -> None:
+        """Traces what will be computed, without computing it."""
+        blank = pipeline.blank_batch(
+            self._data, batch_size=self._data.batch_size, valid=True
+        )
+        where = parallel.batch_sharding(self._mesh)
+        batch = parallel.with_sharding(blank, where)
+        self._outputs.trace(_OUTPUT, variables, batch)
+
+    def make(
+        self,
+        step: int,
+        variables: Any,
+        *,
+        stop: preemption.Stop,
+        say: Callable[[str], None],
+    ) -> dict[str, float]:
+        """Makes the maps of a state; returns what it cost, as metrics.
+
+        All processes must call it.
+
+        Raises:
+          preemption.Interrupted: if `stop` is set meanwhile; no file is left then.
+        """
+        begin, file, total = time.monotonic(), self.file(step), len(self._source)
+        shape = (total, *self._grid)
+        if self._writes:
+            file.parent.mkdir(exist_ok=True)
+            with paths.writing_whole(file) as out:
+                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(out, header)
+                for rows in self._rows(variables, stop, say):
+                    out.write(rows.astype("<f2").tobytes())
+        else:
+            for _ in self._rows(variables, stop, say):
+                pass
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{FOLDER} {step}")
+        seconds, size = time.monotonic() - begin, 2 * int(np.prod(shape))
+        say(
+            f"attention maps of {total} images: {seconds:.1f} s, {size / 1e6:.3g} MB "
+            f"in {self._home.name(file)}"
+        )
+        return {SECONDS: seconds, f"eval/{FOLDER}/bytes": float(size)}
+
+    @property
+    def _writes(self) -> bool:
+        """Whether this process writes: of a workdir in a bucket each has its own."""
+        return jax.process_index() == 0 or paths.is_remote(self._home.path)
+
+    def _rows(self, variables, stop, say):
+        """Yields the maps of some images at a time, in the order of the source."""
+        opened = {"train": self._source}
+        evaluation = while_training.of_sources(
+            opened, self._data, mesh=self._mesh, workdir=self._home.local, wanted=(),
+            stop=stop, **self._outputs.of(variables),
+        )
+        give, done, spoke = evaluation.output(_OUTPUT), 0, time.monotonic()
+        for batch in evaluation.batches("train", None):
+            batch = evaluation.place(batch)
+            valid, found = features.to_host((batch["valid"], give(batch)))
+            yield found[valid]
+            done += int(valid.sum())
+            if time.monotonic() - spoke > _SPEAK:
+                spoke = time.monotonic()
+                say(f"attention maps: {done} of {len(self._source)} images")
+
+    def remove_all_but(self, steps: Iterable[int]) -> None:
+        """Removes files from which no checkpoint goes on.
+
+        Args:
+          steps: of the states whose maps are needed.
+        """
+        needed = {self.file(step) for step in steps}
+        if not self._writes:
+            return
+        for file in paths.files(self._home.local / FOLDER):
+            if file not in needed:
+                file.unlink()
+                if jax.process_index() == 0 and self._home.path != self._home.local:
+                    self._home.name(file).unlink(missing_ok=True)
