@@ -1,5 +1,9 @@
-"""Two real processes that share nothing but a bucket make one run there."""
+"""Two real processes that share nothing but a bucket make one run there.
 
+It is AMT's, whose maps of the training images lie in the bucket, too.
+"""
+
+import io
 import json
 
 import jax
@@ -17,6 +21,9 @@ from configs import digits_cross
 def get_config():
     config = digits_cross.get_config()
     config.evals = {}
+    config.attention_maps.every_epochs = 3 * 64 / 1442
+    config.masking.noise = config.data.transform = "weighted"
+    config.data.weights_grid = (4, 4)
     return config
 """
 RUN = f"gs://{buckets.NAME}/run"
@@ -52,6 +59,10 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
             f"{place}/{paths.COMMITTED}"
         )
         first = checkpointer.restore_variables(f"{RUN}/checkpoints")
+        maps = "run/attention_maps/step_00000003.npy"
+        made = bucket.read(maps)
+        assert np.load(io.BytesIO(made)).shape == (1442, 4, 4)
+        assert order.index(maps) < order.index(f"run/checkpoints/4/{paths.COMMITTED}")
 
         bucket.delete(f"{place}/{paths.COMMITTED}")  # as if both had died
         with processes.started([whole] * 2, tmp_path / "again") as group:
@@ -64,3 +75,4 @@ def test_two_processes_write_their_parts_and_go_on(digits_dir, tmp_path, monkeyp
         steps = [json.loads(line)["step"] for line in text.splitlines()]
         assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
         assert not bucket.names("run/bad_images")
+        assert bucket.read(maps) == made and bucket.written.count(maps) == 1

@@ -33,8 +33,7 @@ from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import features, outputs, while_training
 from crossmae_jax.runs import mirror
 
-FOLDER = "attention_maps"
-SECONDS = f"eval/{FOLDER}/seconds"
+SECONDS = "eval/attention_maps/seconds"
 _OUTPUT = "attention_map"
 _SPEAK = 10.0  # seconds, after which is said how far it is
 
@@ -51,8 +50,8 @@ def steps(
       ValueError: if there would be none in the whole run, or settings contradict each
         other.
     """
-    every = config.get(FOLDER, {}).get("every_epochs", 0.0)
-    ranges.check(f"{FOLDER}.every_epochs", every, least=0)
+    every = config.get("attention_maps", {}).get("every_epochs", 0.0)
+    ranges.check("attention_maps.every_epochs", every, least=0)
     orders = config.get("masking", {}).get("noise") == "weighted"
     cuts = config.data.transform == "weighted"
     if not orders == cuts == (bool(every) or cuts and "weights" in source.kinds):
@@ -119,7 +118,7 @@ class AttentionMaps:
 
     def file(self, step: int) -> Path:
         """Returns where the maps of a state are."""
-        return self._home.local / FOLDER / f"step_{step:08d}.npy"
+        return self._home.local / weights.FOLDER / f"step_{step:08d}.npy"
 
     def source(self, step: int) -> sources.Source:
         """Returns the training images with the maps of a state.
@@ -166,13 +165,13 @@ class AttentionMaps:
             for _ in self._rows(variables, stop, say):
                 pass
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{FOLDER} {step}")
+            multihost_utils.sync_global_devices(f"attention maps {step}")
         seconds, size = time.monotonic() - begin, 2 * int(np.prod(shape))
         say(
             f"attention maps of {total} images: {seconds:.1f} s, {size / 1e6:.3g} MB "
             f"in {self._home.name(file)}"
         )
-        return {SECONDS: seconds, f"eval/{FOLDER}/bytes": float(size)}
+        return {SECONDS: seconds, "eval/attention_maps/bytes": float(size)}
 
     @property
     def _writes(self) -> bool:
@@ -205,7 +204,7 @@ class AttentionMaps:
         needed = {self.file(step) for step in steps}
         if not self._writes:
             return
-        for file in paths.files(self._home.local / FOLDER):
+        for file in paths.files(self._home.local / weights.FOLDER):
             if file not in needed:
                 file.unlink()
                 if jax.process_index() == 0 and self._home.path != self._home.local:

@@ -25,8 +25,11 @@ from pathlib import Path
 import jax
 
 from crossmae_jax import paths
+from crossmae_jax.data import weights
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
+
+_READ = (".json", ".jsonl", ".npy")  # what a run reads of itself when it goes on
 
 
 class Home:
@@ -61,9 +64,9 @@ class Home:
     def pull(self) -> None:
         """Copies from the bucket what a run reads of itself."""
         bucket = paths.system(self.path)
-        for folder in (self.path, self.path / "best"):
+        for folder in (self.path, self.path / "best", self.path / weights.FOLDER):
             for file in folder.iterdir() if folder.is_dir() else ():
-                if file.suffix not in (".json", ".jsonl") or file.is_dir():
+                if file.suffix not in _READ or file.is_dir():
                     continue
                 target = self.local / file.relative_to(self.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
