@@ -192,6 +192,7 @@ def begin_leg(
         save(job, step, state, journal, wait=True)
         raise
     journal.evaluated(step, cost)
+    job.checkpoints.wait()  # what is being written may go on in the leg before
     leg.maps.remove_all_but(job.begins_of([step, *job.checkpoints.steps()]))
 
 

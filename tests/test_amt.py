@@ -20,6 +20,7 @@ from crossmae_jax.cost import counting
 from crossmae_jax.data import order, pipeline, sources, transforms, weights
 from crossmae_jax.data.fields import View
 from crossmae_jax.evals import attention_maps, features
+from crossmae_jax.models import vit, watching
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests import tiny
 
@@ -78,6 +79,26 @@ def test_maps_are_the_last_blocks_attention_in_whole_images(finished):
     expected = ((heads - low) / (high - low)).mean(1).reshape(3, 4, 4)
     found = maps[[0, 7, 1441]]
     np.testing.assert_allclose(found, expected, atol=1e-3)  # half precision
+
+
+def test_a_map_takes_a_relative_bias_into_account_whatever_is_computed_again():
+    options = dict(size="W8-D2-H2/4", image_size=(8, 8), relative_bias="shared")
+    encoder = vit.ViT(**options, remat="full")
+    images = jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
+    variables = encoder.init(jax.random.key(1), images)
+    table = variables["params"]["relative_bias"]["table"]
+    drawn = 3 * jax.random.normal(jax.random.key(2), table.shape)
+    variables["params"]["relative_bias"]["table"] = drawn
+    found = watching.attention_map(encoder, variables, images)
+    with watching.recording() as recorded:
+        vit.ViT(**options).apply(variables, images)
+    heads = np.asarray(recorded["blocks_1/attn"])[:, :, 0, 1:]
+    heads = heads - heads.min(-1, keepdims=True)
+    heads = heads / heads.max(-1, keepdims=True)
+    np.testing.assert_allclose(found, heads.mean(1), atol=1e-6)
+    variables["params"]["blocks_1"]["attn"]["qkv"]["kernel"] *= 0.0
+    variables["params"]["relative_bias"]["table"] = 0 * drawn  # all patches alike
+    assert (watching.attention_map(encoder, variables, images) == 0).all()
 
 
 def test_maps_cost_seconds_and_memory_that_are_logged(finished):
