@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crossmae_jax import evals, visualize
+from crossmae_jax import errors, evals, visualize
 from crossmae_jax.evals import evaluator, features, knn, rank
 from tests.test_features import PIXELS, batches, images_of, placer
 from tests.test_knn import brute_force
@@ -91,6 +91,13 @@ def test_fewer_train_images_are_asked_for_not_thrown_away(tmp_path):
     assert log == [("train", 20), ("eval", None)]
     run("knn", evaluation, **options, max_train_images=10**6)
     assert log == [("train", 20), ("eval", None), ("train", None)]
+
+
+def test_more_neighbours_than_images_with_a_label_are_refused_by_their_number(tmp_path):
+    images, labels = images_of(50)
+    labels[7:] = -1
+    with pytest.raises(errors.SetupError, match="k=9 neighbours, but only 7 of the tr"):
+        run("knn", evaluation_of(images, labels, tmp_path), k=(2, 9), temperature=0.07)
 
 
 VIEWS = frozenset({"features", "class_token", "logits"})

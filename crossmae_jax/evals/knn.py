@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from crossmae_jax import ranges
+from crossmae_jax import errors, ranges
 from crossmae_jax.evals import evaluator, features
 from crossmae_jax.evals.evaluator import About, Evaluation, Result, Wanted
 
@@ -104,6 +104,12 @@ class KNN:
                 evaluation.labelled(split, limit, output=_POOLS[pool])
                 for split, limit in (("train", self.max_train_images), ("eval", None))
             )
+            if max(ks) > len(train.values):
+                raise errors.SetupError(
+                    f"config.evals.knn.k={max(ks)} neighbours, but only "
+                    f"{len(train.values)} of the training images have a label; choose "
+                    f"k <= {len(train.values)}, or label more of them."
+                )
             shares = evaluate(train, test, k=ks, temperature=self.temperature)
             metrics |= {f"{pool}/{name}": share for name, share in shares.items()}
         first = f"{self.pools[0]}/k{ks[0]}/"
