@@ -7,10 +7,7 @@ otherwise: the shorter side to 224, a border of 4, and a random 224 x 224 of tha
 here images are cropped as MAE crops them. Biases of the encoder MLPs start at 0, there
 within 1e-6 of it.
 
-With progressive reconstruction (PR-MIM, arXiv 2411.15746):
-
-    --config.masking.throw_ratio=0.5 --config.masking.retain=furthest \\
-        --config.model.aggregator.kind=conv --config.optim.lr_scale=none
+With progressive reconstruction (PR-MIM): configs/vitb_mff_prmim.py.
 
     python -m crossmae_jax.main --config=configs/vitb_mff.py \\
         --workdir=runs/vitb_mff --config.data.data_dir=DATA

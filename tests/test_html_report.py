@@ -226,6 +226,7 @@ def test_what_stands_in_files_is_text_and_no_html(interrupted, tmp_path):
 TITLES = {
     "vitb_mae_prmim": "PR-MIM on MAE B/16, imagenet2012",
     "vitb_mff": "MFF B/16, imagenet2012",
+    "vitb_mff_prmim": "PR-MIM on MFF B/16, imagenet2012",
     "vitb_simmim": "SimMIM B/16, imagenet2012",
     "vitb_local_prmim": "PR-MIM on LocalMIM B/16, imagenet2012",
     "folder_cross": "CrossMAE S/16, where/photos &",
