@@ -219,9 +219,10 @@ def local(size: str) -> dict[str, Any]:
 def hog(*, bins: int = 9) -> dict[str, Any]:
     """Returns LocalMIM's target: oriented gradients, in cells of four sizes."""
     return dict(
-        kind="hog", bins=bins,
+        kind="hog", bins=bins,  # or "pixels" of the same cells
         cells=(4, 8, 16, 32),  # sides in pixels
         bias=False,  # adds drawn numbers to the gradients, as the code of ViT-L does
+        normalize=True,  # of pixels: each cell is standardised
     )
 
 

@@ -26,5 +26,4 @@ def get_config():
     config.target = common.hog()
     config.target.cells = (2, 4, 8)
     config.data.image_size = (32, 32)
-    del config.evals.reconstruction  # oriented gradients are no pixels
     return config

@@ -7,6 +7,7 @@ Wang et al., "Masked Image Modeling with Local Multi-Scale Reconstruction", arXi
         --workdir=runs/vitb_local --config.data.data_dir=DATA
 
 With the recipe of 100 epochs: --config.epochs=100.0 --config.optim.warmup_epochs=10.0
+With pixels for targets, of the same cells: --config.target.kind=pixels
 
 Published, ImageNet-1k top-1 at 1600 epochs: 84.0 fine-tuned (the paper); at 100 epochs
 83.3 (arXiv 2411.15746, table 4).
@@ -24,5 +25,5 @@ def get_config():
     config.target = common.hog()
     config.optim.update(base_lr=2e-4, min_lr=1e-6)
     config.data = common.imagenet(image_size=(224, 224), batch_size=2048)
-    config.evals = common.knn()
+    config.evals = common.knn() | common.panels()
     return config

@@ -38,6 +38,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from crossmae_jax.tokens import spread
+
 ROUNDINGS = ("floor", "ceil")
 
 
@@ -384,16 +386,4 @@ def coverage(
       ValueError: if the grids do not fit.
     """
     mask = mask_of(ids, num_patches=grid[0] * grid[1]).astype(jnp.float32)
-    covered = mask.reshape(-1, *grid)
-    for axis, (num, wanted) in enumerate(zip(grid, of, strict=True), start=1):
-        if wanted % num and num % wanted:
-            raise ValueError(
-                f"Cells in {of[0]}x{of[1]} do not fit patches in {grid[0]}x{grid[1]}: "
-                "each side must be a multiple or a divisor of the other grid's."
-            )
-        if wanted >= num:
-            covered = jnp.repeat(covered, wanted // num, axis=axis)
-        else:
-            parts = (*covered.shape[:axis], wanted, -1, *covered.shape[axis + 1 :])
-            covered = covered.reshape(parts).mean(axis + 1)
-    return covered.reshape(-1, of[0] * of[1])
+    return spread(mask.reshape(-1, *grid), of=of).reshape(-1, of[0] * of[1])

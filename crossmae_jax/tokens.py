@@ -193,3 +193,31 @@ def put_tokens(
 
     # Not one scatter with row numbers: across devices that gathers the whole batch.
     return jax.vmap(put)(tokens, ids, values)
+
+
+def spread(
+    values: Shaped[Array, "b row col"], *, of: tuple[int, int]
+) -> Shaped[Array, "b row2 col2"]:
+    """Returns what lies on a grid as it is on another, with cells of the same image.
+
+    Repeated where its cells are smaller, the mean where they hold several.
+
+    Args:
+      of: rows and columns of the other; multiples or divisors of those of `values`.
+
+    Raises:
+      ValueError: if the grids do not fit.
+    """
+    grid = values.shape[1:]
+    for axis, (num, wanted) in enumerate(zip(grid, of, strict=True), start=1):
+        if wanted % num and num % wanted:
+            raise ValueError(
+                f"Cells in {of[0]}x{of[1]} do not fit patches in {grid[0]}x{grid[1]}: "
+                "each side must be a multiple or a divisor of the other grid's."
+            )
+        if wanted >= num:
+            values = jnp.repeat(values, wanted // num, axis=axis)
+        else:
+            parts = (*values.shape[:axis], wanted, -1, *values.shape[axis + 1 :])
+            values = values.reshape(parts).mean(axis + 1)
+    return values

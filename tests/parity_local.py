@@ -187,7 +187,7 @@ def check_target(_path: Path, data: Data, report: Report) -> None:
     """Histograms of each scale, with the biases that the fixture holds."""
     reference, images = json.loads(str(data["config"])), jnp.asarray(nhwc(data["imgs"]))
     target = HOG(
-        images.shape[1:3], images.shape[3], bins=reference["nbins"],
+        images.shape[1:3], images.shape[3], patch_size=16, bins=reference["nbins"],
         cells=tuple(reference["pools"]), bias=reference["bias"],
     )
     variables, compared = {}, {"config", "imgs"}

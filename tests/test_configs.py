@@ -155,7 +155,7 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
     if "local" in path.stem and path not in CLASSIFY:
         maps = KEYS["model"]["fusion"] | {"maps": tuple}
         expected = KEYS | {"model": KEYS["model"] | {"fusion": maps}, "target": {
-            "kind": str, "bins": int, "cells": tuple, "bias": bool,
+            "kind": str, "bins": int, "cells": tuple, "bias": bool, "normalize": bool,
         }}
     if "amt" in path.stem:
         data = KEYS["data"] | {"weights_grid": tuple}

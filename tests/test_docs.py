@@ -50,6 +50,7 @@ CHECKS = {
     "README.md": "assert features.shape == (3, 16), features.shape",
     "weights.md": "assert tokens.shape == (3, 17, 16), tokens.shape",
     "probing.md": "assert len(after) == 2 and some.shape[1] == 3",
+    "frameworks.md": "assert Path('gradients.png').stat().st_size > 1000",
     "pr_mim.md": "assert Path('sampling.png').stat().st_size > 1000",
 }
 

@@ -23,6 +23,7 @@ class Pictures(NamedTuple):
     mask: jax.Array
     thrown: jax.Array
     error: jax.Array
+    target: jax.Array | None = None
 
 
 @jax.jit

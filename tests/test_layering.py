@@ -15,7 +15,7 @@ SOURCES = sorted((ROOT / "crossmae_jax").rglob("*.py"))
 
 # From the bottom up: a file imports from rows above its own in this list, or its own.
 ROWS = (
-    ("errors", "kinds", "ranges", "tables"),
+    ("errors", "glyphs", "kinds", "ranges", "tables"),
     ("ops", "tokens", "paths", "losses", "augment", "masking", "sampling",
      "distributed"),
     ("checkpoints", "data", "targets"),

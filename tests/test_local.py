@@ -16,6 +16,7 @@ from crossmae_jax.objectives.classify import Classify
 from crossmae_jax.objectives.pretrain import Pretrain
 from crossmae_jax.targets.hog import HOG
 from tests import drawn, tiny
+from tests.saved_runs import save_run
 from tests.test_models import make_config
 
 
@@ -58,7 +59,7 @@ def _histogram(image, cell, bins):
 @pytest.mark.parametrize("bins, cell", [(9, 4), (18, 2), (5, 8)])
 def test_a_cell_counts_the_gradients_of_each_orientation(bins, cell):
     images = np.random.default_rng(0).normal(size=(2, 8, 16, 2))
-    target = HOG((8, 16), 2, bins=bins, cells=(cell,))
+    target = HOG((8, 16), 2, patch_size=4, bins=bins, cells=(cell,))
     (tokens,) = target({}, jnp.asarray(images, jnp.float32)).values()
     assert target.widths == {f"hog_{cell}": 2 * bins}
     assert target.init(jax.random.key(0)) == {}
@@ -70,7 +71,7 @@ def test_a_cell_counts_the_gradients_of_each_orientation(bins, cell):
 
 
 def test_a_flat_image_has_no_orientation_and_no_nan():
-    (tokens,) = HOG((8, 8), 1, cells=(4,))({}, jnp.ones((1, 8, 8, 1))).values()
+    (tokens,) = HOG((8, 8), 1, 4, cells=(4,))({}, jnp.ones((1, 8, 8, 1))).values()
     assert (tokens.values == 0).all()
 
 
@@ -89,8 +90,11 @@ def test_a_bias_of_the_filters_is_drawn_and_kept_out_of_training():
         np.testing.assert_allclose(values[0, 0], np.tile(np.eye(9)[expected], 3))
 
 
+@pytest.mark.parametrize("kind", ["hog", "pixels"])
 @pytest.mark.parametrize("changes", [{}, PRMIM], ids=["LocalMIM", "PR-MIM"])
-def test_every_scale_is_learnt_from_and_logged(changes):
+def test_every_scale_is_learnt_from_and_logged(changes, kind):
+    weights = {f"{kind}_4": 2.0}
+    changes = changes | dict(target__kind=kind, loss__weights=weights)
     objective = Pretrain(local(**changes))
     variables = drawn.variables(objective.init)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
@@ -105,13 +109,13 @@ def test_every_scale_is_learnt_from_and_logged(changes):
     (value, logged), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         variables["params"]
     )
-    scales = [logged[f"loss_hog_{cell}"] for cell in (1, 4, 8)]
-    np.testing.assert_allclose(value, sum(scales), rtol=1e-6)
+    scales = [logged[f"loss_{kind}_{cell}"] for cell in (1, 4, 8)]
+    np.testing.assert_allclose(value, sum(scales) + scales[1], rtol=1e-6)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         assert jnp.isfinite(gradient).all() and gradient.any(), path
     aggregators = {name for name in gradients if name.startswith("aggregator_")}
-    expected = [f"aggregator_hog_{cell}" for cell in (1, 4, 8)] if changes else []
-    assert aggregators == set(expected)
+    expected = {f"aggregator_{kind}_{cell}" for cell in (1, 4, 8)}
+    assert aggregators == (expected if objective.model.aggregators else set())
 
 
 def test_lower_blocks_predict_finer_cells():
@@ -143,6 +147,12 @@ def test_lower_blocks_predict_finer_cells():
     (dict(model__decoder__kind="mae"), "This decoder predicts one target, but"),
     (dict(model__encoder__size="W16-D3-H2/8", target__cells=(1, 4, 8)),
      "hog_1 has 16x24 cells, but LocalMIM's decoder predicts 4, 2, 1, 0.5 along"),
+    (dict(target__kind="pixels", target__cells=(3, 4, 8)), "is not a multiple of"),
+    (dict(target__kind="pixels", target__cells=(4, 4, 8)), "must be different sides"),
+    (dict(target__kind="pixels", target__bins=18), "target.bins=18 is an option of"),
+    (dict(target__cells=(8,), model__decoder__kind="mae",
+          model__fusion=dict(kind="last")),
+     "hog_8 has 2x3 cells, but MAE's decoder predicts one vector for each of 4x6"),
 ])
 def test_scales_that_the_grid_cannot_have_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
@@ -172,8 +182,6 @@ def test_a_run_is_evaluated_and_loaded_like_any_other(run):
     assert 0 < results["eval/knn/top1"] <= 1
     model, images = crossmae_jax.load(run), np.zeros((2, 16, 16, 1), np.uint8)
     assert model.encode(images).shape == (2, 16)
-    with pytest.raises(ConversionError, match="predicts hog, of which there are no"):
-        model.reconstruct(images)
     with pytest.raises(ConversionError, match="a decoder for each of hog_4, hog_8"):
         model.attention_maps(images)
 
@@ -188,3 +196,15 @@ def test_fine_tuning_starts_from_its_encoder(run):
     plan = starting.plan(str(run), like, config)
     assert plan.new == {"fc_norm", "head"}
     assert "encoder/blocks_1/mlp/fc2/kernel" in plan.tensors
+
+
+def test_one_scale_has_no_prediction_after_each_block(tmp_path):
+    """A decoder that brings its tokens to cells does more than a linear layer."""
+    run = save_run(
+        tmp_path / "run", "digits_local", "model.dtype=float32", "target.cells=(4,)",
+        "model.encoder.size=W16-D1-H2/4", "model.fusion.maps=(0,)",
+    )
+    model, images = crossmae_jax.load(run), np.zeros((1, 32, 32, 1), np.uint8)
+    assert model.reconstruct(images).target is not None
+    with pytest.raises(ValueError, match="brings its tokens to cells"):
+        model.after_each_block(images)

@@ -41,10 +41,50 @@ def test_predictions_return_to_pixels_with_the_true_statistics(normalize):
     target, images = _pixels((8, 12), normalize=normalize), _normal(2, 8, 12, 3)
     values, ids = patchify(images, patch_size=4), jnp.array([[5, 0], [2, 1]])
     perfect = Tokens(target({}, images)["pixels"].at(ids), ids, (2, 3))
-    back = target.pixels({"pixels": perfect}, images)
+    shown = target.pixels({"pixels": perfect}, images)
+    assert (shown.name, shown.of_image) == ("pixels", True)
+    back = shown.pictures
     rows = jnp.arange(2)[:, None]
     np.testing.assert_allclose(back.values, values[rows, ids], atol=1e-5)
     assert back.ids is ids and target.widths == {"pixels": 48}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pixels_of_several_scales_are_those_of_each_cell(normalize):
+    target = Pixels((8, 16), 3, 4, normalize=normalize, cells=(2, 4, 8))
+    images = _normal(2, 8, 16, 3)
+    found = target({}, images)
+    assert target.widths == {"pixels_2": 12, "pixels_4": 48, "pixels_8": 192}
+    for name, side in (("pixels_2", 2), ("pixels_4", 4), ("pixels_8", 8)):
+        grid = (8 // side, 16 // side)
+        assert found[name].grid == target.grids[name] == grid
+        for number in range(grid[0] * grid[1]):
+            row, column = (side * i for i in divmod(number, grid[1]))
+            cell = np.asarray(images)[1, row : row + side, column : column + side]
+            expected = cell.astype(np.float64).reshape(-1)
+            if normalize:
+                deviation = np.sqrt(expected.var(ddof=1) + 1e-6)
+                expected = (expected - expected.mean()) / deviation
+            np.testing.assert_allclose(
+                found[name].values[1, number], expected, atol=1e-6
+            )
+    # Those of the size of a patch are what without cells all are.
+    alone = _pixels((8, 16), normalize=normalize)({}, images)["pixels"]
+    np.testing.assert_array_equal(found["pixels_4"].values, alone.values)
+
+
+@pytest.mark.parametrize("cells, name", [
+    ((1, 2, 8), "pixels_2"), ((2, 8), "pixels_2"), ((8, 16), "pixels_8"),
+    ((16, 4, 1), "pixels_4"),
+])
+def test_the_scale_nearest_to_a_patch_is_looked_at(cells, name):
+    target = Pixels((16, 32), 3, 4, normalize=True, cells=cells)
+    images = _normal(2, 16, 32, 3)
+    shown = target.pixels(target({}, images), images)
+    assert (shown.name, shown.of_image) == (name, True)
+    values = patchify(images, patch_size=int(name[7:]))
+    np.testing.assert_allclose(shown.pictures.values, values, atol=1e-5)
+    assert f"Shown: cells of {name[7:]} pixels; not shown: cells of " in target.caption
 
 
 def test_one_value_cannot_be_standardised():

@@ -21,6 +21,7 @@ class Pictures(NamedTuple):
     pasted: np.ndarray
     mask: np.ndarray
     thrown: np.ndarray
+    target: np.ndarray | None = None
 
 
 def pictures(num=2, height=8, width=8, channels=1):
@@ -103,7 +104,8 @@ def test_the_caption_says_where_colours_come_from():
 def test_a_panel_needs_images_and_a_mask_that_fits(tmp_path):
     with pytest.raises(ValueError, match="0 images"):
         visualize.reconstruction_panel(
-            Pictures(*(array[:0] for array in pictures())), tmp_path / "p", caption=""
+            Pictures(*(array[:0] for array in pictures()[:5])), tmp_path / "p",
+            caption="",
         )
     bad = pictures()._replace(mask=np.ones((2, 7), bool))
     with pytest.raises(ValueError, match="7 patches does not tile images of 8x8"):

@@ -6,8 +6,9 @@
         --std=0.229,0.224,0.225 --normalize=true
 
 A row per image, mask ratio and seed: original, masked, prediction, prediction with the
-visible patches. Images are resized and cropped at the centre. The weights must include
-the decoder. What a file does not tell is asked for by name.
+visible patches; of a model that predicts no pixels also what it was to predict. Images
+are resized and cropped at the centre. The weights must include the decoder. What a file
+does not tell is asked for by name.
 
 Exit status 2 if the command line is wrong, 1 if weights or images cannot be read.
 """
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
         if not getattr(given, name):
             flags.stop(f"--{name} is empty; give one or several, such as 0,1.")
 
+    import jax
     import numpy as np
 
     import crossmae_jax
@@ -59,14 +61,18 @@ def main(argv: Sequence[str]) -> None:
     rows, names = [], []
     for number, path in enumerate(given.operands):
         for (_, seed), pictures in drawn.items():
-            row = type(pictures)(*(array[[number]] for array in pictures))
+            row = jax.tree.map(lambda array: array[[number]], pictures)
             masked = f"{100 * row.mask.mean():.0f} % masked, seed {seed}"
             rows.append(row)
             names.append(f"{Path(path).name}\n{masked}")
-            print(f"{path}: {masked}: PSNR {reconstruction.psnr(row)[0]:.2f} dB")
+            ratio = reconstruction.psnr(row)
+            score = f"mean squared error {row.error[row.mask].mean():.4f}"
+            if ratio is not None:
+                score = f"PSNR {ratio[0]:.2f} dB"
+            print(f"{path}: {masked}: {score}")
     with errors.using_files():
         written = visualize.reconstruction_panel(
-            type(rows[0])(*(np.concatenate(arrays) for arrays in zip(*rows))),
-            given.to, caption=model.caption, names=names,
+            jax.tree.map(lambda *arrays: np.concatenate(arrays), *rows), given.to,
+            caption=model.caption, names=names,
         )
     print(f"{written}\n{model.caption}")

@@ -146,7 +146,9 @@ class Card:
         target = None if self.normalize is None else (
             "standardised patches" if self.normalize else "pixels"
         )
-        if self.target is not None and self.target["kind"] != "pixels":
+        if self.target is not None and (
+            self.target["kind"] != "pixels" or self.target.get("cells")
+        ):
             target = _listed(self.target)
         rest = {  # what belongs to no part
             name: value for name, value in self.model.items()

@@ -50,8 +50,10 @@ class Reconstruction:
         return Result(metrics, (panel,))
 
 
-def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:
+def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"] | None:
     """Returns the peak signal-to-noise ratio of hidden patches, in dB, of each image.
+
+    None where it is no image that was predicted.
 
     20 log10(255 / rmse), of pixels rounded to 0..255, over all values of the hidden
     patches, as CrossMAE counts (arXiv 2401.14391, table 13; whether it averages ratios
@@ -60,6 +62,8 @@ def psnr(pictures: visualize.Reconstruction) -> Float[np.ndarray, "b"]:
     A perfect prediction is infinite: that of an image of one flat colour, for example,
     whose patches have no deviation.
     """
+    if pictures.target is not None:
+        return None
     original, predicted = (
         np.rint(255 * np.clip(np.asarray(image, np.float64), 0, 1))
         for image in (pictures.image, pictures.pasted)
@@ -93,9 +97,10 @@ def evaluate(
     """Writes a panel of the first images to `path`; returns the errors of all.
 
     "mse" is the mean squared error of ALL hidden patches of the valid images, in the
-    space of the targets; where some were thrown, "mse_retained" and "mse_thrown" tell
-    them apart. "psnr" is that of `mean_psnr`. The first process writes the
-    picture; all must call this.
+    space of the targets (of several, of the one that is shown); where some were thrown,
+    "mse_retained" and "mse_thrown" tell them apart. "psnr" is that of `mean_psnr`, and
+    is left out where no image was predicted. The first process writes the picture; all
+    must call this.
     """
     pictures, errors, ratios, num_shown = [], [], [], 0
     for batch in batches:
@@ -103,7 +108,8 @@ def evaluate(
         valid, picture = features.to_host((batch["valid"], reconstruct(batch)))
         picture = jax.tree.map(lambda array: array[valid], picture)
         errors.append((picture.error, picture.mask, picture.thrown))
-        ratios.append(psnr(picture))
+        if (ratio := psnr(picture)) is not None:
+            ratios.append(ratio)
         if num_shown < _SHOWN:  # pictures of a whole split would fill the memory
             pictures.append(picture)
             num_shown += len(picture.image)
@@ -116,4 +122,4 @@ def evaluate(
         groups |= {"mse_retained": mask & ~thrown, "mse_thrown": thrown}
     error = error.astype(np.float64)
     means = {name: float(error[group].mean()) for name, group in groups.items()}
-    return means | mean_psnr(np.concatenate(ratios))
+    return means | (mean_psnr(np.concatenate(ratios)) if ratios else {})

@@ -151,6 +151,7 @@ def build(config: ConfigDict) -> MaskedImageModel:
         encoder_dim=encoder.dim, encoder_heads=encoder.num_heads,
         encoder_mlp_ratio=encoder.mlp_ratio, **computing,
     )
+    _check_grids(decoder, target, encoder.grid)
     aggregators = {}
     made = kinds.make(
         "model.aggregator", aggregator.AGGREGATORS, model.aggregator, dim=decoder.dim,
@@ -168,6 +169,21 @@ def build(config: ConfigDict) -> MaskedImageModel:
         fusion=build_fusion(config, encoder, num_contexts=decoder.depth),
         decoder=decoder, aggregators=aggregators,
     )
+
+
+def _check_grids(
+    decoder: decoders.Decoder, target: targets.Target, grid: tuple[int, int]
+) -> None:
+    """Refuses cells that are no patches, unless the decoder was told of them."""
+    if hasattr(decoder, "grids"):
+        return
+    for name, (rows, columns) in target.grids.items():
+        if (rows, columns) != grid:
+            raise ValueError(
+                f"{name} has {rows}x{columns} cells, but {decoder.method}'s decoder "
+                f"predicts one vector for each of {grid[0]}x{grid[1]} patches; set "
+                "config.model.decoder.kind='local', or config.target.cells to a patch."
+            )
 
 
 def build_fusion(

@@ -11,8 +11,10 @@ Beside it stands the loss of a trivial predictor, the mean of each patch: about 
 squared errors of standardised targets, where a model at that level has learnt nothing.
 """
 
+import math
 from typing import NamedTuple
 
+import einops
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
@@ -21,7 +23,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import augment, losses, masking, ranges, sampling, targets
 from crossmae_jax.models import mim, watching
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
-from crossmae_jax.tokens import Tokens, patchify, put_tokens, unpatchify
+from crossmae_jax.tokens import Tokens, spread
 
 _DROP_PATH = 2**32 - 1  # folded into a key, where samples have their numbers
 
@@ -32,7 +34,11 @@ class Reconstruction(NamedTuple):
     `prediction` is grey where the patch was visible; in `pasted` the visible patches
     are copied from the input. `thrown` are those that an aggregator predicted; without
     one there are none. `error` is the mean squared error of each patch, 0 at visible
-    ones.
+    ones; where cells are predicted, of those that a patch holds or lies in.
+
+    `target` is what a perfect prediction would look like, None where that is `image`.
+    Where it is not, predictions are drawings like it, of a size of their own, and black
+    where the patch was visible.
     """
 
     image: Float[Array, "b height width c"]
@@ -41,6 +47,7 @@ class Reconstruction(NamedTuple):
     mask: Bool[Array, "b n"]
     thrown: Bool[Array, "b n"]
     error: Float[Array, "b n"]
+    target: Float[Array, "b height2 width2 c2"] | None = None
 
 
 class Pretrain:
@@ -308,32 +315,47 @@ class Pretrain:
         images: Float[Array, "b height width c"],
         ids: masking.TokenIds,
     ) -> Reconstruction:
-        """Returns predictions of pixels as pictures."""
+        """Returns predictions as pictures."""
         shown = self.target.pixels(predicted, images)
-        ((name, pred),) = predicted.items()
-        values = patchify(images, patch_size=self.image_size[0] // shown.grid[0])
-        error = pred.values.astype(jnp.float32) - target[name].at(pred.ids)
-        error = pred.with_values(jnp.mean(error**2, axis=-1, keepdims=True))
-        mean_patch = jnp.zeros_like(values)  # grey: the mean of the normalised images
-        pictures = (
-            values,
-            put_tokens(mean_patch, shown.ids, shown.values),
-            put_tokens(values, shown.ids, shown.values),
-        )
-        thrown = masking.coverage(ids.thrown, grid=self.grid, of=pred.grid)
+        pred = predicted[shown.name]
+        places, grid = pred.ids, pred.grid
+        if places is None:  # all cells, those of visible patches among them
+            places = jnp.concatenate([ids.pred, ids.thrown], axis=1)
+            grid = self.grid
+        mask = masking.coverage(places, grid=grid, of=self.grid) > 0
+        error = pred.values.astype(jnp.float32) - target[shown.name].at(pred.ids)
+        error = pred.with_values(jnp.mean(error**2, axis=-1, keepdims=True)).laid_out()
+        error = spread(error[..., 0], of=self.grid).reshape(mask.shape)
+
+        drawn, truth = self._laid_out(shown), images
+        if not shown.of_image:
+            truth = self._laid_out(self.target.pixels(target, images))
+        hidden = spread(mask.reshape(-1, *self.grid), of=drawn.shape[1:3])
+        hidden = hidden[..., None]
+        # Grey where images are drawn: 0 is the mean of the normalised ones.
+        pictures = jnp.where(hidden, drawn, 0), jnp.where(hidden, drawn, truth)
+        if shown.of_image:
+            pictures = map(self._unnormalized, pictures)
+        prediction, pasted = pictures
+        thrown = masking.coverage(ids.thrown, grid=self.grid, of=self.grid)
         return Reconstruction(
-            *(self._picture(vectors, shown.grid) for vectors in pictures),
-            mask=masking.mask_of(pred.ids, num_patches=values.shape[1]),
-            thrown=thrown > 0,
-            error=error.laid_out().reshape(-1, values.shape[1]),
+            image=self._unnormalized(images), prediction=prediction, pasted=pasted,
+            mask=mask, thrown=thrown > 0, error=jnp.where(mask, error, 0),
+            target=None if shown.of_image else truth,
         )
 
-    def _picture(self, vectors, grid):
-        """Returns patch vectors of normalised images as images in 0..1."""
-        patch_size = self.image_size[0] // grid[0]
-        image = unpatchify(vectors, grid=grid, patch_size=patch_size)
+    def _laid_out(self, shown):
+        channels = self.config.data.channels if shown.of_image else 1
+        vectors = shown.pictures.laid_out()
+        side = math.isqrt(vectors.shape[-1] // channels)
+        return einops.rearrange(
+            vectors, "b row col (p q c) -> b (row p) (col q) c", p=side, q=side
+        )
+
+    def _unnormalized(self, images):
+        """Returns normalised images as images in 0..1."""
         data = self.config.data
-        return augment.unnormalize(image, mean=tuple(data.mean), std=tuple(data.std))
+        return augment.unnormalize(images, mean=tuple(data.mean), std=tuple(data.std))
 
 
 def with_mask_ratio(config: ConfigDict, mask_ratio: float) -> ConfigDict:

@@ -33,12 +33,19 @@ def contributions(
     """Returns the parts of the prediction for `ids.pred`: f_0's, then each block's.
 
     Raises:
-      ValueError: if an aggregator changes tokens between the last block and the head.
+      ValueError: if an aggregator changes tokens between the last block and the head,
+        or the head is more than a norm and a linear layer.
     """
     if model.aggregators:
         raise ValueError(
             "This model has an aggregator, which mixes tokens after the last decoder "
             "block: its predictions are no sum over blocks. Take one without."
+        )
+    weights = variables["params"]["decoder"]
+    if not {"decoder_norm", "decoder_pred"} <= weights.keys():
+        raise ValueError(
+            f"{model.decoder.method}'s decoder brings its tokens to cells before it "
+            "predicts: its predictions are no sum over blocks. Take another decoder."
         )
     streams: list[Array] = []
 
@@ -62,7 +69,6 @@ def contributions(
     centred = last - last.mean(-1, keepdims=True)
     std = jnp.sqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + _EPSILON)
 
-    weights = variables["params"]["decoder"]
     norm, linear = weights["decoder_norm"], weights["decoder_pred"]
     parts = jnp.concatenate([stream[:1], jnp.diff(stream, axis=0)])
     parts = (parts - parts.mean(-1, keepdims=True)) / std[None]

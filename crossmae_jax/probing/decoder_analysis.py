@@ -25,12 +25,12 @@ class Score(NamedTuple):
     Attributes:
       mse: mean squared error in the space of the targets.
       psnr: peak signal-to-noise ratio in dB, see `evals.reconstruction.psnr`; of
-        images that were not predicted to the last level.
+        images that were not predicted to the last level. None of what is no image.
       num_images: how many.
     """
 
     mse: float
-    psnr: float
+    psnr: float | None
     num_images: int
 
 
@@ -89,7 +89,7 @@ def ablations(
     kinds = {"full": None}
     kinds |= {f"without {kind}": kind for kind in attention_weights.WITHOUT}
     sums = {name: np.zeros(3) for name in kinds}  # of errors, of ratios; finite ones
-    seen = 0
+    seen, of_images = 0, True
     for images, numbers in _stream(
         model, source, num_images, batch_size, workers, max_pixels, progress,
         "ablations",
@@ -100,14 +100,16 @@ def ablations(
                 numbers=numbers,
             )
             ratios = reconstruction.psnr(pictures)
-            finite = np.isfinite(ratios)
+            of_images = ratios is not None
+            finite = ratios[np.isfinite(ratios)] if of_images else np.zeros(0)
             mse = pictures.error.sum(1) / pictures.mask.sum(1)
-            sums[name] += mse.sum(), ratios[finite].sum(), finite.sum()
+            sums[name] += mse.sum(), finite.sum(), len(finite)
         seen += len(images)
-    return {
-        name: Score(error / seen, ratio / count if count else np.inf, seen)
-        for name, (error, ratio, count) in sums.items()
-    }
+    scores = {}
+    for name, (error, ratio, count) in sums.items():
+        mean = ratio / count if count else np.inf
+        scores[name] = Score(error / seen, mean if of_images else None, seen)
+    return scores
 
 
 def _stream(
@@ -147,8 +149,9 @@ def _stream(
 
 def table(scores: dict[str, Score]) -> str:
     """Returns the scores in Markdown."""
-    rows = (
-        (name, f"{score.mse:.4f}", f"{score.psnr:.2f}")
-        for name, score in scores.items()
-    )
-    return tables.markdown(tables.Table(("attention", "MSE", "PSNR, dB"), tuple(rows)))
+    titles, rows = ("attention", "MSE", "PSNR, dB"), []
+    for name, score in scores.items():
+        row = name, f"{score.mse:.4f}"
+        rows.append(row if score.psnr is None else (*row, f"{score.psnr:.2f}"))
+    titles = titles[:max(map(len, rows))]
+    return tables.markdown(tables.Table(titles, tuple(rows)))

@@ -266,7 +266,8 @@ def _panel(run: Run) -> str:
     return html.picture(
         data, kind=kind, caption=f"Evaluated{step}. {remark}".strip(),
         alt=f"Reconstructions{step}, a row per image: the original, the masked input, "
-        "the prediction of hidden patches, the prediction with the visible patches.",
+        "the target where it is no image, the prediction of hidden patches, the "
+        "prediction with the visible patches.",
     )
 
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import kinds
 from crossmae_jax.targets.hog import HOG
 from crossmae_jax.targets.pixels import Pixels
+from crossmae_jax.targets.shown import Shown
 from crossmae_jax.tokens import Tokens
 
 Variables = dict[str, Any]
@@ -27,8 +28,8 @@ class Target(Protocol):
       widths: how many values there are at each place, by name. A model predicts under
         the same names.
       grids: rows and columns of the places, by name.
-      caption: what a viewer of predictions as pictures must know; None where they
-        cannot be turned into pixels.
+      caption: what a viewer of predictions as pictures must know; None where there are
+        no pictures of them.
     """
 
     widths: Mapping[str, int]
@@ -49,8 +50,8 @@ class Target(Protocol):
 
     def pixels(
         self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
-    ) -> Tokens:
-        """Returns predictions as patch vectors of normalised images, to look at.
+    ) -> Shown:
+        """Returns predictions, or the target itself, as pictures to look at.
 
         Never called where there is no `caption`.
         """

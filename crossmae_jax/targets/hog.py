@@ -23,11 +23,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from crossmae_jax import ranges
+from crossmae_jax import glyphs, ranges
+from crossmae_jax.targets import cells as of_cells
+from crossmae_jax.targets.shown import Shown
 from crossmae_jax.tokens import Tokens, grid_size
 
 _COLLECTION = "hog"  # of the biases, if there are any
 _EPSILON = 1e-12  # least length that a cell is divided by
+_DOTS = 24  # along a side of a cell, where it is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class HOG:
     """Histograms of oriented gradients, "hog_4" of cells of 4 pixels and so on.
 
     Attributes:
+      patch_size: side of a patch in pixels; of the cells, those nearest to it are
+        looked at.
       bins: orientations between 0 and 180 degrees.
       cells: sides of the cells in pixels.
       bias: adds two numbers, drawn once for each scale, to the gradients.
@@ -45,32 +50,43 @@ class HOG:
 
     image_size: tuple[int, int]
     channels: int
+    patch_size: int
     bins: int = 9
     cells: tuple[int, ...] = (4, 8, 16, 32)
     bias: bool = False
 
-    caption = None
-
     def __post_init__(self):
         ranges.check("target.bins", self.bins, least=1)
-        if not self.cells or len(set(self.cells)) < len(self.cells):
-            raise ValueError(
-                f"target.cells={self.cells} must be different sides in pixels, such as "
-                "(4, 8, 16, 32)."
-            )
-        for cell in self.cells:
-            ranges.check("target.cells", cell, least=1)
-            grid_size(self.image_size, cell)
+        self._sides()
+
+    def _shown(self):
+        return of_cells.shown(self._sides(), patch_size=self.patch_size)
+
+    def _sides(self):
+        return of_cells.named("hog", self.cells, image_size=self.image_size)
 
     @property
     def widths(self) -> dict[str, int]:
         """How many values a cell has, at each scale."""
-        return {f"hog_{cell}": self.bins * self.channels for cell in self.cells}
+        return dict.fromkeys(self._sides(), self.bins * self.channels)
 
     @property
     def grids(self) -> dict[str, tuple[int, int]]:
         """Rows and columns of the cells, at each scale."""
-        return {f"hog_{cell}": grid_size(self.image_size, cell) for cell in self.cells}
+        return {
+            name: grid_size(self.image_size, side)
+            for name, side in self._sides().items()
+        }
+
+    @property
+    def caption(self) -> str:
+        """What a viewer of its pictures must know."""
+        of_channels = ", the mean of the channels" if self.channels > 1 else ""
+        return (
+            "Oriented gradients: lines run along edges, as bright as their share of a "
+            f"cell's gradients{of_channels}. How strong these are is not predicted. "
+            f"{of_cells.caption(self._sides(), self._shown())}"
+        )
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Draws the biases as PyTorch draws those of a filter of nine values."""
@@ -100,9 +116,13 @@ class HOG:
 
     def pixels(
         self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
-    ) -> Tokens:
-        """Is never called: there is no `caption`."""
-        raise NotImplementedError
+    ) -> Shown:
+        """Returns the cells of one scale as drawings, see `glyphs`."""
+        name = self._shown()
+        cells = predicted[name]
+        values = cells.values.astype(jnp.float32)
+        drawn = glyphs.drawn(values, bins=self.bins, side=_DOTS)
+        return Shown(name, cells.with_values(drawn), of_image=False)
 
     def _means(self, gradients, bias, grid):
         """Returns the mean length of gradients in each bin, of each cell."""

@@ -1,4 +1,4 @@
-"""Target of pixels, standardised in each patch or raw.
+"""Target of pixels, standardised in each patch or raw; or in cells of several sizes.
 
 Standardised pixels (MAE, arXiv 2111.06377, section 4.2), for a patch with T values x:
 
@@ -8,6 +8,10 @@ The variance is the unbiased one, as `torch.Tensor.var` computes it, and the eps
 lies inside the root. Everything here is float32. Values are centred twice: on a nearly
 constant patch the rounding of its mean, divided by a tiny deviation, would otherwise
 show in the target.
+
+LocalMIM (arXiv 2303.05251) predicts pixels, too, a scale at each of several blocks of
+the encoder. Whether it standardises them could not be established; here each cell is
+standardised by its own values, as MAE's patches are, or none is.
 """
 
 import dataclasses
@@ -16,6 +20,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from crossmae_jax.targets import cells as of_cells
+from crossmae_jax.targets.shown import Shown
 from crossmae_jax.tokens import Tokens, grid_size, patchify
 
 _EPSILON = 1e-6
@@ -75,33 +81,51 @@ class Pixels:
     Attributes:
       patch_size: side of a patch in pixels.
       normalize: whether each patch is standardised.
+      cells: sides in pixels of what takes the place of patches, "pixels_4" of cells of
+        4 pixels and so on. Of these, those nearest to a patch are looked at.
 
     Raises:
-      ValueError: if the image has no whole number of patches.
+      ValueError: if the image has no whole number of patches, or of cells.
     """
 
     image_size: tuple[int, int]
     channels: int
     patch_size: int
     normalize: bool
+    cells: tuple[int, ...] = ()
 
     def __post_init__(self):
         grid_size(self.image_size, self.patch_size)
+        self._sides()
+
+    def _shown(self):
+        return of_cells.shown(self._sides(), patch_size=self.patch_size)
+
+    def _sides(self):
+        if not self.cells:
+            return {"pixels": self.patch_size}
+        return of_cells.named("pixels", self.cells, image_size=self.image_size)
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many values a patch has."""
-        return {"pixels": self.patch_size**2 * self.channels}
+        """How many values a patch or a cell has."""
+        return {name: side**2 * self.channels for name, side in self._sides().items()}
 
     @property
     def grids(self) -> dict[str, tuple[int, int]]:
-        """Rows and columns of the patches."""
-        return {"pixels": grid_size(self.image_size, self.patch_size)}
+        """Rows and columns of the patches or cells."""
+        return {
+            name: grid_size(self.image_size, side)
+            for name, side in self._sides().items()
+        }
 
     @property
     def caption(self) -> str:
         """What a viewer of its pictures must know."""
-        return caption(normalize=self.normalize)
+        said = caption(normalize=self.normalize)
+        if not self.cells:
+            return said
+        return f"{said} {of_cells.caption(self._sides(), self._shown())}"
 
     def init(self, key: Key[Array, ""]) -> dict[str, Any]:
         """Returns nothing: pixels need no variables."""
@@ -110,28 +134,33 @@ class Pixels:
     def __call__(
         self, variables: dict[str, Any], images: Float[Array, "b height width c"]
     ) -> dict[str, Tokens]:
-        """Returns the target of every patch."""
-        values = self._values(images)
+        """Returns the target of every patch or cell."""
+        found = {name: self._values(images, name) for name in self._sides()}
         if self.normalize:
-            values = values.with_values(standardised(values.values))
-        return {"pixels": values}
+            found = {
+                name: tokens.with_values(standardised(tokens.values))
+                for name, tokens in found.items()
+            }
+        return found
 
     def pixels(
         self, predicted: dict[str, Tokens], images: Float[Array, "b height width c"]
-    ) -> Tokens:
+    ) -> Shown:
         """Returns the predictions as pixels.
 
         With standardised targets a prediction is turned back with the mean and standard
         deviation of the TRUE patch: colours and contrast then come from the image, not
         from the model.
         """
-        pred = predicted["pixels"]
+        name = self._shown()
+        pred = predicted[name]
         values = pred.values.astype(jnp.float32)
         if self.normalize:
-            mean, std = patch_statistics(self._values(images).at(pred.ids))
+            mean, std = patch_statistics(self._values(images, name).at(pred.ids))
             values = values * std + mean
-        return pred.with_values(values)
+        return Shown(name, pred.with_values(values), of_image=True)
 
-    def _values(self, images):
-        grid = grid_size(self.image_size, self.patch_size)
-        return Tokens(patchify(images, patch_size=self.patch_size), None, grid)
+    def _values(self, images, name):
+        side = self._sides()[name]
+        grid = grid_size(self.image_size, side)
+        return Tokens(patchify(images, patch_size=side), None, grid)

@@ -16,6 +16,7 @@ from crossmae_jax.visualize.inside import (
 from crossmae_jax.visualize.panels import (
     Reconstruction,
     TokenIds,
+    oriented_gradients,
     reconstruction_panel,
     sampling_panel,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "inter_block_weights",
     "likeness",
     "loss_curve",
+    "oriented_gradients",
     "values_over",
     "picture_grid",
     "reconstruction_panel",

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from matplotlib import colors, figure, patches
 
+from crossmae_jax import glyphs
 from crossmae_jax.visualize import canvas
 
 # What a column leaves out must not look like part of the image: blue among greys, grey
@@ -18,6 +19,7 @@ _LEFT_OUT_OF_COLOUR = (0.55, 0.55, 0.55)
 # Dots. Small images are enlarged by a whole factor to about the first number, large
 # ones shrunk to the second; a column stays wide enough for its title.
 _ENLARGED, _LARGEST, _COLUMN = 200, 448, 190
+_LEAST_CELL = 8  # dots, where orientations are drawn
 _GAP, _HEADER, _LINE, _NAMES = 12, 70, 24, 190
 # What becomes of a patch, and its colour. Told apart in grey, too.
 _GROUPS = {"visible": "#f2d16b", "decoded": "#1f5fa8", "thrown": "#d9d9d9"}
@@ -27,14 +29,17 @@ _GROUPS = {"visible": "#f2d16b", "decoded": "#1f5fa8", "thrown": "#d9d9d9"}
 class Reconstruction(Protocol):
     """Images in 0..1, and which of their patches were hidden from the encoder.
 
-    `thrown` are the hidden ones that the decoder did not see either.
+    `thrown` are the hidden ones that the decoder did not see either. `target` is what
+    was to be predicted; None where that is the image. Where it is not, predictions are
+    pictures of the target's kind, and may be of another size than the image.
     """
 
     image: Float[np.ndarray, "b height width c"]
-    prediction: Float[np.ndarray, "b height width c"]
-    pasted: Float[np.ndarray, "b height width c"]
+    prediction: Float[np.ndarray, "b height2 width2 c2"]
+    pasted: Float[np.ndarray, "b height2 width2 c2"]
     mask: Bool[np.ndarray, "b n"]
     thrown: Bool[np.ndarray, "b n"]
+    target: Float[np.ndarray, "b height2 width2 c2"] | None
 
 
 @runtime_checkable
@@ -55,6 +60,7 @@ def reconstruction_panel(
     Patches that a column leaves out have one flat colour: in the second column the
     hidden ones, in the third the visible ones. Where patches were thrown, the third
     column becomes two: decoded patches, and those put together from their neighbours.
+    Where something else than the image was to be predicted, it has a column of its own.
     One channel is drawn in grey, three in colour; of any other number the first three,
     or the first one of two.
 
@@ -78,33 +84,42 @@ def _columns(
 ) -> dict[str, Float[np.ndarray, "b height width 3"]]:
     """Returns what each column shows, by its title."""
     images = np.asarray(pictures.image)
-    num, height, width, channels = images.shape
+    num, _, _, channels = images.shape
     if num == 0:
         raise ValueError("A panel of 0 images; give at least one valid image.")
-    hidden, thrown = (
-        _pixel_mask(np.asarray(mask), height, width)
-        for mask in (pictures.mask, pictures.thrown)
-    )
     original, prediction, pasted = (
         canvas.drawable(np.asarray(array))
         for array in (images, pictures.prediction, pictures.pasted)
     )
+    mask, thrown = np.asarray(pictures.mask), np.asarray(pictures.thrown)
+    predictions = {"prediction\n(hidden patches)": mask}
+    if thrown.any():
+        predictions = {
+            "prediction\n(decoded patches)": mask & ~thrown,
+            "prediction\n(thrown patches)": thrown,
+        }
+    columns = {
+        _shown_channels("original", channels): original,
+        "masked\n(the model's input)": _only(original, ~mask, channels),
+    }
+    if pictures.target is not None:
+        columns["target\n(all patches)"] = canvas.drawable(np.asarray(pictures.target))
+    channels = np.shape(pictures.prediction)[-1]
+    return columns | {
+        title: _only(prediction, shown, channels)
+        for title, shown in predictions.items()
+    } | {"prediction\n+ visible patches": pasted}
+
+
+def _only(
+    pictures: Float[np.ndarray, "b height width 3"], shown: Bool[np.ndarray, "b n"],
+    channels: int,
+) -> Float[np.ndarray, "b height width 3"]:
+    """Returns pictures with one flat colour in place of the other patches."""
     blank = np.asarray(
         _LEFT_OUT_OF_COLOUR if channels >= 3 else _LEFT_OUT_OF_GREY, np.float32
     )
-    predictions = {"prediction\n(hidden patches)": hidden}
-    if thrown.any():
-        predictions = {
-            "prediction\n(decoded patches)": hidden & ~thrown,
-            "prediction\n(thrown patches)": thrown,
-        }
-    return {
-        _shown_channels("original", channels): original,
-        "masked\n(the model's input)": np.where(hidden, blank, original),
-    } | {
-        title: np.where(shown, prediction, blank)
-        for title, shown in predictions.items()
-    } | {"prediction\n+ visible patches": pasted}
+    return np.where(_pixel_mask(shown, *pictures.shape[1:3]), pictures, blank)
 
 
 def _laid_out(
@@ -114,7 +129,7 @@ def _laid_out(
     names: Sequence[str],
 ) -> figure.Figure:
     """Puts the columns side by side, titles above, names left, the caption below."""
-    num, height, width, _ = next(iter(columns.values())).shape
+    num, height, width, _ = max((x.shape for x in columns.values()), key=np.prod)
     factor = max(1, round(_ENLARGED / max(height, width)))
     factor = min(factor, _LARGEST / max(height, width))
     cell_width, cell_height = round(width * factor), round(height * factor)
@@ -149,7 +164,8 @@ def _laid_out(
                 cell_width / total_width, cell_height / total_height,
             ))
             axes.set_axis_off()
-            smooth = "nearest" if factor >= 1 else "antialiased"
+            whole = cell_height % cell.shape[0] == cell_width % cell.shape[1] == 0
+            smooth = "nearest" if whole else "antialiased"
             axes.imshow(cell, aspect="auto", interpolation=smooth)
     for j, name in enumerate(names):
         middle = _HEADER + j * (cell_height + _GAP) + cell_height / 2
@@ -159,6 +175,63 @@ def _laid_out(
         fontsize=12, linespacing=1.3,
     )
     return drawing
+
+
+def oriented_gradients(
+    cells: Mapping[str, Float[np.ndarray, "b row col t"]],
+    path: str | pathlib.Path,
+    *,
+    bins: int,
+    images: Float[np.ndarray, "b height width c"] | None = None,
+    caption: str = "",
+) -> pathlib.Path:
+    """Draws histograms of oriented gradients, a row per image.
+
+    In each cell a line for each orientation, along the edge and so perpendicular to the
+    gradients, and as bright as its value, from black at 0 to white at 1; see `glyphs`.
+    Of several channels the mean is drawn.
+
+    Args:
+      cells: by what is written above them: targets, predictions, or several scales. At
+        each place the bins of its channels, channels slowest, as `targets.hog` has
+        them.
+      bins: orientations between 0 and 180 degrees.
+      images: in 0..1, drawn in front, if given.
+      caption: printed under the pictures.
+
+    Example:
+      target = HOG((224, 224), channels=3, patch_size=16)({}, normalised_images)
+      oriented_gradients(
+          {name: np.asarray(tokens.laid_out()) for name, tokens in target.items()},
+          "gradients.png", bins=9,
+      )
+
+    Returns:
+      The path of the PNG; its folder is made if need be.
+
+    Raises:
+      ValueError: if the values of a cell are not so many bins of some channels.
+    """
+    columns = {}
+    if images is not None:
+        columns["image"] = canvas.drawable(np.asarray(images))
+    for title, values in cells.items():
+        values = np.asarray(values, np.float32)
+        num, rows, cols, width = values.shape
+        if width % bins:
+            raise ValueError(
+                f"{title} has {width} values in a cell, which are not {bins} bins of "
+                "some channels; give the bins of its target."
+            )
+        side = max(_LEAST_CELL, _LARGEST // max(rows, cols))
+        lines = glyphs.drawn(values, bins=bins, side=side)
+        lines = lines.reshape(num, rows, cols, side, side).swapaxes(2, 3)
+        columns[title] = canvas.drawable(
+            lines.reshape(num, rows * side, cols * side, 1)
+        )
+    return canvas.save(
+        _laid_out(columns, caption=caption, names=()), path, caption=caption
+    )
 
 
 def sampling_panel(
