@@ -53,7 +53,9 @@ def test_a_step_replaces_collections_and_averages_them_over_micro_batches(accum_
 
 
 @pytest.mark.parametrize("name, outputs", [
-    ("digits_mae", {"features", "class_token", "reconstruction"}),
+    ("digits_mae", {
+        "attention_map", "features", "class_token", "reconstruction",
+    }),
     ("finetune_digits", {"features", "class_token", "logits"}),
 ])
 def test_every_objective_keeps_the_protocol(name, outputs):
