@@ -14,6 +14,9 @@ DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
 GPU := $(VENV)/.installed-gpu
 # Modules are compiled when they are first imported: most that are installed never are.
+# That has to be kept, or each of the processes that tests start compiles thousands again;
+# images for containers often set this variable.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt
 # Compilers for devices that are not there lie beside the packages: among them, JAX would
 # look for the devices whenever it starts. tests/compiling.py finds them.
