@@ -14,6 +14,7 @@ prints a line of JSON for each job, which is
     {"step": "configs/vitb_mae.py", "overrides": ["data.batch_size=8"]}
     {"groups": true}                        what layout says of the target's devices
     {"memory": 65536, "case": ..., ...}     as if a chip had so few bytes for a kernel
+    {"target": "v5e:2x4", "step": ..., ...} for this target of the same compiler instead
 """
 
 import json
@@ -68,12 +69,6 @@ def compile_for(target: str, jobs: list[dict]) -> list[dict]:
     return found
 
 
-def compact_groups(target: str) -> list[int]:
-    """Returns how many devices of a target may share a copy of the state."""
-    (found,) = compile_for(target, [{"groups": True}])
-    return found["groups"]
-
-
 def _kernels(text: str) -> dict[str, int]:
     """Returns how often a program calls each kernel of attention."""
     names = re.findall(
@@ -115,13 +110,14 @@ def main(argv: list[str]) -> None:
     from crossmae_jax.cost import collectives
     from crossmae_jax.distributed import hardware, parallel, sharding
 
-    target, *jobs = argv
-    mesh = parallel.make_mesh(hardware.target_devices(target))
+    default, *jobs = argv
     for job in map(json.loads, jobs):
+        target = job.get("target", default)
+        devices = hardware.target_devices(target)
         if "groups" in job:
-            sizes = sharding._compact(hardware.target_devices(target))
-            print(json.dumps({"groups": sizes}), flush=True)
+            print(json.dumps({"groups": sharding._compact(devices)}), flush=True)
             continue
+        mesh = parallel.make_mesh(devices)
         found = {"kernels": {}, "collectives": {}, "error": ""}
         try:
             compiled = _compile(job, target, mesh)

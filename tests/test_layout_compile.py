@@ -1,7 +1,10 @@
 """How the state lies on TPUs, read off programs that their own compiler made.
 
-As for the kernels (tests/test_tpu_compile.py) no TPU is needed.
+As for the kernels (tests/test_tpu_compile.py) no TPU is needed. One process compiles
+for all tests of this file.
 """
+
+import functools
 
 import pytest
 
@@ -13,22 +16,44 @@ WIDE = [
     "model.fusion.kind=last",
 ]
 
+GROUPS = {
+    "v5e:4x4": [1, 2, 4, 8, 16],  # four hosts of four
+    "3xv5e:2x2": [1, 2, 4, 12],  # not 3, 6: parts of hosts and slices
+    "2xv5e:4x4": [1, 2, 4, 8, 16, 32],
+}
+STEP = {"step": "configs/vitb_cross.py"}
+JOBS = {
+    **{target: {"target": target, "groups": True} for target in GROUPS},
+    "slices": {
+        "target": "2xv5e:2x2", **STEP, "overrides": [*compiling.NARROW, "mesh.fsdp=4"]
+    },
+    **{f"depth {depth}": {
+        "target": "v5e:2x4", **STEP, "overrides": [
+            f"model.encoder.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
+            "mesh.fsdp=8",
+        ],
+    } for depth in (1, 3)},
+    **{f"{chips} chips": {
+        "target": target, **STEP, "overrides": [
+            *compiling.NARROW, f"data.batch_size={2 * chips}", "mesh.fsdp=16",
+        ],
+    } for target, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))},
+}
 
-@pytest.mark.parametrize(("target", "sizes"), [
-    ("v5e:4x4", [1, 2, 4, 8, 16]),  # four hosts of four
-    ("3xv5e:2x2", [1, 2, 4, 12]),  # not 3, 6: parts of hosts and slices
-    ("2xv5e:4x4", [1, 2, 4, 8, 16, 32]),
-])
-def test_automatic_groups_fill_hosts_and_slices_or_parts_of_them(target, sizes):
-    assert compiling.compact_groups(target) == sizes
+
+@functools.cache
+def _compiled():
+    found = compiling.compile_for("v5e:2x2", list(JOBS.values()))
+    return dict(zip(JOBS, found, strict=True))
+
+
+@pytest.mark.parametrize("target", GROUPS)
+def test_automatic_groups_fill_hosts_and_slices_or_parts_of_them(target):
+    assert _compiled()[target]["groups"] == GROUPS[target]
 
 
 def test_a_copy_of_the_state_stays_within_a_slice():
-    (found,) = compiling.compile_for("2xv5e:2x2", [{
-        "step": "configs/vitb_cross.py", "overrides": [
-            *compiling.NARROW, "mesh.fsdp=4",
-        ],
-    }])
+    found = _compiled()["slices"]
     assert found["error"] == ""
     assert found["slices"] == [0, 0, 0, 0, 1, 1, 1, 1]
     # Weights are gathered by the four chips of a slice, each from three others.
@@ -41,12 +66,7 @@ def _kernel_bytes(width, depth):
 
 
 def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
-    shallow, deep = compiling.compile_for("v5e:2x4", [
-        {"step": "configs/vitb_cross.py", "overrides": [
-            f"model.encoder.size=W512-D{depth}-H8/16", *WIDE, "data.batch_size=8",
-            "mesh.fsdp=8",
-        ]} for depth in (1, 3)
-    ])
+    shallow, deep = (_compiled()[f"depth {depth}"] for depth in (1, 3))
     assert shallow["error"] == deep["error"] == ""
     more = _kernel_bytes(512, 2)
     # Two more blocks keep activations of one image, and no weights.
@@ -64,13 +84,6 @@ def test_cut_weights_are_whole_a_block_at_a_time_on_a_tpu():
 
 
 def test_a_chip_needs_the_same_memory_among_16_and_256():
-    few, many = (
-        compiling.compile_for(target, [{
-            "step": "configs/vitb_cross.py", "overrides": [
-                *compiling.NARROW, f"data.batch_size={2 * chips}", "mesh.fsdp=16",
-            ],
-        }])[0]
-        for target, chips in (("v5e:4x4", 16), ("v5e:16x16", 256))
-    )
+    few, many = (_compiled()[f"{chips} chips"] for chips in (16, 256))
     assert few["error"] == many["error"] == ""
     assert many["total"] == pytest.approx(few["total"], rel=0.02)
