@@ -43,11 +43,19 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), variables, tx.init(variables["params"]))
 
 
+@functools.lru_cache(maxsize=1)
+def _drawing(
+    objective: Any, tx: optax.GradientTransformation
+) -> Callable[[Key[Array, ""]], TrainState]:
+    """Returns `init_state` of these two: one function, which JAX traces once."""
+    return functools.partial(init_state, objective, tx)
+
+
 def abstract_state(
     objective: Any, tx: optax.GradientTransformation, key: Key[Array, ""]
 ) -> TrainState:
     """Returns the shapes of the state that `init_state` draws."""
-    return jax.eval_shape(lambda key: init_state(objective, tx, key), key)
+    return jax.eval_shape(_drawing(objective, tx), key)
 
 
 def _split(batch: dict[str, Array], parts: int) -> dict[str, Array]:
@@ -152,7 +160,7 @@ def compile_steps(
     The state lies on the mesh as `sharding` says. A step takes the memory of the state
     that it is given, which cannot be used any more.
     """
-    draw = functools.partial(init_state, objective, tx)  # one, which is traced once
+    draw = _drawing(objective, tx)
     shardings = sharding.shardings(mesh, jax.eval_shape(draw, key))
     init = jax.jit(draw, out_shardings=shardings)
     step = make(objective, tx, schedule=schedule, key=key, **options)

@@ -51,6 +51,23 @@ def test_compiled_steps_hold_the_state_whole_everywhere_and_reuse_its_memory():
     assert state.variables["params"]["w"].is_deleted()
 
 
+def test_how_the_state_is_drawn_is_traced_once():
+    traced = []
+
+    class Weight:
+        def init(self, key):
+            traced.append(key)
+            return {"params": {"w": jax.random.normal(key, (8,))}}
+
+    objective, tx, key = Weight(), optax.sgd(1.0), jax.random.key(0)
+    abstract = train_step.abstract_state(objective, tx, key)
+    init, _ = train_step.compile_steps(
+        objective, tx, parallel.make_mesh(), schedule=lambda step: 1.0, key=key
+    )
+    assert jax.tree.map(jnp.shape, init(key)) == jax.tree.map(jnp.shape, abstract)
+    assert len(traced) == 1
+
+
 def test_accumulated_micro_batches_give_the_update_of_the_whole_batch(digits_dir):
     config = tiny.config(digits_dir)
     whole, logged = _step(config, 1)
