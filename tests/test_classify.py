@@ -105,10 +105,10 @@ def test_a_linear_probe_trains_its_head_and_nothing_else(
 ):
     changes = {name.replace(".", "__"): value for name, value in PROBE.items()}
     config = make_config(
-        digits_dir, init_from=str(pretrained), epochs=16.0,
+        digits_dir, init_from=str(pretrained), epochs=8.0,
         checkpoint__every_epochs=0.0, **changes
     )
-    config.evals.accuracy.every_epochs = 16.0
+    config.evals.accuracy.every_epochs = 8.0
     found = train.run(config, tmp_path / "run")
     assert found["eval/accuracy/top1"] > 0.2  # a tenth by chance
     made = of_checkpoint.open_checkpoint(
