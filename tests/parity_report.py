@@ -50,11 +50,18 @@ class Report:
         self.lines.append(f"FAIL {what}: shape {ours.shape}, expected {theirs.shape}")
         return False
 
-    def output(self, what: str, ours, theirs, allowed: float = OUTPUT) -> None:
-        """Compares an array, by its worst absolute difference."""
+    def output(
+        self, what: str, ours, theirs, allowed: float = OUTPUT, *, rounding=0.0
+    ) -> None:
+        """Compares an array, by its worst absolute difference.
+
+        Args:
+          rounding: of each entry, what it may differ by besides.
+        """
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
         if self._same_shape(what, ours, theirs):
-            error = float(np.abs(ours - theirs).max(initial=0.0))
+            apart = np.abs(ours - theirs) - np.asarray(rounding, np.float64)
+            error = float(np.maximum(apart, 0.0).max(initial=0.0))
             self.worst_output = max(error, self.worst_output or 0.0)
             self._record(what, error, allowed)
 
