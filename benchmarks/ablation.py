@@ -9,6 +9,10 @@ Grids, each a set of overrides of the config:
                  (PR-MIM, arXiv 2411.15746, table 2)
     aggregators  what predicts the thrown patches, at ratio 0.5 (table 12)
     visible      what a conv aggregator finds at visible places, at ratio 0.5
+    frameworks   nothing thrown, plain throwing and PR-MIM, at ratio 0.5 (table 4)
+
+With --held-out-loss the loss of all masked patches of held-out images stands in the
+table, too (`held_out`).
 
 Runs lie in WORKDIR/CELL/seed_N. One that is finished is not trained again, so a table
 that was interrupted goes on, and several processes may each take a seed.
@@ -20,7 +24,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks import step
+from benchmarks import held_out, step
 from crossmae_jax import paths, train
 from crossmae_jax.runs import workdir
 
@@ -56,6 +60,10 @@ GRIDS = {
         visible: _cell(0.5, kind="conv", visible=visible)
         for visible in ("zeros", "encoder")
     },
+    "frameworks": {
+        "nothing thrown": _cell(0.0), "plain": _cell(0.5),
+        "PR-MIM": _cell(0.5, kind="conv", retain="furthest"),
+    },
 }
 
 COLUMNS = {
@@ -63,6 +71,8 @@ COLUMNS = {
     "eval/linear/top1": ("linear top-1, %", 100),
     "eval/reconstruction/mse": ("error of masked patches", 1),
     "eval/reconstruction/mse_thrown": ("of thrown ones", 1),
+    held_out.AS_TRAINED: ("loss as trained", 1),
+    held_out.ALL_DECODED: ("loss, all decoded", 1),
 }
 
 
@@ -124,17 +134,22 @@ def main(argv: list[str] | None = None) -> None:
         "--override", action="append", default=[], metavar="KEY=VALUE",
         help="setting to change in every cell",
     )
+    parser.add_argument(
+        "--held-out-loss", action="store_true",
+        help="measure the loss of all masked patches of held-out images, too",
+    )
     args = parser.parse_args(argv)
-    results = {
-        cell: [
-            run(
+    results = {}
+    for cell, overrides in GRIDS[args.grid].items():
+        for seed in args.seeds:
+            directory = args.workdir / cell.replace(" ", "_") / f"seed_{seed}"
+            found = run(
                 args.config, [*args.override, *overrides], seed=seed,
-                directory=args.workdir / cell.replace(" ", "_") / f"seed_{seed}",
+                directory=directory,
             )
-            for seed in args.seeds
-        ]
-        for cell, overrides in GRIDS[args.grid].items()
-    }
+            if args.held_out_loss:
+                found |= held_out.losses(directory)
+            results.setdefault(cell, []).append(found)
     print(step.conditions(args.override, f"{args.grid} of {args.config}"))
     print(table(results))
 

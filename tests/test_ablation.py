@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks import ablation, gradients, sampling, step
+from benchmarks import ablation, dots, gradients, held_out, sampling, step
 from crossmae_jax import objectives, train
 from tests.test_benchmarks import TINY
 
@@ -33,7 +33,10 @@ def runs(tmp_path_factory):
     def load_config(path, *, overrides):
         """With the evaluations that compile little."""
         config = load(path, overrides=overrides)
-        config.evals = {kind: config.evals[kind] for kind in ("knn", "reconstruction")}
+        config.evals = {
+            kind: config.evals[kind] for kind in ("knn", "reconstruction")
+            if kind in config.evals
+        }
         return config
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,6 +78,18 @@ def test_a_finished_cell_is_read_and_not_trained_again(runs, monkeypatch, capsys
     assert plain[-2] == "-", "nothing predicts what plain throwing throws"
 
 
+def test_cells_are_drawn_with_a_dot_for_each_seed(runs, tmp_path, capsys):
+    directory, _ = runs
+    picture = tmp_path / "dots.png"
+    dots.main([str(picture), f"MAE={directory}", "--grid=aggregators"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = dots.read(directory, "aggregators")
+    assert list(found) == list(KINDS) and {len(cell) for cell in found.values()} == {2}
+    with pytest.raises(SystemExit):
+        dots.main([str(picture), str(tmp_path), "--grid=aggregators"])
+    assert "has no finished run of aggregators" in capsys.readouterr().err
+
+
 def test_table_2_crosses_ratio_method_and_choice():
     grid = ablation.GRIDS["table2"]
     assert len(grid) == 1 + 3 * 2 * 2
@@ -89,6 +104,43 @@ def test_table_2_crosses_ratio_method_and_choice():
     assert found == {(0.0, "none", "random")} | set(itertools.product(
         (0.25, 0.5, 0.65), ("none", "conv"), ("random", "furthest")
     ))
+
+
+@pytest.mark.parametrize("path", [
+    CONFIG, "configs/digits_simmim.py", "configs/digits_local.py",
+    "configs/photographs_simmim.py", "configs/photographs_local.py",
+])
+def test_frameworks_are_compared_by_what_is_thrown_alone(path):
+    found = {}
+    for name, overrides in ablation.GRIDS["frameworks"].items():
+        config = step.load_config(path, overrides=overrides)
+        objective = objectives.make(config)
+        found[name] = (
+            config.masking.throw_ratio, bool(objective.model.aggregators),
+            config.masking.retain,
+        )
+    assert found == {
+        "nothing thrown": (0.0, False, "random"), "plain": (0.5, False, "random"),
+        "PR-MIM": (0.5, True, "furthest"),
+    }
+
+
+def test_the_loss_of_held_out_images_counts_every_masked_patch(runs, capsys):
+    directory, arguments = runs
+    ablation.main([*arguments, "--held-out-loss"])
+    printed = capsys.readouterr().out
+    assert "loss as trained | loss, all decoded" in printed
+    for kind in KINDS:
+        run = directory / kind / "seed_3"
+        found = held_out.losses(run)
+        assert found == json.loads((run / "held_out.json").read_text())
+        assert 0.3 < found[held_out.ALL_DECODED] < 2
+        assert found[held_out.AS_TRAINED] != found[held_out.ALL_DECODED]
+    # Of the same images under the same masks, as the panels' errors: MAE's loss is one.
+    evaluated = json.loads((directory / "none" / "seed_3" / "found.json").read_text())
+    assert held_out.losses(directory / "none" / "seed_3")[
+        held_out.ALL_DECODED
+    ] == pytest.approx(evaluated["eval/reconstruction/mse"], rel=0.1)
 
 
 def test_a_finished_cell_of_other_settings_is_not_taken_for_this_one(runs):
