@@ -18,7 +18,7 @@ from configs import common, photographs_cross
 def get_config():
     """Returns the experiment."""
     config = photographs_cross.get_config()
-    config.epochs, config.optim.warmup_epochs = 25.0, 2.0
+    config.epochs, config.optim.warmup_epochs = 12.0, 1.0
     config.model = common.local("W64-D4-H4/8")
     config.model.fusion.maps = (0, 1, 3)
     config.model.decoder.update(dim=32, num_heads=4)
@@ -26,8 +26,8 @@ def get_config():
     config.masking = common.masking(pred_ratio=0.75)
     config.target = common.hog()
     config.target.cells = (4, 8, 16)
-    config.optim.base_lr = 8e-3
-    config.data.image_size = (64, 64)
-    config.checkpoint.every_epochs = 25.0
+    config.optim.base_lr = 1.6e-2
+    config.data.image_size, config.data.batch_size = (64, 64), 32
+    config.checkpoint.every_epochs = 12.0
     config.evals = {}  # photographs have no classes, oriented gradients no pixels
     return config
