@@ -22,7 +22,7 @@ from crossmae_jax.data import pipeline, sources
 from crossmae_jax.runs import workdir
 
 AS_TRAINED, ALL_DECODED = "held_out/as_trained", "held_out/all_decoded"
-_DRAWS = 4  # masks of an image
+_DRAWS = 16  # masks of an image
 
 
 def losses(directory: Path) -> dict[str, float]:
