@@ -102,6 +102,16 @@ class Job:
             if leg.first <= step < leg.last
         }
 
+    def check_files(self, step: int) -> None:
+        """Finds out whether a state of this step can be gone on from.
+
+        Raises:
+          ValueError: if its leg needs a file that is not there any more.
+        """
+        for leg in self.left(step)[:1]:
+            if step > leg.first:
+                self.images_of(leg)
+
     def images_of(self, leg: Leg) -> sources.Source:
         """Returns the training images as a leg sees them.
 
@@ -171,9 +181,7 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
     )
     init, step = compile_steps(objective)
     legs = (Leg(0, total, config, step),)
-    made = attention_maps.steps(
-        config, images["train"], steps_per_epoch=steps_per_epoch, total=total
-    )
+    made = attention_maps.steps(config, steps_per_epoch=steps_per_epoch, total=total)
     if made:
         maps = attention_maps.AttentionMaps(
             config, objective, images["train"], mesh=mesh, home=home, key=panel_key

@@ -25,8 +25,8 @@ a square of patches (SimMIM, arXiv 2111.09886). Then the N of the visible ones c
 units; of the others, too, if `throw_by` says so, and else patches of the masked units.
 
 Uniform and weighted noise come from a key per sample, `fold_in(key, sample number)`: a
-mask depends on nothing but the seed and the sample, neither on the batch nor on devices
-or hosts. The model never samples; it is handed the `TokenIds`.
+mask depends on the seed, the sample and its weights alone, neither on the batch nor on
+devices or hosts. The model never samples; it is handed the `TokenIds`.
 """
 
 import dataclasses

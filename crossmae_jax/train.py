@@ -3,11 +3,13 @@
 One loop for every objective. A run is described by its config and lives in its workdir;
 started again it goes on from its newest checkpoint, and ends with the same weights, bit
 for bit, as if it had never stopped: the data order and the masks are functions of
-(seed, sample number), and the state holds the rest.
+(seed, sample number), and the state holds the rest; or a file in the workdir does, that
+was made of an earlier state (`evals.attention_maps`).
 
     plan    everything that the user can have got wrong; nothing is computed (`job`)
     begin   the state: of a checkpoint, of other weights, or drawn
-    train   step, log, save, stop, evaluate, in this order
+    train   leg by leg, of which most runs have one: what its batches need of the state,
+            then step, log, save, stop, evaluate, in this order
     close   the last evaluation, baselines, the table and the page
 """
 
@@ -79,6 +81,8 @@ def run(
         about.config = job.config
         state, resumed = begin(job, resume)
         first = int(state.step)
+        with errors.setting_up():
+            job.check_files(first)
         watch.alive()
         check_kernels(job, state)
         stop = stack.enter_context(preemption.stop_requests(watch.alive))
@@ -178,13 +182,15 @@ def begin_leg(
 ) -> None:
     """Makes what the batches of a leg need of the state that it begins with.
 
+    The state is saved before, so that however this ends it is all that is done again.
+
     Raises:
-      Interrupted: if `stop` is set meanwhile; the state is saved then, and this is done
-        again when the run goes on.
+      Interrupted: if `stop` is set meanwhile.
     """
     step = int(state.step)
     if leg.maps is None or step > leg.first:
         return
+    save(job, step, state, journal, wait=False)
     try:
         with journal.spent("refresh"):
             cost = leg.maps.make(step, state.variables, stop=stop, say=journal.say)

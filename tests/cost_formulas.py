@@ -95,7 +95,10 @@ def _refreshing(
     hidden = int(encoder.dim * config.model.encoder.mlp_ratio)
     macs = num_patches * patch_dim * encoder.dim
     macs += encoder.depth * _block_macs(num_patches + 1, encoder.dim, hidden)
-    return counting.Refresh(macs, every) if every else None
+    if not every:
+        return None
+    passes = -int(-config.epochs // every) - 1  # none at the end
+    return counting.Refresh(macs, passes, config.epochs)
 
 
 def simmim(config: ConfigDict) -> counting.Cost:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -24,12 +25,12 @@ from crossmae_jax.models import vit, watching
 from crossmae_jax.objectives.pretrain import Pretrain
 from tests import tiny
 
-# 15 steps: maps are made after the 5th and the 10th, of 16 patches an image.
+# 15 steps: maps are made after the 3rd, 6th, 9th and 12th, of 16 patches an image.
 AMT = dict(
     epochs=1.0, masking__mask_ratio=0.85, masking__pred_ratio=0.45,
     masking__noise="weighted", masking__rounding="ceil", data__transform="weighted",
-    data__weights_grid=(4, 4), attention_maps__every_epochs=0.34,
-    checkpoint__every_epochs=0.34, log_every_steps=1,
+    data__weights_grid=(4, 4), attention_maps__every_epochs=0.2,
+    checkpoint__every_epochs=0.46, checkpoint__keep=3, log_every_steps=1,
 )
 
 
@@ -51,13 +52,13 @@ def _file(workdir, step):
 
 def test_maps_are_the_last_blocks_attention_in_whole_images(finished):
     config, workdir = finished
-    maps = np.load(_file(workdir, 10))
+    maps = np.load(_file(workdir, 12))
     assert maps.shape == (1442, 4, 4) and maps.dtype == np.float16
     assert maps.min() >= 0 and 0.5 < maps.max() <= 1
-    # By hand, of the state that was saved after that step.
+    # By hand, of the state, which is saved before they are made.
     objective, source = Pretrain(config), sources.make_source(config.data, "train")
     params = jax.tree.map(jnp.asarray, checkpointer.restore_variables(
-        workdir / "checkpoints", step=10
+        workdir / "checkpoints", step=12
     )["params"])
     whole = View((8, 8), (0.0, 0.0, 8.0, 8.0), False, (16, 16), (16, 16))
     stored = [io.BytesIO(source[number]["image"]) for number in (0, 7, 1441)]
@@ -104,7 +105,7 @@ def test_a_map_takes_a_relative_bias_into_account_whatever_is_computed_again():
 def test_maps_cost_seconds_and_memory_that_are_logged(finished):
     _, workdir = finished
     rows = [row for row in tiny.lines(workdir) if attention_maps.SECONDS in row]
-    assert [row["step"] for row in rows] == [5, 10]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
     assert all(row["eval/attention_maps/bytes"] == 1442 * 16 * 2 for row in rows)
     assert all(row[attention_maps.SECONDS] > 0 for row in rows)
     spent = json.loads((workdir / "time.json").read_text())["seconds"]
@@ -114,18 +115,26 @@ def test_maps_cost_seconds_and_memory_that_are_logged(finished):
     assert [row["step"] for row in steps] == list(range(1, 16))
 
 
-@pytest.mark.parametrize("stop, resumed_step", [("SIGTERM", 10), ("crash", 7)])
+def _names(workdir):
+    return sorted(path.name for path in (workdir / "attention_maps").iterdir())
+
+
+def test_files_are_removed_that_no_checkpoint_goes_on_from(finished):
+    _, workdir = finished
+    # When the last was made there were checkpoints of the steps 7, 9 and 12.
+    assert _names(workdir) == [_file(workdir, step).name for step in (6, 9, 12)]
+
+
+@pytest.mark.parametrize("stop", ["SIGTERM", "crash"])
 def test_a_run_that_ends_while_maps_are_made_goes_on_to_the_same_bits(
-    finished, digits_dir, tmp_path, monkeypatch, capsys, stop, resumed_step
+    finished, tmp_path, monkeypatch, capsys, stop
 ):
-    """From the state that they were made of, or from the middle of the leg before."""
-    _, undisturbed = finished
-    config = _config(digits_dir, checkpoint__every_epochs=0.46)  # 7 steps
+    config, undisturbed = finished
     to_host, calls, run = features.to_host, [], tmp_path / "run"
 
     def disturbed(tree):
         calls.append(len(calls))
-        if len(calls) == 16 + 3:  # in the middle of the second pass: 16 batches each
+        if len(calls) == 2 * 16 + 3:  # in the midst of the third pass: 16 batches each
             if stop == "crash":
                 raise RuntimeError("the machine fails")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -135,16 +144,32 @@ def test_a_run_that_ends_while_maps_are_made_goes_on_to_the_same_bits(
     with pytest.raises(SystemExit if stop == "SIGTERM" else RuntimeError) as ended:
         train.run(config, run)
     assert stop == "crash" or ended.value.code == 75
-    assert [path.name for path in (run / "attention_maps").iterdir()] == [
-        "step_00000005.npy"
-    ]
-    made = _file(run, 5).stat().st_mtime_ns
+    assert _names(run) == ["step_00000003.npy", "step_00000006.npy"]
     train.run(config, run)
-    assert f"RESUMED at step {resumed_step} of 15" in capsys.readouterr().out
-    assert len(calls) == 19 + 16 and _file(run, 5).stat().st_mtime_ns == made
+    assert "RESUMED at step 9 of 15" in capsys.readouterr().out
+    assert len(calls) == 35 + 2 * 16 and _names(run) == _names(undisturbed)
     np.testing.assert_array_equal(
-        np.load(_file(run, 10)), np.load(_file(undisturbed, 10))
+        *(np.load(_file(directory, 12)) for directory in (run, undisturbed))
     )
+    ours, theirs = (tiny.final_state(config, d, 15) for d in (run, undisturbed))
+    tiny.assert_same_bits(ours, theirs)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_leg_by_its_file(finished, tmp_path, capsys):
+    config, undisturbed = finished
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "15")  # the one before is of step 14
+    made = _file(run, 12).read_bytes()
+    _file(run, 12).unlink()
+    with pytest.raises(errors.SetupError, match="be read from .*step_00000012.npy"):
+        train.run(config, run)
+    _file(run, 12).write_bytes(made)
+    before = _file(run, 12).stat().st_mtime_ns
+    capsys.readouterr()
+    train.run(config, run)
+    assert "RESUMED at step 14 of 15" in capsys.readouterr().out
+    assert _file(run, 12).stat().st_mtime_ns == before
     ours, theirs = (tiny.final_state(config, d, 15) for d in (run, undisturbed))
     tiny.assert_same_bits(ours, theirs)
 
@@ -155,7 +180,7 @@ def test_a_file_that_is_gone_or_of_other_images_is_refused(finished, digits_dir)
     with pytest.raises(ValueError, match="cannot be read from .*step_00000003.npy"):
         weights.WithWeights(source, _file(workdir, 3))
     half = workdir.parent / "half.npy"
-    half.write_bytes(_file(workdir, 5).read_bytes()[:-1])
+    half.write_bytes(_file(workdir, 9).read_bytes()[:-1])
     with pytest.raises(ValueError, match="cannot be read from .*half.npy"):
         weights.WithWeights(source, half)
     np.save(workdir.parent / "few.npy", np.ones((7, 4, 4), np.float16))
@@ -236,17 +261,13 @@ def test_patches_without_weight_are_visible_first_in_random_order():
 
 def test_legs_have_the_papers_phases(digits_dir):
     config = _config(digits_dir)
-    source = sources.make_source(config.data, "train")
-    total, steps_per_epoch = job.duration(config, len(source))
-    made = attention_maps.steps(
-        config, source, steps_per_epoch=steps_per_epoch, total=total
-    )
-    assert (made, total) == ([5, 10], 15)
-    config.attention_maps.every_epochs = 0.5  # 7.51 steps: not after the last
-    made = attention_maps.steps(
-        config, source, steps_per_epoch=steps_per_epoch, total=total
-    )
-    assert made == [8]
+    total, steps_per_epoch = job.duration(config, 1442)
+    for every, expected in ((0.2, [3, 6, 9, 12]), (0.34, [5, 10]), (0.5, [8])):
+        config.attention_maps.every_epochs = every
+        made = attention_maps.steps(
+            config, steps_per_epoch=steps_per_epoch, total=total
+        )
+        assert made == expected  # and none after the last step
     before = attention_maps.before(digits_amt.get_config())
     counts = Pretrain(before).counts
     assert counts == (16, 48, 0) and before.masking.noise == "uniform"
@@ -254,10 +275,11 @@ def test_legs_have_the_papers_phases(digits_dir):
 
 
 @pytest.mark.parametrize("changes, said", [
-    ({"masking__noise": "uniform"}, "noise='uniform'.*every_epochs=0.34: AMT needs"),
+    ({"masking__noise": "uniform"}, "noise='uniform'.*every_epochs=0.2: AMT needs"),
     ({"data__transform": "classification"}, "transform='classification', attention"),
     ({"attention_maps__every_epochs": 0.0}, "attention_maps.every_epochs=0: AMT needs"),
     ({"attention_maps__every_epochs": 1.0}, "=1 in a run of 1 epochs: none would ever"),
+    ({"attention_maps__every_epochs": 0.05}, "=0.05 is less than one of 15.02.* steps"),
     ({"attention_maps__every_epochs": -1.0}, "attention_maps.every_epochs=-1.0"),
     ({"data__weights_grid": (8, 8)}, "has 64 numbers for each sample, but 16 patches"),
     ({"data__weights_grid": (4,)}, r"weights_grid=\(4,\) with data.transform='weight"),
@@ -297,7 +319,7 @@ def test_units_of_simmim_are_masked_by_their_weights():
 
 def test_the_extra_passes_are_in_the_cost():
     counted = counting.count(digits_amt.get_config())
-    assert counted.refresh.every_epochs == 13.0
+    assert counted.refresh[1:] == (3, 52.0)
     said = cost_command.report(counted).split("\n\n")[-1]
-    assert said.startswith("Attention maps take a pass over all training images every")
-    assert "0.0769\nan epoch, of 0.0150 GMACs an image: 5.9% of an epoch's" in said
+    assert said.startswith("Attention maps take 3 passes over all training images")
+    assert "in 52 epochs, 0.0577\nan epoch, of 0.0150 GMACs an image: 4.4% of" in said

@@ -56,12 +56,13 @@ def _training(counted: "Cost") -> str:
 
 def _refreshing(counted: "Cost") -> str:
     """Says what attention maps take besides."""
-    macs, every = counted.refresh
-    operations = 2 * macs / every / counted.train_flops
+    macs, passes, epochs = counted.refresh
+    operations = 2 * macs * passes / (epochs * counted.train_flops)
     return (
-        f"Attention maps take a pass over all training images every {every:g} epochs, "
-        f"{1 / every:.3g}\nan epoch, of {macs / 1e9:.4f} GMACs an image: "
-        f"{operations:.1%} of an epoch's operations more."
+        f"Attention maps take {passes} passes over all training images in {epochs:g} "
+        f"epochs, {passes / epochs:.3g}\nan epoch, of {macs / 1e9:.4f} GMACs an image: "
+        f"{operations:.1%} of the operations above more. Before the\nfirst maps masks "
+        "are plain, and steps are other than counted here."
     )
 
 

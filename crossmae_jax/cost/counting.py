@@ -55,10 +55,14 @@ class Part(NamedTuple):
 
 class Refresh(NamedTuple):
     """Multiply-adds of one image that the encoder sees whole, and how often it does.
+
+    Attributes:
+      passes: over all training images, in so many epochs.
     """
 
     macs: int
-    every_epochs: float
+    passes: int
+    epochs: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +200,8 @@ def _refresh(config: ConfigDict, objective: Any, variables: Any) -> Refresh | No
 
     others = {name: tree for name, tree in variables.items() if name != "params"}
     found = products.trace(encode, variables["params"], others, batch, None)
-    return Refresh(sum(product.macs for product in found), every)
+    passes = math.ceil(config.epochs / every) - 1  # none at the end
+    return Refresh(sum(product.macs for product in found), passes, config.epochs)
 
 
 def _decoder_tokens(rows: Mapping[_Path, int]) -> int:

@@ -1,10 +1,10 @@
 """From a source to batches: order, transform, substitutes, prefetching.
 
 Which image a sample is and what is drawn for it are functions of (seed, sample)
-(`order`), and samples are counted over the whole run. So a batch is a function of
-(seed, step) alone: the same for any number of workers, threads and hosts. A restart at
-step t is a start at sample t * batch_size; there is no iterator state to save or to
-lose.
+(`order`), and samples are counted over the whole run. So a batch of a source is a
+function of (seed, step) alone: the same for any number of workers, threads and hosts. A
+restart at step t is a start at sample t * batch_size; there is no iterator state to
+save or to lose.
 
 What arrays a batch has, the transform of the configuration says (`transforms`): one for
 each of its fields. Here two more are added, the number of each sample and, in

@@ -15,8 +15,6 @@ from jaxtyping import Float
 
 from crossmae_jax.data.transforms import Record
 
-FOLDER = "attention_maps"  # in a workdir
-
 
 class WithWeights:
     """A source whose records have "weights", too; see `sources.Source`.

@@ -6,12 +6,12 @@ the last block attends to becomes the weights of the image's patches. Masks are 
 with them (`masking.weighted`) until the next time; before the first time they are drawn
 as `config.attention_maps.before` says.
 
-    WORKDIR/attention_maps/step_00012512.npy    made of the state after that step
+    WORKDIR/attention_maps/step_00012511.npy    made of the state after that step
 
 So the batches of a run are a function of (seed, step) and of the newest of these files
 that is not younger than the step. A run that goes on in the middle of such a leg reads
-it; one that was stopped while it was made has saved the state that it is made of. Files
-that no checkpoint goes on from are removed.
+it. The state that one is made of is saved before, and a run that goes on from it makes
+it anew. When one is made, those that no checkpoint goes on from any more are removed.
 
 The maps are kept in half precision: 392 bytes an image of 14 x 14 patches.
 """
@@ -33,18 +33,14 @@ from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import features, outputs, while_training
 from crossmae_jax.runs import mirror
 
+_FOLDER = "attention_maps"
 SECONDS = "eval/attention_maps/seconds"
 _OUTPUT = "attention_map"
 _SPEAK = 10.0  # seconds, after which is said how far it is
 
 
-def steps(
-    config: ConfigDict, source: sources.Source, *, steps_per_epoch: float, total: int
-) -> list[int]:
+def steps(config: ConfigDict, *, steps_per_epoch: float, total: int) -> list[int]:
     """Returns after which steps maps are made; [] for a run without.
-
-    Args:
-      source: the training images.
 
     Raises:
       ValueError: if there would be none in the whole run, or settings contradict each
@@ -54,7 +50,7 @@ def steps(
     ranges.check("attention_maps.every_epochs", every, least=0)
     orders = config.get("masking", {}).get("noise") == "weighted"
     cuts = config.data.transform == "weighted"
-    if not orders == cuts == (bool(every) or cuts and "weights" in source.kinds):
+    if not orders == cuts == bool(every):
         raise ValueError(
             f"masking.noise={config.get('masking', {}).get('noise')!r}, data.transform="
             f"{config.data.transform!r}, attention_maps.every_epochs={every:g}: AMT "
@@ -65,8 +61,14 @@ def steps(
     if not every:
         return []
     apart = every * steps_per_epoch
-    made = {max(1, round(n * apart)) for n in range(1, 1 + math.ceil(total / apart))}
-    made = sorted(step for step in made if step < total)
+    if apart < 1:
+        raise ValueError(
+            f"attention_maps.every_epochs={every:g} is less than one of "
+            f"{steps_per_epoch:g} steps an epoch; each time takes a pass over all "
+            "training images, so give epochs, such as 40.0."
+        )
+    made = [round(n * apart) for n in range(1, 1 + math.ceil(total / apart))]
+    made = [step for step in made if step < total]
     if not made:
         raise ValueError(
             f"attention_maps.every_epochs={every:g} in a run of {config.epochs:g} "
@@ -118,7 +120,7 @@ class AttentionMaps:
 
     def file(self, step: int) -> Path:
         """Returns where the maps of a state are."""
-        return self._home.local / weights.FOLDER / f"step_{step:08d}.npy"
+        return self._home.local / _FOLDER / f"step_{step:08d}.npy"
 
     def source(self, step: int) -> sources.Source:
         """Returns the training images with the maps of a state.
@@ -126,6 +128,7 @@ class AttentionMaps:
         Raises:
           ValueError: if these are not there, or damaged.
         """
+        self._home.fetch(self.file(step))
         return weights.WithWeights(self._source, self.file(step))
 
     def trace(self, variables: Any) -> None:
@@ -188,8 +191,11 @@ class AttentionMaps:
         give, done, spoke = evaluation.output(_OUTPUT), 0, time.monotonic()
         for batch in evaluation.batches("train", None):
             batch = evaluation.place(batch)
-            valid, found = features.to_host((batch["valid"], give(batch)))
-            yield found[valid]
+            valid, sample, found = features.to_host(
+                (batch["valid"], batch["sample"], give(batch))
+            )
+            # Whatever the order of processes and devices, rows are those of images.
+            yield found[valid][np.argsort(sample[valid])]
             done += int(valid.sum())
             if time.monotonic() - spoke > _SPEAK:
                 spoke = time.monotonic()
@@ -204,7 +210,7 @@ class AttentionMaps:
         needed = {self.file(step) for step in steps}
         if not self._writes:
             return
-        for file in paths.files(self._home.local / weights.FOLDER):
+        for file in paths.files(self._home.local / _FOLDER):
             if file not in needed:
                 file.unlink()
                 if jax.process_index() == 0 and self._home.path != self._home.local:

@@ -25,11 +25,8 @@ from pathlib import Path
 import jax
 
 from crossmae_jax import paths
-from crossmae_jax.data import weights
 from crossmae_jax.distributed import parallel
 from crossmae_jax.paths import AnyPath
-
-_READ = (".json", ".jsonl", ".npy")  # what a run reads of itself when it goes on
 
 
 class Home:
@@ -64,14 +61,23 @@ class Home:
     def pull(self) -> None:
         """Copies from the bucket what a run reads of itself."""
         bucket = paths.system(self.path)
-        for folder in (self.path, self.path / "best", self.path / weights.FOLDER):
+        for folder in (self.path, self.path / "best"):
             for file in folder.iterdir() if folder.is_dir() else ():
-                if file.suffix not in _READ or file.is_dir():
+                if file.suffix not in (".json", ".jsonl") or file.is_dir():
                     continue
                 target = self.local / file.relative_to(self.path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(bucket.cat_file(os.fspath(file)))
         self._copied = self._states()
+
+    def fetch(self, file: Path) -> None:
+        """Copies one more file from the bucket, unless it is here or not there."""
+        if self.path == self.local or file.exists() or not self.name(file).exists():
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        bucket = paths.system(self.path)
+        file.write_bytes(bucket.cat_file(os.fspath(self.name(file))))
+        self._copied[file] = self._states()[file]
 
     def _states(self) -> dict[Path, tuple[int, int]]:
         states = {}

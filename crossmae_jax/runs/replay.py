@@ -7,8 +7,8 @@
       about                JSON: step, configuration, names of the images, versions
 
 It is the first of the steps in a row that were skipped. Weights have not changed since,
-so those in memory are the ones that it had; its batch is made once more, as batches are
-functions of (seed, step). NumPy alone reads the file:
+so those in memory are the ones that it had; its batch is made once more, as batches of
+a source are functions of (seed, step). NumPy alone reads the file:
 
     np.load("nan_step_48207.npz")["variables/params/encoder/cls_token"]
 
