@@ -44,7 +44,7 @@ def make_config(reference: dict[str, Any]) -> ConfigDict:
     if isinstance(image_size, int):
         image_size = (image_size, image_size)
     size = f"W{ctor['embed_dim']}-D{ctor['depth']}-H{ctor['num_heads']}"
-    channels, mlp_ratio = ctor.get("in_chans", 3), ctor.get("mlp_ratio", 4.0)
+    channels, mlp_ratio = ctor.get("in_chans", 3), float(ctor.get("mlp_ratio", 4.0))
     return ConfigDict(dict(
         model=dict(
             encoder=dict(
