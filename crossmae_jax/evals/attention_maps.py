@@ -87,7 +87,7 @@ def before(config: ConfigDict) -> ConfigDict:
 
 
 class AttentionMaps:
-    """The maps of one run.
+    """The maps of one run, whose settings `steps` has found to fit each other.
 
     Args:
       source: the training images.
@@ -104,11 +104,6 @@ class AttentionMaps:
         home: mirror.Home,
         key: jax.Array,
     ):
-        if _OUTPUT not in objective.outputs:
-            raise ValueError(
-                f"config.attention_maps needs a model that pre-trains, and objective="
-                f"{config.objective!r} does not; set attention_maps.every_epochs=0.0."
-            )
         blank = pipeline.blank_batch(config.data, batch_size=1)
         # Whatever the noise refuses is known before the first step.
         jax.eval_shape(objective.sampler.draw, key, blank)
