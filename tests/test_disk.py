@@ -304,7 +304,8 @@ def test_a_run_on_a_full_disk_ends_in_a_line(digits_dir, tmp_path, monkeypatch):
     assert "Traceback" not in full.stderr, full.stderr
     said = full.stderr.splitlines()
     assert len(said) < 15, full.stderr
-    assert said[-1].startswith(f"error: Step 3 could not be saved in {run}/checkpoints")
+    refused = f"error: Step 3 could not be saved in {run}/checkpoints"
+    assert said[-1].startswith(refused), full.stderr
     assert "File too large" in said[-1]
     written = metrics.rows(run / metrics.FILE)
     assert [row["step"] for row in written] == list(range(1, len(written) + 1))
