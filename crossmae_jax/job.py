@@ -180,14 +180,17 @@ def plan(config: ConfigDict, home: mirror.Home, stack: contextlib.ExitStack) -> 
         max_skipped_in_a_row=config.optim.max_skipped_in_a_row,
     )
     init, step = compile_steps(objective)
-    legs = (Leg(0, total, config, step),)
+    legs, others = (Leg(0, total, config, step),), {}
     made = attention_maps.steps(config, steps_per_epoch=steps_per_epoch, total=total)
     if made:
         maps = attention_maps.AttentionMaps(
             config, objective, images["train"], mesh=mesh, home=home, key=panel_key
         )
         legs = _legs_with_maps(config, maps, [*made, total], step, compile_steps)
-    checkpoints = _checkpoints(config, home, abstract, saving)
+        # Each checkpoint may go on from another one, and so does the run.
+        num_files = min(len(made), config.checkpoint.keep + 1)
+        others["attention maps"] = maps.bytes_to_come(num_files=num_files)
+    checkpoints = _checkpoints(config, home, abstract, saving, others)
     stack.callback(checkpoints.close)
     resuming = bool(checkpoints.steps())
     weights = [] if resuming else starting.plan_all(
@@ -225,12 +228,12 @@ def _legs_with_maps(
 
 def _checkpoints(
     config: ConfigDict, home: mirror.Home, abstract: TrainState,
-    saving: schedule.Schedule,
+    saving: schedule.Schedule, others: dict[str, int],
 ) -> checkpointer.Checkpoints:
-    """Opens the checkpoints, if there is room for those to come."""
+    """Opens the checkpoints, if there is room for those to come, and for others."""
     workdir.check_space(
         home.path, checkpoint_bytes=sharding.num_bytes(abstract),
-        keep=config.checkpoint.keep, best=bool(config.checkpoint.best),
+        keep=config.checkpoint.keep, best=bool(config.checkpoint.best), others=others,
     )
     return checkpointer.Checkpoints(
         home.path / "checkpoints", keep=config.checkpoint.keep,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from configs import digits_amt, vitb_simmim_amt
 from crossmae_jax import errors, job, masking, sampling, train
-from crossmae_jax.checkpoints import checkpointer
+from crossmae_jax.checkpoints import checkpointer, space
 from crossmae_jax.commands import cost as cost_command
 from crossmae_jax.cost import counting
 from crossmae_jax.data import order, pipeline, sources, transforms, weights
@@ -116,13 +116,33 @@ def test_maps_cost_seconds_and_memory_that_are_logged(finished):
 
 
 def _names(workdir):
-    return sorted(path.name for path in (workdir / "attention_maps").iterdir())
+    """Returns the files of maps, each of which has its digest beside it."""
+    names = sorted(path.name for path in (workdir / "attention_maps").iterdir())
+    assert names[1::2] == [f"{name}.sha256" for name in names[::2]]
+    return names[::2]
 
 
 def test_files_are_removed_that_no_checkpoint_goes_on_from(finished):
     _, workdir = finished
     # When the last was made there were checkpoints of the steps 7, 9 and 12.
     assert _names(workdir) == [_file(workdir, step).name for step in (6, 9, 12)]
+
+
+def test_room_for_maps_is_looked_for_before_the_first_step(
+    finished, tmp_path, monkeypatch
+):
+    config, workdir = finished
+    usage = shutil.disk_usage(tmp_path)._replace(free=40_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(errors.SetupError) as refused:
+        train.run(config, tmp_path / "run")
+    # Four, for three checkpoints and the run, of 2 bytes a patch.
+    size = 2 * 1442 * 4 * 4
+    needed = f", attention maps of {space.shown(4 * size)} and pictures need "
+    assert needed in str(refused.value)
+    with pytest.raises(errors.SetupError) as refused:
+        train.run(config, workdir)  # which has three
+    assert f", attention maps of {space.shown(size)} and " in str(refused.value)
 
 
 @pytest.mark.parametrize("stop", ["SIGTERM", "crash"])
@@ -163,6 +183,9 @@ def test_a_run_goes_on_in_the_middle_of_a_leg_by_its_file(finished, tmp_path, ca
     made = _file(run, 12).read_bytes()
     _file(run, 12).unlink()
     with pytest.raises(errors.SetupError, match="be read from .*step_00000012.npy"):
+        train.run(config, run)
+    _file(run, 12).write_bytes(made[:-1] + bytes([made[-1] ^ 1]))
+    with pytest.raises(errors.FileError, match="step_00000012.npy is not as it was wr"):
         train.run(config, run)
     _file(run, 12).write_bytes(made)
     before = _file(run, 12).stat().st_mtime_ns

@@ -16,6 +16,13 @@ from jaxtyping import Float
 from crossmae_jax.data.transforms import Record
 
 
+# What helps where they are not there or damaged.
+CURE = (
+    "They belong to the checkpoints from this step on: put the file back, or remove "
+    "these checkpoints, so that the run goes on from an earlier one and makes it again."
+)
+
+
 class WithWeights:
     """A source whose records have "weights", too; see `sources.Source`.
 
@@ -35,9 +42,7 @@ class WithWeights:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The weights of the images' patches cannot be read from {file} "
-                f"({error}). They belong to the checkpoints from this step on: put the "
-                "file back, or remove these checkpoints, so that the run goes on from "
-                "an earlier one and makes it again."
+                f"({error}). {CURE}"
             ) from error
         if len(shape) != 3 or shape[0] != len(source):
             raise ValueError(

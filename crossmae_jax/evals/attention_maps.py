@@ -6,7 +6,8 @@ the last block attends to becomes the weights of the image's patches. Masks are 
 with them (`masking.weighted`) until the next time; before the first time they are drawn
 as `config.attention_maps.before` says.
 
-    WORKDIR/attention_maps/step_00012511.npy    made of the state after that step
+    WORKDIR/attention_maps/step_00012511.npy           made of the state after that step
+    WORKDIR/attention_maps/step_00012511.npy.sha256    as `sha256sum` writes it
 
 So the batches of a run are a function of (seed, step) and of the newest of these files
 that is not younger than the step. A run that goes on in the middle of such a leg reads
@@ -16,6 +17,8 @@ it anew. When one is made, those that no checkpoint goes on from any more are re
 The maps are kept in half precision: 392 bytes an image of 14 x 14 patches.
 """
 
+import hashlib
+import io
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -27,7 +30,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from crossmae_jax import paths, ranges
+from crossmae_jax import errors, paths, ranges
+from crossmae_jax.checkpoints import digests
 from crossmae_jax.data import pipeline, sources, weights
 from crossmae_jax.distributed import parallel, preemption
 from crossmae_jax.evals import features, outputs, while_training
@@ -117,14 +121,34 @@ class AttentionMaps:
         """Returns where the maps of a state are."""
         return self._home.local / _FOLDER / f"step_{step:08d}.npy"
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of a file."""
+        return 2 * len(self._source) * math.prod(self._grid)
+
+    def bytes_to_come(self, *, num_files: int) -> int:
+        """Returns what so many files take on the disk, without those there are."""
+        there = paths.files(self._home.local / _FOLDER)
+        there = sum(file.suffix == ".npy" for file in there)
+        return max(num_files - there, 0) * self.num_bytes
+
     def source(self, step: int) -> sources.Source:
         """Returns the training images with the maps of a state.
 
         Raises:
-          ValueError: if these are not there, or damaged.
+          ValueError: if these are not there.
+          FileError: if they are not as they were written.
         """
-        self._home.fetch(self.file(step))
-        return weights.WithWeights(self._source, self.file(step))
+        file = self.file(step)
+        for each in (file, _digest_of(file)):
+            self._home.fetch(each)
+        opened, listed = weights.WithWeights(self._source, file), _digest_of(file)
+        if not listed.exists() or listed.read_text().split()[0] != digests.of(file):
+            raise errors.FileError(
+                f"{self._home.name(file)} is not as it was written: its digest is not "
+                f"that in {listed.name}. {weights.CURE}"
+            )
+        return opened
 
     def trace(self, variables: Any) -> None:
         """Traces what will be computed, without computing it."""
@@ -151,25 +175,36 @@ class AttentionMaps:
           preemption.Interrupted: if `stop` is set meanwhile; no file is left then.
         """
         begin, file, total = time.monotonic(), self.file(step), len(self._source)
-        shape = (total, *self._grid)
         if self._writes:
-            file.parent.mkdir(exist_ok=True)
-            with paths.writing_whole(file) as out:
-                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(out, header)
-                for rows in self._rows(variables, stop, say):
-                    out.write(rows.astype("<f2").tobytes())
+            self._write(file, self._rows(variables, stop, say))
         else:
             for _ in self._rows(variables, stop, say):
                 pass
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"attention maps {step}")
-        seconds, size = time.monotonic() - begin, 2 * int(np.prod(shape))
+        seconds = time.monotonic() - begin
         say(
-            f"attention maps of {total} images: {seconds:.1f} s, {size / 1e6:.3g} MB "
-            f"in {self._home.name(file)}"
+            f"attention maps of {total} images: {seconds:.1f} s, "
+            f"{self.num_bytes / 1e6:.3g} MB in {self._home.name(file)}"
         )
-        return {SECONDS: seconds, "eval/attention_maps/bytes": float(size)}
+        return {SECONDS: seconds, "eval/attention_maps/bytes": float(self.num_bytes)}
+
+    def _write(self, file, parts):
+        """Writes parts of an array one after the other, and their digest."""
+        file.parent.mkdir(exist_ok=True)
+        shape = (len(self._source), *self._grid)
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f2", "fortran_order": False, "shape": shape}
+        )
+        digest = hashlib.sha256(header.getvalue())
+        with paths.writing_whole(file) as out:
+            out.write(header.getvalue())
+            for rows in parts:
+                written = rows.astype("<f2").tobytes()
+                out.write(written)
+                digest.update(written)
+        paths.write_whole(_digest_of(file), f"{digest.hexdigest()}  {file.name}\n")
 
     @property
     def _writes(self) -> bool:
@@ -203,6 +238,7 @@ class AttentionMaps:
           steps: of the states whose maps are needed.
         """
         needed = {self.file(step) for step in steps}
+        needed |= {_digest_of(file) for file in needed}
         if not self._writes:
             return
         for file in paths.files(self._home.local / _FOLDER):
@@ -210,3 +246,7 @@ class AttentionMaps:
                 file.unlink()
                 if jax.process_index() == 0 and self._home.path != self._home.local:
                     self._home.name(file).unlink(missing_ok=True)
+
+
+def _digest_of(file: Path) -> Path:
+    return file.with_name(f"{file.name}.sha256")

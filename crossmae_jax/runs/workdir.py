@@ -30,8 +30,9 @@ refused; settings that cannot change a weight may change.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -252,13 +253,17 @@ def _other_content(
 
 
 def check_space(
-    workdir: AnyPath, *, checkpoint_bytes: int, keep: int, best: bool
+    workdir: AnyPath, *, checkpoint_bytes: int, keep: int, best: bool,
+    others: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """Finds out whether a disk can hold what a run is going to save, and pictures.
 
     That is one checkpoint more than are kept, since the oldest goes when the next one
     is whole; of a best state likewise. Those that are there already are counted. Asks
     nothing of a bucket.
+
+    Args:
+      others: bytes of what else it is going to write, by name.
 
     Raises:
       ValueError: if it cannot.
@@ -269,11 +274,12 @@ def check_space(
     count = max(keep + 1 - len(steps.committed(place)), 1)
     if best:
         count += max(2 - len(steps.committed(workdir / "best" / "checkpoints")), 1)
-    needed = count * checkpoint_bytes + _PICTURES_BYTES
+    needed = count * checkpoint_bytes + _PICTURES_BYTES + sum(others.values())
+    named = "".join(f", {name} of {space.shown(n)}" for name, n in others.items())
     if free < needed:
         raise ValueError(
             f"{space.shown(free)} are free on the disk of {workdir}, but {count} "
-            f"checkpoints of {space.shown(checkpoint_bytes)} with pictures beside them "
+            f"checkpoints of {space.shown(checkpoint_bytes)}{named} and pictures "
             f"need {space.shown(needed)} (checkpoint.keep={keep} and the next one). "
             "Lower config.checkpoint.keep, or give a --workdir on another disk, or "
             f"make room: {space.cure(place)}"
