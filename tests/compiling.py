@@ -43,6 +43,25 @@ NARROW = [
 ]
 
 
+def run_beside(
+    target: str, arguments: list[str], **environment: str
+) -> subprocess.CompletedProcess:
+    """Runs `python -m ...` with a target's compiler, and returns what became of it."""
+    beside = Path(sys.prefix) / ("gpu" if "h200" in target else "tpu")
+    path = [str(ROOT), str(beside), *os.environ.get("PYTHONPATH", "").split(":")]
+    libraries = [str(folder) for folder in beside.glob("nvidia/*/lib")]
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={
+            **os.environ, **_ENVIRONMENT, "PYTHONPATH": ":".join(filter(None, path)),
+            "LD_LIBRARY_PATH": ":".join(
+                [*libraries, os.environ.get("LD_LIBRARY_PATH", "")]
+            ),
+            **environment,
+        },
+    )
+
+
 def compile_for(target: str, jobs: list[dict]) -> list[dict]:
     """Returns what became of each job.
 
@@ -51,19 +70,7 @@ def compile_for(target: str, jobs: list[dict]) -> list[dict]:
     bytes of the collectives, and `sent`; `slices`, that of each device in the order of
     the mesh; `temporaries` and `total`, bytes of memory of a device.
     """
-    beside = Path(sys.prefix) / ("gpu" if "h200" in target else "tpu")
-    path = [str(ROOT), str(beside), *os.environ.get("PYTHONPATH", "").split(":")]
-    libraries = [str(folder) for folder in beside.glob("nvidia/*/lib")]
-    ran = subprocess.run(
-        [sys.executable, "-m", "tests.compiling", target, *map(json.dumps, jobs)],
-        cwd=ROOT, capture_output=True, text=True,
-        env={
-            **os.environ, **_ENVIRONMENT, "PYTHONPATH": ":".join(filter(None, path)),
-            "LD_LIBRARY_PATH": ":".join(
-                [*libraries, os.environ.get("LD_LIBRARY_PATH", "")]
-            ),
-        },
-    )
+    ran = run_beside(target, ["tests.compiling", target, *map(json.dumps, jobs)])
     found = [json.loads(line) for line in ran.stdout.splitlines() if line[:1] == "{"]
     assert len(found) == len(jobs), ran.stderr
     return found

@@ -31,10 +31,10 @@ def compiled_once():
     """Every configuration is really compiled, but one that was before is remembered."""
     really, known = estimate.estimate, {}
 
-    def remember(config, target):
-        key = config.to_json(), target
+    def remember(config, target, *, optimized=False):
+        key = config.to_json(), target, optimized
         if key not in known:
-            known[key] = really(config, target)
+            known[key] = really(config, target, optimized=optimized)
         found, memory = known[key], hardware.host_memory() // 8
         room = found.capacity._replace(sure=memory, most=memory)
         return dataclasses.replace(found, capacity=room)
@@ -87,6 +87,28 @@ def make(
         memory=memory, refusal="" if total else "RESOURCE_EXHAUSTED: too much",
         **changes,
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "optimized"), [((), False), (("--optimized",), True)]
+)
+def test_a_program_that_is_not_made_to_run_fast_says_so(
+    run, monkeypatch, flags, optimized
+):
+    asked = []
+
+    def compiled(config, target, *, optimized):
+        asked.append(optimized)
+        return make(50, optimized=optimized, batch_size=config.data.batch_size)
+
+    monkeypatch.setattr(estimate, "estimate", compiled)
+    status, printed, errors = run(*FLAGS, "--batches=32", *flags)
+    assert (status, errors) == (0, "")
+    assert asked == [optimized, optimized]
+    assert ("not run, nor made to run fast: " in printed) != optimized
+    assert ("made to run fast accesses less" in printed) != optimized
+    options = hardware.compiler_options("v5e:2x2", optimized=optimized)
+    assert bool(options) != optimized
 
 
 def test_weights_moments_and_images_are_those_of_the_config(found):
@@ -223,7 +245,8 @@ def test_weights_are_cut_over_so_many_devices_as_make_it_fit():
 
 
 def test_a_stronger_setting_follows_one_that_does_not_do(monkeypatch):
-    def compile_it(config, target):
+    def compile_it(config, target, *, optimized):
+        assert optimized
         return make(150 if config.optim.accum_steps < 16 else 90)
 
     monkeypatch.setattr(estimate, "estimate", compile_it)

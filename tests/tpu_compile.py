@@ -7,6 +7,7 @@ TPU is needed.
 """
 
 import functools
+import re
 
 import pytest
 
@@ -74,3 +75,27 @@ def test_vit_h_with_4096_images_fits_256_chips():
     assert block > 12 * 1280**2 * 3 * 4 / 4  # weights and moments over four chips
     # 32 of both, though the decoder has 12; half of a chip's memory to spare.
     assert one["total"] + 31 * block < 8e9
+
+
+def _estimated(*flags):
+    """Returns what `estimate` prints of a step on four chips, and its megabytes."""
+    config, overrides = STEP["step"], STEP["overrides"]
+    ran = compiling.run_beside(
+        "v5e:2x2", [
+            "crossmae_jax", "estimate", f"--config={config}", "--target=v5e:2x2",
+            *(f"--config.{setting}" for setting in overrides), *flags,
+        ],
+        JAX_EXEC_TIME_OPTIMIZATION_EFFORT="0.0",
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout, float(re.search(r"\| all +\| +([.\d]+) \|", ran.stdout)[1])
+
+
+def test_what_is_soon_compiled_needs_no_less_memory_than_what_training_runs():
+    soon, its_memory = _estimated()
+    as_training, memory = _estimated("--optimized")
+    assert "not run, nor made to run fast" in soon and "memory not said" in soon
+    assert "not run\n" in as_training and "as the compiler counts" in as_training
+    assert "TPU kernels" in soon and "TPU kernels" in as_training
+    # So small a step is kept on the chip as a whole, if that is asked for.
+    assert its_memory > 1.5 * memory

@@ -7,12 +7,14 @@ this, the devices of this process. The batch of the configuration is cut over th
 target's devices. Nothing is run: memory and exchanges are those of the compiled
 program, operations are counted, and the step time is a bound.
 
-Compiling ViT-B takes about half a minute for an H200 and several for a TPU. So the step
-is compiled once, and again only where that is asked for:
+Compiling ViT-B takes about half a minute. So the step is compiled once, and again only
+where that is asked for:
 
     --batches=1024,2048   also at these batches: the largest that fits is interpolated
     --tests=1             of the settings that are suggested where it does not fit, how
                           many are compiled, each as long; 0 for none
+    --optimized           for a TPU the program that training runs, which takes minutes;
+                          without it one that is slower, of about the same memory
 
 Exit status 2 if the command line is wrong, 1 if a configuration contradicts itself or
 the target's compiler is missing; 0 otherwise, whether it fits or not.
@@ -49,6 +51,7 @@ _FLAGS = {
     ),
     "batches": Flag(_batches, "further batches to compile, such as 1024,2048", ()),
     "tests": Flag(_tests, "suggestions to compile; default: 1", 1),
+    "optimized": Flag(bool, "compile a TPU's program as training does", default=False),
 }
 
 
@@ -57,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
     """Prints what the configuration that `argv` describes needs of a target."""
     given = flags.parse("estimate", argv, _FLAGS, doc=__doc__, config=flags.of_file)
     config, target, batches = given.config, given.target, given.batches
+    optimized = given.optimized
     if target != "this":
         hardware.without_devices()
     # Now that JAX may be imported.
@@ -64,10 +68,11 @@ def main(argv: Sequence[str]) -> None:
 
     print(f"{given.title}\nfor {target}\n", flush=True)
     with errors.naming(given.file):
-        result = estimate.estimate(config, target)
+        result = estimate.estimate(config, target, optimized=optimized)
         others = [
             estimate.estimate(
-                estimate.with_settings(config, {"data.batch_size": size}), target
+                estimate.with_settings(config, {"data.batch_size": size}), target,
+                optimized=optimized,
             )
             for size in batches if size != result.batch_size
         ]

@@ -92,6 +92,8 @@ class Estimate:
       flops: of a step on one device, counted.
       accessed: bytes of memory that the compiler counts for a step on one device; None
         where it does not say.
+      optimized: the compiler made the program that training runs, and not one that
+        is sooner compiled.
     """
 
     target: str
@@ -108,6 +110,7 @@ class Estimate:
     refusal: str = ""
     memory: Memory | None = None
     accessed: float | None = None
+    optimized: bool = True
     attention: str = ""
     exchanged: tuple[collectives.Collective, ...] = ()
 
@@ -263,8 +266,14 @@ def _memory(compiled: Any, state: Any, batch: Any) -> Memory:
     )
 
 
-def estimate(config: ConfigDict, target: str) -> Estimate:
+def estimate(
+    config: ConfigDict, target: str, *, optimized: bool = False
+) -> Estimate:
     """Compiles a configuration's training step for a target; returns what it needs.
+
+    Args:
+      optimized: of a TPU, compile what training runs. Otherwise the compiler takes
+        little trouble to make the program fast; its memory is about the same.
 
     Example:
       estimate(configs.vitb_cross.get_config(), "v5e:4x4").memory.total
@@ -284,16 +293,19 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
     refusal, compiled = "", None
     try:
         compiled = lowered.step.compile(
-            compiler_options=hardware.compiler_options(target) or None
+            compiler_options=hardware.compiler_options(target, optimized=optimized)
+            or None
         )
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler refuses what does not fit. The status is part of the text.
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         refusal = str(error)
+    # What takes little trouble on a TPU is otherwise what training runs.
+    optimized = optimized or here.platform != "tpu"
     result = Estimate(
         target=target, device_kind=here.device_kind, num_devices=num_devices,
-        layout=lowered.layout, fsdp=lowered.fsdp,
+        layout=lowered.layout, fsdp=lowered.fsdp, optimized=optimized,
         device=device, capacity=capacity(target, device, here),
         batch_size=config.data.batch_size, accum_steps=config.optim.accum_steps,
         seconds=time.perf_counter() - begin, refusal=refusal,
@@ -307,7 +319,7 @@ def estimate(config: ConfigDict, target: str) -> Estimate:
         result,
         memory=_memory(compiled, lowered.state, lowered.batch),
         # The compiler counts a loop's body once, and micro-batches are a loop.
-        accessed=accessed if config.optim.accum_steps == 1 else None,
+        accessed=accessed if optimized and config.optim.accum_steps == 1 else None,
         attention=", ".join(n for n, call in _FUSED.items() if call in text) or "XLA",
         exchanged=tuple(collectives.read(text, num_devices)),
     )

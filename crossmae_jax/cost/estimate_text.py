@@ -95,7 +95,11 @@ def _bound(found: Estimate, *, bfloat16: bool) -> str:
         for name, seconds in terms.items()
     ]
     if "memory" not in terms:
-        lines.append("memory not known: the compiler does not count its accesses")
+        lines.append(
+            "memory not known: the compiler does not count its accesses"
+            if found.optimized else
+            "memory not said: a program that is made to run fast accesses less"
+        )
     if not bfloat16:
         lines.append("this model does not compute in bfloat16, and is slower")
     return ("\n" + 16 * " ").join(lines)
@@ -138,7 +142,9 @@ def report(
     lines = [
         f"fits            {verdict(found)}",
         f"compiled        in {found.seconds:.0f} s for {found.num_devices} x "
-        f"{found.device_kind}; not run",
+        f"{found.device_kind}; not run"
+        + ("" if found.optimized else
+           ", nor made to run fast: training compiles for longer (--optimized)"),
         f"a device's step {a_device} images"
         + (f" in {found.accum_steps} parts" if found.accum_steps > 1 else "")
         + f", {found.flops / 1e12:.4g} TFLOP",

@@ -98,7 +98,9 @@ def suggest(
                 num_tests -= 1
                 alive()
                 changed = estimate.with_settings(config, settings)
-                tried = estimate.estimate(changed, current.target)
+                tried = estimate.estimate(
+                    changed, current.target, optimized=current.optimized
+                )
             suggestions.append(Suggestion(settings, tried))
             if tried is None or tried.fits == "yes":
                 break

@@ -218,14 +218,20 @@ def target_devices(target: str) -> list["jax.Device"]:
     return list(topology.devices)
 
 
-def compiler_options(target: str) -> dict[str, Any]:
+def compiler_options(target: str, *, optimized: bool = True) -> dict[str, Any]:
     """Returns what `lowered.compile(compiler_options=...)` needs for a target.
 
     Without a GPU there is no autotuning, for which XLA's own matrix kernels ask.
+
+    Args:
+      optimized: False for a program of a TPU that is slow to run and soon compiled. It
+        calls the same kernels and collectives.
     """
-    if target == "this" or _parse(target)[1] != "h200":
+    if target == "this":
         return {}
-    return {"xla_gpu_enable_triton_gemm": False}
+    if _parse(target)[1] == "h200":
+        return {"xla_gpu_enable_triton_gemm": False}
+    return {} if optimized else {"exec_time_optimization_effort": -1.0}
 
 
 def memory(device: "jax.Device") -> int | None:
