@@ -10,9 +10,9 @@ import pytest
 import safetensors.torch
 
 import crossmae_jax
-from configs import finetune_digits
+from configs import finetune_digits, vitb_cross
 from crossmae_jax import convert
-from crossmae_jax.convert import starting
+from crossmae_jax.convert import starting, structure
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.objectives.classify import Classify
 from tests import interop
@@ -199,9 +199,17 @@ def test_starting_from_what_must_be_told_names_the_import_that_is_told(
     assert flag.get(kind, "--parts=encoder") in str(error.value)
     command = str(error.value).splitlines()[-1].partition("python -m crossmae_jax ")[2]
     name, *arguments = command.replace("NEW", str(tmp_path / "new")).split()
-    assert name == "convert" and not _main(*arguments, "--num_heads=2", "--no_check")
+    assert name == "convert" and not _main(*arguments, "--no_check")
     start = _plan(tmp_path / "new", config)
     assert any(line.startswith("  loaded   encoder") for line in start.report)
+
+
+def test_heads_are_told_to_an_import_where_a_file_does_not_tell_them():
+    config = vitb_cross.get_config()
+    assert structure.flags_of_heads(config) == ""
+    config.model.encoder.size = "W96-D2-H4/16"
+    config.model.decoder.update(dim=48, num_heads=3)
+    assert structure.flags_of_heads(config) == "--num_heads=4 --decoder_heads=3"
 
 
 def test_what_was_changed_is_said_wherever_weights_are_opened(tmp_path, state, caplog):

@@ -132,7 +132,7 @@ def plan(
         raise ConversionError(
             f"{error}\nTell that to an import, and start from NEW, which it makes: "
             f"python -m crossmae_jax convert import {shlex.quote(str(path))} "
-            f"{error.flags} --to=NEW"
+            f"{error.flags} {structure.flags_of_heads(config)} --to=NEW"
         ) from error
     card = weights.card
     ours = names.without_collections(abstract_variables)

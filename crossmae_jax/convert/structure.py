@@ -18,12 +18,26 @@ from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError, Untold
-from crossmae_jax.models import classifier, encoders, mim
+from crossmae_jax.models import classifier, encoders, mim, vit
 from crossmae_jax.objectives import pretrain
 from crossmae_jax.runs import settings
 
 # Heads of every published decoder by its width: ViT-S has 256, the others 512.
 _DECODER_HEADS = {256: 8, 512: 16}
+
+
+def flags_of_heads(config: ConfigDict) -> str:
+    """Returns what an import of the weights of a model has to be told of its heads.
+
+    Nothing where width and depth are published, since heads are then known.
+    """
+    encoder, flags = encoders.build_encoder(config), []
+    if (encoder.dim, encoder.depth) not in {size[:2] for size in vit.SIZES.values()}:
+        flags.append(f"--num_heads={encoder.num_heads}")
+    decoder = config.model.get("decoder", {})
+    if "num_heads" in decoder and decoder["dim"] not in _DECODER_HEADS:
+        flags.append(f"--decoder_heads={decoder['num_heads']}")
+    return " ".join(flags)
 
 
 def config_of(card: Card) -> ConfigDict:
