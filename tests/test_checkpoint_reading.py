@@ -1,10 +1,17 @@
 """Checkpoints are read by name, for another model not at all, and damaged ones never.
 """
 
+import os
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
+from flax import struct
 
 from crossmae_jax.checkpoints import checkpointer
 from tests.states import (
@@ -18,6 +25,64 @@ from tests.states import (
 )
 
 __all__ = ["saved"]  # a fixture
+
+ROOT = Path(__file__).parent.parent
+
+
+@struct.dataclass
+class Large:
+    """A state of 226 MB, in the shapes of a model's."""
+
+    variables: dict
+    opt_state: dict
+
+    @classmethod
+    def make(cls, leaf):
+        """Makes weights and two moments of them, each array by `leaf(shape)`."""
+        mu, nu, params = (
+            {f"kernel_{i}": leaf((1024, 768)) for i in range(24)} for _ in range(3)
+        )
+        return cls({"params": params}, {"mu": mu, "nu": nu})
+
+
+def _megabytes(key):
+    """Returns what the system says of this process' memory."""
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", text)[1]) / 1e3
+
+
+def restore_large(directory):
+    """Restores such a state, in a process of its own; prints what it took, in MB."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = Large.make(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+    )
+    checkpoints = checkpointer.Checkpoints(directory, keep=1)
+    before = _megabytes("VmRSS")
+    _, state = checkpoints.restore_latest(like)
+    assert all(leaf[0, 0] == 1 for leaf in jax.tree.leaves(state))
+    print(_megabytes("VmHWM") - before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_to_restore_takes_no_second_copy_of_the_state(tmp_path):
+    """A step takes its gradients beside the state, and a save a copy of all of it."""
+    state = Large.make(jnp.ones)
+    checkpoints = checkpointer.Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state, wait=True)
+    checkpoints.close()
+    code = (
+        "from tests import test_checkpoint_reading\n"
+        f"test_checkpoint_reading.restore_large({str(tmp_path)!r})"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert ran.returncode == 0, ran.stderr
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+    # And some 100 MB that its libraries take when they are first used.
+    assert size < float(ran.stdout) < 2 * size
 
 
 MISMATCHES = {
