@@ -12,6 +12,7 @@ of blocks adds to the curve: runs that are finished are not trained again.
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SWEEP = ownership.Kind(
     cure="remove it and give the command again: what is finished is not trained again",
 )
 _METRIC = "eval/accuracy/top1"
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")  # of blocks, as it is written
 
 Curve = dict[float, float]
 
@@ -112,7 +114,8 @@ def read(directory: Path) -> Curve:
             f"{path} does not exist; give the --workdir of a sweep that has finished a "
             "run."
         )
-    return {float(count): value for count, value in _read(path)["accuracy"].items()}
+    accuracy = _read(path)["accuracy"]
+    return {float(count): float(value) for count, value in accuracy.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,7 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
     content = records.read(path, cure=SWEEP.cure)
     accuracy = content.get("accuracy")
     if not isinstance(accuracy, dict) or "init_from" not in content or not all(
-        map(records.is_number, accuracy.values())
+        _NUMBER.fullmatch(count) and records.is_number(value)
+        for count, value in accuracy.items()
     ):
         raise records.DamagedRecord(f"{path} is that of no sweep; {SWEEP.cure}.")
     return content

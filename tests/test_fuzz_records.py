@@ -9,12 +9,12 @@ import shutil
 
 import pytest
 
-from crossmae_jax import errors
+from crossmae_jax import errors, sweep
 from crossmae_jax.checkpoints import digests
 from crossmae_jax.data import bad_images, sources
 from crossmae_jax.data.sets import digits
 from crossmae_jax.report import run_page
-from crossmae_jax.runs import metrics, workdir
+from crossmae_jax.runs import lock, metrics, records, workdir
 from tests.fuzzing import (
     ODD_JSON,
     edited,
@@ -294,3 +294,41 @@ def test_a_tfds_set_whose_metadata_is_none_is_refused(tfds_set):
             )
     finally:
         path.write_bytes(whole)
+
+
+def test_locks(tmp_path, monkeypatch, capsys):
+    """A file that says nothing of a run is taken over, of one that lives is obeyed."""
+    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    file = tmp_path / lock.FILE
+    with lock.held(tmp_path):
+        written = records.read(file, cure="none")
+
+    @fuzzed(150, changes=json_edits)
+    def change(changes):
+        file.write_bytes(text_of(edited_tree(written, changes)))
+        with refused_with(errors.SetupError), lock.held(tmp_path):
+            pass
+
+    change()
+    for text in ODD_JSON:
+        file.write_bytes(text)
+        with lock.held(tmp_path):
+            pass
+
+
+def test_sweeps(tmp_path):
+    file = tmp_path / sweep.RESULT
+    written = {"init_from": "a/run", "metric": "top1", "accuracy": {"0.5": 0.1, "1": 1}}
+
+    @fuzzed(150, changes=json_edits)
+    def change(changes):
+        file.write_bytes(text_of(edited_tree(written, changes)))
+        with refused_with(errors.UserError):
+            sweep.table(sweep.read(tmp_path))
+
+    change()
+    for text in ODD_JSON:
+        file.write_bytes(text)
+        with refused_with(errors.UserError):
+            sweep.read(tmp_path)

@@ -31,7 +31,10 @@ from crossmae_jax.runs import records
 FILE = "run.lock"
 EVERY_SECONDS = 10.0
 PATIENCE_SECONDS = 45.0  # several times as long: a busy bucket may be late
-_WRITTEN = {"host", "process", "started", "born", "namespace"}
+_WRITTEN = {
+    "host": str, "process": int, "started": str,
+    "born": (str, type(None)), "namespace": (str, type(None)),
+}
 
 
 @contextlib.contextmanager
@@ -191,12 +194,13 @@ def _keep(file: AnyPath, mine: dict[str, Any], ended: threading.Event) -> None:
 
 
 def _read(file: AnyPath) -> dict[str, Any] | None:
-    """Returns what the file says; None if there is none, or not all of it."""
+    """Returns what the file says; None if there is none, or it is not as written."""
     try:
         holder = records.read(file, cure="remove it")
     except (FileNotFoundError, records.DamagedRecord):
         return None
-    return holder if _WRITTEN <= holder.keys() else None
+    known = all(isinstance(holder.get(n, ...), kind) for n, kind in _WRITTEN.items())
+    return holder if known else None
 
 
 def _is_of(mine: dict[str, Any], holder: dict[str, Any] | None) -> bool:
