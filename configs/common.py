@@ -120,6 +120,7 @@ def vit(size: str) -> dict[str, Any]:
         qkv_bias="qkv",  # which of queries, keys and values have one; "qv", "none"
         layer_scale=placeholder(float),  # to start with, such as 0.1; unset: none
         mask_tokens=False,  # SimMIM: masked patches are tokens of the encoder
+        cls_token_mlp=False,  # TEC: the class token passes an MLP
         weight_init="xavier",  # how matrices are drawn; "truncated" as in SimMIM
     )
 
@@ -223,6 +224,52 @@ def hog(*, bins: int = 9) -> dict[str, Any]:
         cells=(4, 8, 16, 32),  # sides in pixels
         bias=False,  # adds drawn numbers to the gradients, as the code of ViT-L does
         normalize=True,  # of pixels: each cell is standardised
+    )
+
+
+def tec(
+    size: str, *, decoder_dim: int = 512, decoder_heads: int = 16, groups: int = 4
+) -> dict[str, Any]:
+    """Returns TEC's model: an adapter, and a decoder that runs twice.
+
+    Args:
+      groups: of the encoder's blocks, three each in the paper.
+    """
+    model = mae(
+        size, decoder_dim=decoder_dim, decoder_heads=decoder_heads, decoder_depth=2
+    )
+    model["encoder"]["cls_token_mlp"] = True
+    model["fusion"] = dict(kind="adapter", groups=groups, hidden=4 * decoder_dim)
+    model["decoder"]["kind"] = "tec"
+    return model
+
+
+def teacher(
+    size: str, *, top_k: int = 15, temperature: float = 1.8
+) -> dict[str, Any]:
+    """Returns TEC's target: a frozen ViT's features and attention.
+
+    Args:
+      top_k: patches whose attention is predicted, beside the class token's.
+      temperature: that attention is divided by. Both are those of MAE's ViT-B.
+    """
+    return dict(
+        kind="teacher",
+        weights="",  # of any format; must be given where a run begins
+        encoder=vit(size),
+        blocks=2,  # whose mean output is predicted, of the last ones
+        top_k=top_k,
+        temperature=temperature,
+        attention="scores",  # what is divided; or "probs", behind a softmax
+    )
+
+
+def tec_loss() -> dict[str, Any]:
+    """Returns TEC's loss: of features at masked patches, of attention at chosen ones.
+    """
+    return dict(
+        kind=dict(feature="mse", attention="cross_entropy"), thrown_weight=1.0,
+        weights=dict(feature=1.0, attention=1.0),
     )
 
 

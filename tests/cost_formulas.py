@@ -207,8 +207,77 @@ def local(config: ConfigDict) -> counting.Cost:
     )
 
 
+def _teacher(config: ConfigDict, num_patches: int, patch_dim: int):
+    """Returns MACs and parameters of a frozen ViT that sees the whole image."""
+    size, _ = vit.parse_size(config.target.encoder.size)
+    hidden = int(size.dim * config.target.encoder.mlp_ratio)
+    macs = num_patches * patch_dim * size.dim
+    macs += size.depth * _block_macs(num_patches + 1, size.dim, hidden)
+    macs += (1 + config.target.top_k) * (num_patches + 1) * size.dim  # rows looked at
+    params = _linear(patch_dim, size.dim) + size.dim + (num_patches + 1) * size.dim
+    return macs, params + size.depth * _block_params(size.dim, hidden)
+
+
+def tec(config: ConfigDict) -> counting.Cost:
+    """Returns what TEC costs: an adapter, a decoder that runs twice, and a teacher."""
+    model, masks, target = config.model, config.masking, config.target
+    size, patch_size = vit.parse_size(model.encoder.size)
+    rows, columns = grid_size(tuple(config.data.image_size), patch_size)
+    num_patches, patch_dim = rows * columns, patch_size**2 * config.data.channels
+    num_keep, num_pred, num_thrown = masking.token_counts(
+        num_patches, mask_ratio=masks.mask_ratio, pred_ratio=masks.pred_ratio,
+        throw_ratio=masks.throw_ratio,
+    )
+    dim, wide, keys = size.dim, model.decoder.dim, num_keep + 1
+    hidden, tokens = int(dim * model.encoder.mlp_ratio), keys + num_pred
+    encoder_macs = num_patches * patch_dim * dim
+    encoder_macs += size.depth * _block_macs(keys, dim, hidden)
+    encoder_macs += 2 * (dim * hidden // config.data.batch_size)  # one class token
+    encoder_params = _linear(patch_dim, dim) + dim + 2 * dim
+    encoder_params += size.depth * _block_params(dim, hidden)
+    encoder_params += _linear(dim, hidden) + _linear(hidden, dim)
+    groups, wider = model.fusion.groups, model.fusion.hidden
+    macs = keys * (size.depth * dim**2 + groups * 2 * dim * wider)
+    params = 2 * size.depth * dim + 2 * dim + groups * (
+        _linear(size.depth // groups * dim, dim) + _linear(dim, wider)
+        + _linear(wider, dim)
+    )
+    once = _mae_decoder(model, dim, keys, tokens)
+    macs += 2 * once[0]
+    params += once[1] + _linear(dim, wide) + 2 * (wide + 2 * wide)  # tokens, norms
+    aggregates = model.aggregator.kind != "none"
+    width = vit.parse_size(target.encoder.size)[0].dim
+    macs += (num_pred + num_thrown * aggregates) * wide * width
+    macs += (num_patches + 1) * wide * 2 * width + (
+        (1 + target.top_k) * num_patches * width
+    )
+    params += _linear(wide, width) + _linear(wide, 2 * width)
+    taps = 2 * model.aggregator.kernel_size**2 * aggregates
+    aggregator = counting.Part(
+        taps * num_patches * wide, (taps + 2 * aggregates) * wide
+    )
+    teacher_macs, teacher_params = _teacher(config, num_patches, patch_dim)
+    trained = encoder_macs + macs + aggregator.macs
+    return counting.Cost(
+        num_patches=num_patches, num_keep=num_keep, num_pred=num_pred,
+        num_thrown=num_thrown, decoder_tokens=2 * tokens,
+        parts={
+            "encoder": counting.Part(encoder_macs, encoder_params),
+            "decoder": counting.Part(macs, params), "aggregator": aggregator,
+            "teacher": counting.Part(teacher_macs, 0),
+        },
+        others={
+            "constants": (num_patches + 1) * (dim + wide), "teacher": teacher_params
+        },
+        differentiated=trained,
+        computed=trained + teacher_macs - (num_patches - num_keep) * patch_dim * dim,
+    )
+
+
 def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
+    if config.model.decoder.kind == "tec":
+        return tec(config)
     if config.model.encoder.mask_tokens:
         return simmim(config)
     if config.model.decoder.kind == "local":

@@ -31,6 +31,7 @@ from tests import (
     parity_models,
     parity_prmim,
     parity_simmim,
+    parity_tec,
     parity_weights,
 )
 from tests.parity_report import Report
@@ -44,6 +45,8 @@ def _kind(data) -> str:
     reference = config.get("class", "")
     if {"refreshed_map", "keys"} <= set(data):
         return "AMT"
+    if {"target_feature_norm", "pred_attention"} <= set(data):
+        return "TEC"
     if {"dec_vis", "dec_ret"} <= set(data):
         return "progressive reconstruction"
     if "checkpoint" in config or "weights" in config:
@@ -89,6 +92,7 @@ NPZ_CHECKS = {
     "progressive reconstruction": parity_prmim.check_reconstruction,
     "SimMIM": parity_simmim.check,
     "AMT": parity_amt.check,
+    "TEC": parity_tec.check,
     "LocalMIM": parity_local.check_model,
     "oriented gradients": parity_local.check_target,
     "classifier": parity_finetune.check_classifier,

@@ -38,7 +38,8 @@ KEYS = {
         "encoder": {
             "kind": str, "size": str, "mlp_ratio": float, "drop_path": float,
             "positions": str, "relative_bias": str, "qkv_bias": str,
-            "layer_scale": None, "mask_tokens": bool, "weight_init": str,
+            "layer_scale": None, "mask_tokens": bool, "cls_token_mlp": bool,
+            "weight_init": str,
         },
         "fusion": {"kind": str, "maps": None, "input": bool},
         "decoder": {
@@ -132,6 +133,8 @@ def test_the_experiments_of_the_papers_are_all_there():
         "vitb_local", "vitl_local", "vitb_local_prmim", "digits_local",
         "vitb_amt", "vitb_simmim_amt", "digits_amt",
         "finetune_vitb_local", "finetune_vitl_local",
+        "vitb_tec", "vitl_tec", "vitb_tec_prmim", "digits_tec",
+        "finetune_vitb_tec", "finetune_vitl_tec",
         "digits_simmim", "finetune_vitb_simmim", "digits_cross", "digits_cross_prmim",
         "digits_mae", "folder_cross",
         "folder_cross_knn", "photographs_cross", "photographs_mae",
@@ -158,6 +161,19 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
         expected = KEYS | {"model": KEYS["model"] | {"fusion": maps}, "target": {
             "kind": str, "bins": int, "cells": tuple, "bias": bool, "normalize": bool,
         }}
+    if "tec" in path.stem and path not in CLASSIFY:
+        fusion = {"kind": str, "groups": int, "hidden": int}
+        kinds, weights = (
+            {"feature": kind, "attention": kind} for kind in (str, float)
+        )
+        expected = KEYS | {
+            "model": KEYS["model"] | {"fusion": fusion},
+            "target": {
+                "kind": str, "weights": str, "encoder": KEYS["model"]["encoder"],
+                "blocks": int, "top_k": int, "temperature": float, "attention": str,
+            },
+            "loss": {"kind": kinds, "thrown_weight": float, "weights": weights},
+        }
     if "amt" in path.stem:
         data = KEYS["data"] | {"weights_grid": tuple}
         expected = KEYS | {"data": data}
@@ -200,7 +216,7 @@ def test_a_config_describes_a_model_and_a_schedule(path):
 
 @pytest.mark.parametrize("name", [
     name for name in PRETRAIN_NAMES
-    if name.startswith("vit") and not re.search("simmim|local|amt", name)
+    if name.startswith("vit") and not re.search("simmim|local|amt|tec", name)
 ])
 def test_the_recipe_is_the_papers(name):
     config = load(ROOT / "configs" / f"{name}.py")

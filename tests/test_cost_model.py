@@ -9,14 +9,17 @@ from configs import (
     digits_local,
     digits_mae,
     digits_simmim,
+    digits_tec,
     finetune_digits,
     linprobe_vitb,
     vitb_cross_448,
     vitb_mae,
     vitb_simmim_100,
     vitb_simmim_prmim,
+    vitb_tec_prmim,
     vith_cross,
     vitl_mae,
+    vitl_tec,
     vits_cross75,
 )
 from crossmae_jax.cost import counting
@@ -26,7 +29,7 @@ from tests import cost_formulas
 # Every size once, both decoders, both ratios of prediction.
 REAL = (
     vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae,
-    digits_simmim, digits_local,
+    digits_simmim, digits_local, digits_tec, vitb_tec_prmim, vitl_tec,
 )
 
 

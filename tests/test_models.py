@@ -223,9 +223,9 @@ def test_maps_are_taken_in_ascending_order():
 
 @pytest.mark.parametrize("changes, message", [
     (dict(model__decoder__kind="croos"),
-     "Unknown decoder.kind 'croos'. Known: cross, linear, local, mae."),
+     "Unknown decoder.kind 'croos'. Known: cross, linear, local, mae, tec."),
     (dict(model__fusion__kind="mean"),
-     "Unknown fusion.kind 'mean'. Known: inter_block, last, multi_level, taps."),
+     "Unknown fusion.kind 'mean'. Known: adapter, inter_block, last, multi_level, tap"),
     (dict(model__encoder__kind="resnet"), "Unknown encoder.kind 'resnet'. Known: vit."),
     (dict(model__dtype="float16"), "Unknown model.dtype 'float16'"),
     (dict(model__encoder__size="XL/16"),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax.core import FrozenDict
 
 from crossmae_jax import convert, targets
 from crossmae_jax.convert import names, starting
@@ -93,6 +94,7 @@ class Two:
     patch_size: int
 
     caption = None
+    groups = starts = FrozenDict()
 
     @property
     def widths(self):

@@ -9,7 +9,7 @@ import pytest
 
 from crossmae_jax import convert, train
 from crossmae_jax.checkpoints import checkpointer
-from crossmae_jax.convert import names, opening, starting
+from crossmae_jax.convert import channels, names, opening, starting
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.distributed import parallel
 from crossmae_jax.models import posemb
@@ -215,7 +215,7 @@ def test_maps_that_are_mixed_are_compared(tmp_path):
         _plan(run, _config("digits_cross", *overrides, "model.fusion.maps=(2,)"))
 
 
-@pytest.mark.parametrize("how", starting.ADAPTATIONS)
+@pytest.mark.parametrize("how", channels.ADAPTATIONS)
 def test_channels_are_adapted_when_asked(cross, how, tmp_path):
     convert.export_weights(
         cross, tmp_path / "e.safetensors", format="safetensors", parts="encoder"
@@ -252,7 +252,7 @@ def test_adapted_filters_are_those_of_their_definition():
     filters = kernel.reshape(2, 3)
 
     def adapted(how, num_out):
-        return starting.adapt_channels(
+        return channels.adapted(
             kernel, num_in=3, num_out=num_out, how=how
         ).reshape(2, num_out)
 
@@ -272,7 +272,7 @@ def test_repeat_is_what_timm_does():
     theirs = timm.models._manipulate.adapt_input_conv(
         7, torch.tensor(kernel.reshape(4, 4, 3, 5).transpose(3, 2, 0, 1))
     ).numpy()
-    ours = starting.adapt_channels(kernel, num_in=3, num_out=7, how="repeat")
+    ours = channels.adapted(kernel, num_in=3, num_out=7, how="repeat")
     np.testing.assert_allclose(
         ours.reshape(4, 4, 7, 5), theirs.transpose(2, 3, 1, 0), rtol=1e-6
     )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import FrozenDict
 from ml_collections import ConfigDict
 
 import crossmae_jax
@@ -97,7 +98,7 @@ def test_one_value_cannot_be_standardised():
     (dict(kind="sounds"), "Unknown target.kind 'sounds'. Known: hog, pixels."),
     (dict(kind="pixels"), "target.kind='pixels' needs normalize; set config.target."),
     (dict(kind="pixels", normalize=True, bin=9),
-     "Unknown option target.bin=9. Known: bias, bins, cells, normalize."),
+     "Unknown option target.bin=9. Known: attention, bias, bins, blocks,"),
     (dict(kind="pixels", normalize=True, bins=18), "target.bins=18 is an option of "),
     (dict(kind="hog", cells=(3,)), "Image size 8x8 is not a multiple of patch 3"),
     (dict(kind="hog", cells=(4, 4)), r"target.cells=\(4, 4\) must be different sides"),
@@ -238,6 +239,7 @@ class Steepness:
     power: float
 
     caption = None
+    groups = starts = FrozenDict()
 
     @property
     def widths(self):

@@ -22,7 +22,10 @@ from crossmae_jax.distributed import hardware
 if TYPE_CHECKING:  # JAX is imported when it is told to leave devices alone
     from crossmae_jax.cost.counting import Cost
 
-_COLLECTIONS = {"constants": "position tables", "batch_stats": "running statistics"}
+_COLLECTIONS = {
+    "constants": "position tables", "batch_stats": "running statistics",
+    "teacher": "weights of the teacher",
+}
 
 _FLAGS = {"against": Flag(Path, "a file to compare with")}
 

@@ -87,12 +87,12 @@ class Card:
         if self.kind == "classifier":
             pooled = ["fc_norm"] if self.model["pool"] == "mean" else []
             return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
-        mixes = self.fusion.used_maps is not None
         aggregates = kinds.choose(
             "model.aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
         ) is not None
         return [
-            "encoder", *["fusion"] * mixes, "decoder", *["aggregator"] * aggregates
+            "encoder", *["fusion"] * self.fusion.mixes, "decoder",
+            *["aggregator"] * aggregates,
         ]
 
     @property

@@ -37,8 +37,13 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     card = weights.card
     if parts not in ("all", "encoder"):
         raise ConversionError(f"Unknown parts {parts!r}. Known: all, encoder.")
+    lines = []
+    if format != "safetensors" and folding.has_cls_token_mlp(weights.tensors):
+        weights = _with_plain_class_token(weights)
+        card = weights.card
+        lines.append("folded: the MLP of the class token, into that token")
     if parts == "encoder" and card.kind != "encoder":
-        return opened.encoder_of(weights), []
+        return opened.encoder_of(weights), lines
     check_encoder(card, format)
     if "aggregator" in card.parts and format in ("mae", "huggingface", "simmim"):
         raise ConversionError(
@@ -57,9 +62,8 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         or format == "huggingface" and _left_over(format, weights)
     ):
         left_out = ", ".join(part for part in card.parts if part != "encoder")
-        return opened.encoder_of(weights), [
-            f"left out: {left_out} ({format} has no place for them)"
-        ]
+        lines.append(f"left out: {left_out} ({format} has no place for them)")
+        return opened.encoder_of(weights), lines
     if format != "safetensors" and card.target and (
         card.target["kind"] != "pixels"
     ):
@@ -68,7 +72,6 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
             "would call pixels; export the encoder with parts='encoder', or everything "
             "with format 'safetensors'."
         )
-    lines = []
     if card.model.get("head_norm") == "batch" and format != "safetensors":
         weights = folded(weights)
         lines.append("folded: the head's batch norm, into the head")
@@ -130,6 +133,15 @@ def _left_over(format: str, weights: Weights) -> list[str]:
         _table(format, weights.card), weights.tensors,
         patch_size=weights.card.patch_size,
     )[1]
+
+
+def _with_plain_class_token(weights: Weights) -> Weights:
+    """Returns weights whose class token is what an MLP made of it before."""
+    card = weights.card
+    encoder = card.model["encoder"] | {"cls_token_mlp": False}
+    card = dataclasses.replace(card, model=card.model | {"encoder": encoder})
+    tensors = folding.cls_token_mlp(weights.tensors)
+    return dataclasses.replace(weights, card=card, tensors=tensors)
 
 
 def folded(weights: Weights) -> Weights:

@@ -4,6 +4,8 @@
                     W (x - mean) / deviation + b
     layer scale     of DeiT III (arXiv 2204.07118), into the layers before it:
                     gamma * (W x + b)
+    class token     of TEC (arXiv 2210.11016), that an MLP makes of a parameter: what
+                    it makes
     class row       that a position table lacks whose class token has no position: zeros
 
 The model computes the same; trained on, the parts would have moved apart.
@@ -38,6 +40,31 @@ def batch_norm(tensors: Tensors) -> dict[str, Tensor]:
         bias.shape, bias.dtype,
         lambda: (bias.read() - mean.read() @ scaled()).astype(bias.dtype),
     )
+    return folded
+
+
+def has_cls_token_mlp(tensors: Tensors) -> bool:
+    """Says whether an encoder's class token passes an MLP."""
+    return "encoder/cls_token_mlp/fc1/kernel" in tensors
+
+
+def cls_token_mlp(tensors: Tensors) -> dict[str, Tensor]:
+    """Returns tensors whose class token is what its MLP made of it."""
+    folded, layers = dict(tensors), []
+    for layer in ("fc1", "fc2"):
+        name = f"encoder/cls_token_mlp/{layer}"
+        layers.append((folded.pop(f"{name}/kernel"), folded.pop(f"{name}/bias")))
+    token = folded["encoder/cls_token"]
+
+    def passed():
+        (fc1, bias1), (fc2, bias2) = (
+            [x.read().astype(np.float64) for x in layer] for layer in layers
+        )
+        hidden = token.read().astype(np.float64) @ fc1 + bias1
+        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        return (hidden @ fc2 + bias2).astype(token.dtype)
+
+    folded["encoder/cls_token"] = Tensor(token.shape, token.dtype, passed)
     return folded
 
 

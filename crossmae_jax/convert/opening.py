@@ -205,6 +205,7 @@ def _open_run(
     @functools.cache
     def restored() -> dict[str, Any]:
         variables = checkpointer.restore_variables(directory, step=step)
+        variables = structure.kept(card, variables)
         opened.check(names.tensors_of(variables), card, path)
         return names.without_collections(variables)
 

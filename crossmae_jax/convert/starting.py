@@ -20,25 +20,25 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import einops
 import jax
 import numpy as np
 from flax import traverse_util
 from ml_collections import ConfigDict
 
-from crossmae_jax.convert import names, opening, resizing, structure
+from crossmae_jax.convert import channels as channels_of
+from crossmae_jax.convert import folding, names, opening, resizing, structure
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.models import encoders, mim
+from crossmae_jax.origins import Origin
 from crossmae_jax.runs import workdir
 
 PARTS = (
     "encoder", "the encoder's norm", "fusion", "decoder", "aggregator", "fc_norm",
     "batch_norm", "head", "hog",
 )
-ADAPTATIONS = ("mean", "repeat", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,26 +93,56 @@ class Start:
 
 
 def plan_all(
-    starts: Mapping[str, str], abstract_variables: Any, config: ConfigDict, *,
+    starts: Mapping[str, str | Origin], abstract_variables: Any, config: ConfigDict, *,
     classes: tuple[str, ...] | None = None,
 ) -> list[Start]:
     """Decides what becomes of an objective's `starts`; see `plan`.
 
     With "params" go the collections that have no weights of their own.
+
+    Raises:
+      ConversionError: also if weights that must be there are not named.
     """
     unnamed = abstract_variables.keys() - starts.keys()
     plans = []
     for collection, path in starts.items():
         own = {collection} | (unnamed if collection == "params" else set())
-        if path:
-            own = {name: abstract_variables[name] for name in sorted(own)}
+        own = {name: abstract_variables[name] for name in sorted(own)}
+        if isinstance(path, Origin):
+            plans.append(_plan_of_its_own(path, own, config))
+        elif path:
             plans.append(plan(path, own, config, classes=classes))
     return plans
 
 
+def _plan_of_its_own(
+    origin: Origin, abstract_variables: Any, config: ConfigDict
+) -> Start:
+    """Decides what becomes of weights that are an encoder's beside the model."""
+    setting = f"config.{origin.setting}"
+    if not origin.path:
+        raise ConversionError(
+            f"{setting} is not set, and without these weights nothing can be learnt "
+            f"from; give a run or a file of a ViT: --{setting}=PATH, and in "
+            f"config.{origin.encoder_setting} which one it is."
+        )
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model = {
+            "encoder": dict(origin.encoder), "remat": "none", "dtype": "float32"
+        }
+    try:
+        return plan(origin.path, abstract_variables, config, parts="encoder")
+    except ConversionError as error:
+        raise ConversionError(
+            f"{setting}={origin.path}: {error}\nThe model of these weights is what "
+            f"config.{origin.encoder_setting} says, in place of config.model.encoder."
+        ) from error
+
+
 def plan(
     path: str, abstract_variables: Any, config: ConfigDict, *,
-    classes: tuple[str, ...] | None = None,
+    classes: tuple[str, ...] | None = None, parts: str = "all",
 ) -> Start:
     """Decides what becomes of weights in a model; reads descriptions only.
 
@@ -122,12 +152,15 @@ def plan(
       config: of the model; `config.init_channels` says how to adapt the patch
         projection to another number of channels, "" forbids it.
       classes: of the data, where they are known; a head for others is not loaded.
+      parts: "all", or "encoder" to leave out what comes after it.
 
     Raises:
       ConversionError: if a part that both sides have does not fit.
     """
     try:
-        weights = opening.open_weights(path, fallback=_fallback(config))
+        weights = opening.open_weights(
+            path, fallback=_fallback(config, parts), parts=parts
+        )
     except names.Untold as error:
         raise ConversionError(
             f"{error}\nTell that to an import, and start from NEW, which it makes: "
@@ -235,11 +268,13 @@ def _line(title: str, tensors: Any, remark: str = "") -> str:
     )
 
 
-def _fallback(config: ConfigDict) -> Facts:
+def _fallback(config: ConfigDict, parts: str) -> Facts:
     """Returns what the model can add to a file that does not tell all of itself."""
+    heads = config.model.get("decoder", {}).get("num_heads")
     return Facts(
         num_heads=encoders.build_encoder(config).num_heads,
-        decoder_heads=config.model.get("decoder", {}).get("num_heads"),
+        # Of a decoder that is left out any number will do.
+        decoder_heads=1 if parts == "encoder" else heads,
         image_size=tuple(config.data.image_size),
         mean=tuple(config.data.mean), std=tuple(config.data.std),
     )
@@ -283,10 +318,10 @@ def _check_hidden(card: Card, config: ConfigDict, parts: set[str]) -> None:
 def _adapt(theirs: dict, card: Card, config: ConfigDict, path: str) -> list[str]:
     """Adapts the patch projection to the model's channels, if that was asked for."""
     how, channels = config.init_channels, config.data.channels
-    if how and how not in ADAPTATIONS:
+    if how and how not in channels_of.ADAPTATIONS:
         raise ConversionError(
-            f"Unknown init_channels={how!r}. Known: {', '.join(ADAPTATIONS)}, or '' "
-            "for the file's own channels."
+            f"Unknown init_channels={how!r}. Known: "
+            f"{', '.join(channels_of.ADAPTATIONS)}, or '' for the file's own channels."
         )
     if card.channels == channels:
         return []
@@ -298,39 +333,25 @@ def _adapt(theirs: dict, card: Card, config: ConfigDict, path: str) -> list[str]
         )
     name = "encoder/patch_embed/proj/kernel"
     theirs[name] = theirs[name].then(functools.partial(
-        adapt_channels, num_in=card.channels, num_out=channels, how=how
+        channels_of.adapted, num_in=card.channels, num_out=channels, how=how
     ))
     return [f"{card.channels} -> {channels} channels by {how}"]
-
-
-def adapt_channels(
-    kernel: np.ndarray, *, num_in: int, num_out: int, how: str
-) -> np.ndarray:
-    """Returns a patch projection `[(p p c), dim]` for another number of channels.
-
-    Args:
-      how: "mean" gives every new channel the mean of the old channels' filters;
-        "sum" their sum divided by the new number, so that a grey image in all channels
-        projects as before; "repeat" the old filters in turn, times `num_in / num_out`
-        (timm's way).
-    """
-    old = einops.rearrange(kernel, "(pp c) d -> pp c d", c=num_in)
-    if how == "repeat":
-        new = old[:, np.arange(num_out) % num_in] * (num_in / num_out)
-    else:
-        total = old.mean(1) if how == "mean" else old.sum(1) / num_out
-        new = einops.repeat(total, "pp d -> pp c d", c=num_out)
-    return einops.rearrange(new, "pp c d -> (pp c) d").astype(kernel.dtype)
 
 
 def _fit_encoder(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
     """Brings what tells places to the model's grid and blocks; drops a mask token.
 
-    That of SimMIM's encoder has no place in one that sees no masked patches.
+    That of SimMIM's encoder has no place in one that sees no masked patches. An MLP of
+    the class token becomes that token, where the model has none.
     """
     encoder, lines = encoders.build_encoder(config), []
     if not encoder.mask_tokens:
         theirs.pop("encoder/mask_token", None)
+    if not encoder.cls_token_mlp and folding.has_cls_token_mlp(theirs):
+        folded = folding.cls_token_mlp(theirs)
+        theirs.clear()
+        theirs.update(folded)
+        lines.append("the class token as its MLP makes it")
     if encoder.relative_bias == "per_block":
         lines += resizing.bias_for_each_block(theirs, depth=card.encoder.depth)
     grid = card.grid_for(encoder.grid)

@@ -19,7 +19,7 @@ from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError, Untold
 from crossmae_jax.models import classifier, encoders, mim, vit
-from crossmae_jax.objectives import pretrain
+from crossmae_jax.objectives import objective, pretrain
 from crossmae_jax.runs import settings
 
 # Heads of every published decoder by its width: ViT-S has 256, the others 512.
@@ -77,7 +77,8 @@ def abstract_variables(card: Card) -> Any:
     """Returns shapes and types of the variables of the card's model.
 
     Those of a masked image model and of a classifier have a level per part; so has that
-    of an encoder by itself: {"params": {"encoder": ...}}.
+    of an encoder by itself: {"params": {"encoder": ...}}. A teacher's, which only
+    training needs, are not among them.
 
     Raises:
       ConversionError: if the card contradicts itself.
@@ -86,13 +87,22 @@ def abstract_variables(card: Card) -> Any:
     images = jax.ShapeDtypeStruct((1, *card.image_size, card.channels), jnp.float32)
     try:
         if card.kind == "pretrain":
-            return jax.eval_shape(pretrain.Pretrain(config_of(card)).init, key)
+            return kept(card, jax.eval_shape(
+                pretrain.Pretrain(config_of(card)).init, key
+            ))
         variables = jax.eval_shape(build(card).init, key, images)
     except ValueError as error:
         raise ConversionError(f"{card.origin}: {error}") from error
     if card.kind == "classifier":
         return variables
     return {collection: {"encoder": tree} for collection, tree in variables.items()}
+
+
+def kept(card: Card, variables: Any) -> Any:
+    """Returns variables of the card's model without what only training needs."""
+    if card.kind != "pretrain":
+        return variables
+    return objective.kept(variables, pretrain.Pretrain(config_of(card)).starts)
 
 
 def infer(

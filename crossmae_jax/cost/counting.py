@@ -39,7 +39,7 @@ from crossmae_jax.data import pipeline
 from crossmae_jax.models import mim
 
 _Path = tuple[str, ...]
-_PARTS = ("encoder", "decoder", "aggregator", "head")
+_PARTS = ("encoder", "decoder", "aggregator", "head", "teacher")
 # Modules that are counted with another one.
 _PART_OF = {"fusion": "decoder", "fc_norm": "head", "batch_norm": "head"}
 _PATCH_EMBED = ("encoder", "patch_embed", "proj")
@@ -76,7 +76,7 @@ class Cost:
       decoder_tokens: tokens that the decoder's blocks run on.
       parts: by name. "encoder" and, of a masked model, "decoder", with what stands
         between the two, and "aggregator", zeros if there is none; of a classifier,
-        "head".
+        "head". "teacher" is a target's, whose numbers are among the `others`.
       others: numbers of the model that are not trained, by collection: "constants" are
         position tables, "batch_stats" running statistics.
       differentiated: multiply-adds that the gradient passes through.
@@ -147,7 +147,8 @@ def count(config: ConfigDict) -> Cost:
         decoder_tokens=decoder_tokens,
         parts={
             name: Part(computed[name] + left_out[name], trainable[name])
-            for name in parts if name in trainable or name in left_out
+            for name in parts
+            if name in trainable or name in left_out or name in computed
         },
         others={name: sum(tree.values()) for name, tree in sizes.items()},
         differentiated=differentiated + left_out.total(),
@@ -177,7 +178,7 @@ def _macs(
 
     macs, differentiated = collections.Counter(), 0
     for product in products.trace(loss, variables["params"], others, batch, key):
-        if product.module:  # losses and targets are no part of the model
+        if product.module:  # losses, and targets but for a teacher, are no part of it
             macs[product.module] += product.macs
             differentiated += product.macs * product.differentiated
     return (

@@ -110,6 +110,7 @@ def open_checkpoint(
     with errors.setting_up():
         if step is not None:
             raise ValueError(f"{path} is no run and has no steps; leave out {step=}.")
+        abstract = objectives.objective.kept(abstract, objective.starts)
         start = starting.plan(str(path), abstract, config)
         if missing := sorted(start.new - set(_UNUSED)):
             raise ValueError(

@@ -9,6 +9,7 @@ from crossmae_jax.models.decoder_cross import CrossDecoder
 from crossmae_jax.models.decoder_linear import LinearDecoder
 from crossmae_jax.models.decoder_local import LocalDecoder
 from crossmae_jax.models.decoder_mae import MAEDecoder
+from crossmae_jax.models.decoder_tec import TECDecoder
 from crossmae_jax.tokens import Tokens
 
 
@@ -48,7 +49,8 @@ class Decoder(Protocol):
         """Returns the last block's tokens, from which each target is predicted.
 
         Those of the visible patches first, if it gives them, then those of `ids.pred`,
-        both in the order of the ids; or those of the places that are asked for.
+        both in the order of the ids; or, without those of the visible ones, those of
+        the places that are asked for.
         """
         ...
 
@@ -69,5 +71,5 @@ class Decoder(Protocol):
 
 DECODERS = {
     "cross": CrossDecoder, "linear": LinearDecoder, "local": LocalDecoder,
-    "mae": MAEDecoder,
+    "mae": MAEDecoder, "tec": TECDecoder,
 }

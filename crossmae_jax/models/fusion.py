@@ -18,6 +18,12 @@ of chosen blocks' outputs f_1 ... f_m, the last of them as it is,
 with a linear layer P_j for each other block and one number w_j, 1 at the start.
 
 Taps (LocalMIM, arXiv 2303.05251): a context for each of some blocks, its output normed.
+
+Adapter (TEC, arXiv 2210.11016): one context of the outputs of all blocks, the last one
+behind the encoder's norm. Their channels, one block after the other, are normed
+together and cut into groups g of equally many blocks,
+
+    context = LayerNorm( sum_g  y_g + MLP_g(y_g) ),    y_g = P_g(LayerNorm(f)_g)
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +34,9 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from crossmae_jax import ranges
 from crossmae_jax.models import layers
+from crossmae_jax.ops import gelu as gelu_ops
 from crossmae_jax.tokens import Encoded, Tokens
 
 
@@ -43,12 +51,14 @@ class Fusion(Protocol):
         ascending: 0 is the encoder's input, 1 is block 0. None where it takes the
         encoder's output, for which every block is trained.
       num_contexts: one for all blocks of the decoder, or one for each.
+      mixes: it has parameters of its own.
     """
 
     method: str | None
     final_norm: bool
     used_maps: tuple[int, ...] | None
     num_contexts: int
+    mixes: bool
 
     def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
         """Returns the contexts."""
@@ -72,6 +82,7 @@ class Last(nn.Module):
     final_norm = True
     used_maps = None
     num_contexts = 1
+    mixes = False
 
     def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
         return (encoded.last,)
@@ -129,6 +140,7 @@ class InterBlockAttention(nn.Module):
 
     method = None
     final_norm = False
+    mixes = True
 
     def __post_init__(self):
         _ = self.used_maps  # refuses blocks that there are not
@@ -191,6 +203,7 @@ class _OfChosen(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     final_norm = False
+    mixes = True
     unnamed = ""  # what is said where no blocks are named
 
     def __post_init__(self):
@@ -271,7 +284,68 @@ class Taps(_OfChosen):
         return jnp.eye(self.num_contexts)
 
 
+class _GroupMlp(nn.Module):
+    """An MLP whose width is given, and no ratio."""
+
+    hidden: int
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s d"]) -> Float[Array, "b s d"]:
+        hidden = layers.Dense(self.hidden, self.dtype, name="fc1")(x)
+        return layers.Dense(x.shape[-1], self.dtype, name="fc2")(gelu_ops.gelu(hidden))
+
+
+class Adapter(nn.Module):
+    """Makes one context of the outputs of all blocks, in groups of neighbours.
+
+    Attributes are those of `Fusion`, and:
+      encoder_depth: number of blocks.
+      groups: number of groups, which divides it.
+      hidden: width of the MLP of each.
+    """
+
+    encoder_depth: int
+    groups: int
+    hidden: int
+    dtype: DTypeLike = jnp.float32
+
+    method = used_maps = None
+    final_norm = mixes = True
+    num_contexts = 1
+
+    def __post_init__(self):
+        ranges.check("model.fusion.groups", self.groups, least=1)
+        ranges.check("model.fusion.hidden", self.hidden, least=1)
+        if self.encoder_depth % self.groups:
+            raise ValueError(
+                f"fusion.groups={self.groups} does not divide the encoder's "
+                f"{self.encoder_depth} blocks; set config.model.fusion.groups to a "
+                "divisor, such as a third of them."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, encoded: Encoded) -> tuple[Tokens, ...]:
+        last = encoded.last.sequence
+        outputs = [*(each.sequence for each in encoded.maps[1:-1]), last]
+        normed = layers.LayerNorm(self.dtype, name="adap_before")(
+            jnp.concatenate(outputs, axis=-1)
+        )
+        dim, total = last.shape[-1], 0
+        for i, group in enumerate(jnp.split(normed, self.groups, axis=-1)):
+            y = layers.Dense(dim, self.dtype, name=f"fuse_fcs_{i}")(group)
+            mlp = _GroupMlp(self.hidden, self.dtype, name=f"adap_mlps_{i}")
+            total = total + y + mlp(y)
+        context = layers.LayerNorm(self.dtype, name="adap_after")(total)
+        return (encoded.last.replace(sequence=context),)
+
+    def shares(self, params: Any) -> Float[Array, "1 1"]:
+        """Returns that all of it is the output, for which every block is trained."""
+        return jnp.ones((1, 1))
+
+
 FUSIONS = {
-    "inter_block": InterBlockAttention, "last": Last, "multi_level": MultiLevel,
-    "taps": Taps,
+    "adapter": Adapter, "inter_block": InterBlockAttention, "last": Last,
+    "multi_level": MultiLevel, "taps": Taps,
 }

@@ -5,8 +5,8 @@
 
 MAE is fusion "last" with decoder "mae", MFF "multi_level" with "mae"; CrossMAE is
 "inter_block" with "cross"; "last" with "cross" is its ablation with the encoder's last
-map only. LocalMIM is "taps" with "local". SimMIM is "last" with "linear", and masked
-patches as tokens of the encoder.
+map only. LocalMIM is "taps" with "local", TEC "adapter" with "tec". SimMIM is "last"
+with "linear", and masked patches as tokens of the encoder.
 PR-MIM is any of them with an aggregator, which predicts the patches that were thrown
 from the decoder, or from SimMIM's encoder.
 """
@@ -98,7 +98,7 @@ class MaskedImageModel(nn.Module):
             raise ValueError(
                 f"The target asks for {', '.join(asked)} at places that may be visible,"
                 f" but {self.decoder.method}'s decoder predicts masked patches only; "
-                "set config.model.decoder.kind='cross'."
+                "set config.model.decoder.kind='cross', or 'tec' for a teacher's."
             )
         contexts = self.fusion(self.encoder(images, ids))
         decoded = self.decoder(contexts, ids, asked)
@@ -119,7 +119,9 @@ class MaskedImageModel(nn.Module):
         """
         predicted = {}
         for name, tokens in decoded.items():
-            if name in self.aggregators and name not in asked:
+            # A decoder of visible places, too, has tokens of places not asked for.
+            whole = name not in asked or self.decoder.gives_visible
+            if name in self.aggregators and whole:
                 tokens = self.aggregators[name](tokens, ids, context)
             predicted[name] = self.decoder.head(name, tokens, ids, asked)
         return predicted

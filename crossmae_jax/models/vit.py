@@ -12,6 +12,9 @@ trained, and parameters.
 SimMIM's encoder (arXiv 2111.09886, section 3) is this one with other options: masked
 patches are in it, as one learned token, and places are told by a relative position
 bias. Patches that PR-MIM throws (arXiv 2411.15746, section 4.1) are left out of it.
+
+TEC's (arXiv 2210.11016) is MAE's with an MLP that the class token passes before the
+first block.
 """
 
 import functools
@@ -113,6 +116,7 @@ class ViT(nn.Module):
       mask_tokens: masked patches that are to be predicted are tokens, too; those that
         are thrown or skipped are not.
       qkv_bias, layer_scale: see `layers.Block`.
+      cls_token_mlp: the class token passes an MLP before its position is added.
       weight_init: how matrices and tokens are drawn, one of `init_schemes.INITS`.
     """
 
@@ -130,6 +134,7 @@ class ViT(nn.Module):
     mask_tokens: bool = False
     qkv_bias: str = "qkv"
     layer_scale: float | None = None
+    cls_token_mlp: bool = False
     weight_init: str = "xavier"
 
     def __post_init__(self):
@@ -219,6 +224,11 @@ class ViT(nn.Module):
         table = self._position_table()
         x, places = self._patches(images, ids)
         cls_token = self.param("cls_token", self._drawn(1).token, (1, 1, self.dim))
+        if self.cls_token_mlp:
+            cls_token = layers.Mlp(
+                self.dim, self.mlp_ratio, self.dtype, self._drawn(1),
+                name="cls_token_mlp",
+            )(cls_token)
         if table is not None:
             position = table[None, 1:]
             if places is not None:

@@ -91,9 +91,16 @@ def weights_of(
     module: layers.Attention, queries: Array, keys: Array, bias: Array | None
 ) -> Float[Array, "b h q k"]:
     """Returns the softmax weights, in float32."""
+    return jax.nn.softmax(scores_of(module, queries, keys, bias), axis=-1)
+
+
+def scores_of(
+    module: layers.Attention, queries: Array, keys: Array, bias: Array | None
+) -> Float[Array, "b h q k"]:
+    """Returns what the softmax is taken of, in float32."""
     q, k = (
         x.astype(jnp.float32).reshape(*x.shape[:2], module.num_heads, -1)
         for x in (queries, keys)
     )
     logits = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    return jax.nn.softmax(logits if bias is None else logits + bias, axis=-1)
+    return logits if bias is None else logits + bias

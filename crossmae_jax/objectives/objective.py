@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
+from crossmae_jax.origins import Origin
+
 Variables = dict[str, Any]
 Batch = Mapping[str, Array]
 
@@ -94,6 +96,18 @@ class Outputs(dict[str, Output]):
         return compute
 
 
+def kept(variables: Variables, starts: Iterable[str]) -> Variables:
+    """Returns the variables without collections that only training needs.
+
+    Args:
+      starts: of an `Objective`.
+    """
+    return {
+        name: tree for name, tree in variables.items()
+        if name == "params" or name not in starts
+    }
+
+
 @runtime_checkable
 class Objective(Protocol):
     """What a batch is trained on: pure functions of one configuration.
@@ -102,7 +116,8 @@ class Objective(Protocol):
       model: the Flax module.
       starts: by collection of variables, the weights that it begins with, of any
         format; "" for none. A collection that is not named begins as drawn, or with
-        the weights of "params".
+        the weights of "params". One that is, other than "params", is needed to train
+        and for nothing else.
       outputs: what the trained model gives, by name; evaluators ask for any of them. Of
         whole images "features" and "class_token", f32[b d], and of a classifier
         "logits", f32[b classes]; of masked ones, where the target can be looked at,
@@ -110,7 +125,7 @@ class Objective(Protocol):
     """
 
     model: nn.Module
-    starts: Mapping[str, str]
+    starts: Mapping[str, str | Origin]
     outputs: Outputs
 
     def init(self, key: Key[Array, ""]) -> Variables:

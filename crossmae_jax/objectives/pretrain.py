@@ -1,6 +1,6 @@
 """Masked image pre-training: MAE (arXiv 2111.06377), CrossMAE (arXiv 2401.14391),
-SimMIM (arXiv 2111.09886), LocalMIM (arXiv 2303.05251) and, on any of them, PR-MIM
-(arXiv 2411.15746).
+SimMIM (arXiv 2111.09886), LocalMIM (arXiv 2303.05251), TEC (arXiv 2210.11016) and, on
+any of them, PR-MIM (arXiv 2411.15746).
 
     normalise -> sample tokens -> model -> target -> loss
 
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from crossmae_jax import augment, losses, masking, ranges, sampling, targets
 from crossmae_jax.models import mim, watching
 from crossmae_jax.objectives.objective import Aux, Batch, Output, Outputs, Variables
+from crossmae_jax.origins import Origin
 from crossmae_jax.tokens import Tokens, spread
 
 _DROP_PATH = 2**32 - 1  # folded into a key, where samples have their numbers
@@ -197,14 +198,23 @@ class Pretrain:
         kind = self.config.loss.kind
         measure = losses.LOSSES[kind if isinstance(kind, str) else kind[name]]
         wanted = target.at(pred.ids) if target.ids is None else target.values
+        groups = self.target.groups.get(name, 1)
+
+        def measured(values):
+            parts = (
+                einops.rearrange(x, "b q (g t) -> b q g t", g=groups)
+                for x in (values, wanted)
+            )
+            return einops.rearrange(measure(*parts), "b q g v -> b q (g v)")
+
         trivial = jnp.broadcast_to(wanted.mean(-1, keepdims=True), wanted.shape)
-        error = measure(pred.values, wanted)
+        error = measured(pred.values)
         weights, parts = None, {}
         if target.ids is None:
             weights, parts = self._counted(pred, ids)
         terms = {
             "loss": losses.mean(error, weights).mean(),
-            "loss_trivial": losses.mean(measure(trivial, wanted), weights).mean(),
+            "loss_trivial": losses.mean(measured(trivial), weights).mean(),
         }
         for part, (places, its_weights) in parts.items():
             terms[part] = losses.mean(error[:, places], its_weights).mean()
@@ -241,9 +251,9 @@ class Pretrain:
         }
 
     @property
-    def starts(self) -> dict[str, str]:
-        """What fits of `config.init_from`."""
-        return {"params": self.config.init_from}
+    def starts(self) -> dict[str, str | Origin]:
+        """What fits of `config.init_from`, and what a target begins with."""
+        return {"params": self.config.init_from, **self.target.starts}
 
     @property
     def outputs(self) -> Outputs:

@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-_TOKENS = re.compile(r"encoder/(cls_token|mask_token|pos_embed|patch_embed)(/|$)")
+_TOKENS = re.compile(
+    r"encoder/(cls_token|cls_token_mlp|mask_token|pos_embed|patch_embed)(/|$)"
+)
 _BLOCK = re.compile(r"encoder/(?:blocks|relative_bias)_(\d+)/(\w+)")
 _SHARED = "encoder/relative_bias/"
 _ANY_BLOCK = re.compile(r".*?blocks_\d+(?=/|$)")

@@ -40,6 +40,11 @@ def fusion(card: Card) -> None:
             f"{card.origin} mixes no feature maps: it has {', '.join(card.parts)}, and "
             "no inter-block attention."
         )
+    if card.fusion.used_maps is None:
+        raise ConversionError(
+            f"{card.origin} has an adapter between encoder and decoder, which mixes "
+            "feature maps by channels: there is no share of each to be shown."
+        )
 
 
 def decoder(card: Card) -> None:

@@ -49,6 +49,7 @@ _BEFORE = {
     "data.weights_grid": None,
     "log_norms": False,
     "mesh.fsdp": 0,
+    "model.encoder.cls_token_mlp": False,
     "model.encoder.drop_path": 0.0,
     "model.encoder.layer_scale": None,
     "model.encoder.mask_tokens": False,
@@ -104,6 +105,7 @@ _OPTIONAL = {
     "data.weights_grid": tuple,
     "model.encoder.layer_scale": float,
     "model.fusion.maps": tuple,
+    "target.encoder.layer_scale": float,
     "optim.clip_norm": float,
     "tune_blocks": float,
 }

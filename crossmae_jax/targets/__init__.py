@@ -8,13 +8,16 @@ options of `config.target`.
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from crossmae_jax import kinds
+from crossmae_jax.origins import Origin
 from crossmae_jax.targets.hog import HOG
 from crossmae_jax.targets.pixels import Pixels
 from crossmae_jax.targets.shown import Shown
+from crossmae_jax.targets.teacher import Teacher
 from crossmae_jax.tokens import Tokens
 
 Variables = dict[str, Any]
@@ -28,12 +31,17 @@ class Target(Protocol):
       widths: how many values there are at each place, by name. A model predicts under
         the same names.
       grids: rows and columns of the places, by name.
+      groups: by name, into how many equal parts the values at a place fall that a loss
+        compares one by one, such as heads of attention; one part where none is named.
+      starts: by collection of what `init` draws, the weights that it begins with.
       caption: what a viewer of predictions as pictures must know; None where there are
         no pictures of them.
     """
 
     widths: Mapping[str, int]
     grids: Mapping[str, tuple[int, int]]
+    groups: Mapping[str, int]
+    starts: Mapping[str, Origin]
     caption: str | None
 
     def init(self, key: Key[Array, ""]) -> Variables:
@@ -57,7 +65,7 @@ class Target(Protocol):
         """
 
 
-TARGETS = {"hog": HOG, "pixels": Pixels}
+TARGETS = {"hog": HOG, "pixels": Pixels, "teacher": Teacher}
 
 
 def make(config: ConfigDict, *, patch_size: int) -> Target:
@@ -73,4 +81,5 @@ def make(config: ConfigDict, *, patch_size: int) -> Target:
     return kinds.make(
         "target", TARGETS, config.target, image_size=tuple(data.image_size),
         channels=data.channels, patch_size=patch_size,
+        dtype=jnp.dtype(config.get("model", {}).get("dtype", "float32")),
     )

@@ -21,6 +21,7 @@ from typing import Any
 import einops
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from crossmae_jax import glyphs, ranges
@@ -54,6 +55,8 @@ class HOG:
     bins: int = 9
     cells: tuple[int, ...] = (4, 8, 16, 32)
     bias: bool = False
+
+    groups = starts = FrozenDict()
 
     def __post_init__(self):
         ranges.check("target.bins", self.bins, least=1)

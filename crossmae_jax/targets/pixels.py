@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, Key
 
 from crossmae_jax.targets import cells as of_cells
@@ -93,6 +94,8 @@ class Pixels:
     patch_size: int
     normalize: bool
     cells: tuple[int, ...] = ()
+
+    groups = starts = FrozenDict()
 
     def __post_init__(self):
         grid_size(self.image_size, self.patch_size)
