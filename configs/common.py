@@ -133,6 +133,16 @@ def simmim_vit(size: str, *, drop_path: float) -> dict[str, Any]:
     )
 
 
+def swin(
+    size: str, *, window: int, drop_path: float = 0.0, norm_epsilon: float = 1e-5
+) -> dict[str, Any]:
+    """Returns Swin: attention in windows of so many cells a side, in four stages."""
+    return dict(
+        kind="swin", size=size, window=window, mlp_ratio=4.0, drop_path=drop_path,
+        mask_tokens=False, weight_init="normal", norm_epsilon=norm_epsilon,
+    )
+
+
 def classifier(size: str, *, drop_path: float = 0.0) -> dict[str, Any]:
     """Returns an encoder whose patch tokens are averaged, normed and classified."""
     return dict(
@@ -207,6 +217,20 @@ def simmim(size: str) -> dict[str, Any]:
         remat="selective",
         dtype="bfloat16",
     )
+
+
+def simmim_swin(size: str, *, window: int) -> dict[str, Any]:
+    """Returns SimMIM's model with Swin: a layer predicts a square of 32 pixels."""
+    return simmim(size) | dict(
+        encoder=swin(size, window=window) | dict(mask_tokens=True)
+    )
+
+
+def green(size: str, *, window: int) -> dict[str, Any]:
+    """Returns GreenMIM's model: Swin on visible squares, a decoder of one block."""
+    model = mae(size, decoder_dim=512, decoder_heads=16, decoder_depth=1)
+    encoder = swin(size, window=window, norm_epsilon=1e-6)
+    return model | dict(encoder=encoder | dict(weight_init="xavier"))
 
 
 def local(size: str) -> dict[str, Any]:
@@ -401,7 +425,9 @@ def rank(*, every_epochs: float = 10.0) -> dict[str, Any]:
     return dict(rank=dict(every_epochs=every_epochs, max_images=10_000))
 
 
-def knn(*, every_epochs: float = 50.0) -> dict[str, Any]:
+def knn(
+    *, every_epochs: float = 50.0, pools: tuple[str, ...] = ("mean", "cls")
+) -> dict[str, Any]:
     """Returns the k-NN classifier on frozen features; it needs labels.
 
     k and temperature as in DINO, arXiv 2104.14294, with k = 20. A tenth of
@@ -410,7 +436,7 @@ def knn(*, every_epochs: float = 50.0) -> dict[str, Any]:
     return dict(knn=dict(
         every_epochs=every_epochs,
         k=(20,),  # DINO's others: (20, 10, 100, 200), all of one search
-        pools=("mean", "cls"),  # of patch tokens, and the class token
+        pools=pools,  # of patch tokens, and the class token, if there is one
         temperature=0.07,
         max_train_images=128_000,
     ))

@@ -14,6 +14,7 @@ from crossmae_jax import masking
 from crossmae_jax.cost import counting
 from crossmae_jax.models import fusion, vit
 from crossmae_jax.tokens import grid_size
+from tests import cost_swin
 
 
 def _linear(fan_in: int, fan_out: int) -> int:
@@ -278,6 +279,8 @@ def pretraining(config: ConfigDict) -> counting.Cost:
     """Returns what a masked model costs, by the formulas."""
     if config.model.decoder.kind == "tec":
         return tec(config)
+    if config.model.encoder.kind == "swin":
+        return cost_swin.pretraining(config)
     if config.model.encoder.mask_tokens:
         return simmim(config)
     if config.model.decoder.kind == "local":

@@ -31,6 +31,7 @@ from tests import (
     parity_models,
     parity_prmim,
     parity_simmim,
+    parity_swin,
     parity_tec,
     parity_weights,
 )
@@ -58,6 +59,10 @@ def _kind(data) -> str:
     if any(name.startswith("momentum/") for name in data):
         return "LARS"
     ours = reference.startswith(("models_mae.", "models_cross."))
+    if reference == "SimMIM" and config["encoder"] == "swin":
+        return "SimMIM with Swin"
+    if parity_swin.is_green(config):
+        return "GreenMIM"
     if reference == "SimMIM" and config["encoder"] == "vit" or (
         {"thrown_mask", "features"} <= set(data)
     ):
@@ -91,6 +96,8 @@ NPZ_CHECKS = {
     "transposed posembed": parity_mff.check_posembed,
     "progressive reconstruction": parity_prmim.check_reconstruction,
     "SimMIM": parity_simmim.check,
+    "SimMIM with Swin": parity_swin.check_simmim,
+    "GreenMIM": parity_swin.check_green,
     "AMT": parity_amt.check,
     "TEC": parity_tec.check,
     "LocalMIM": parity_local.check_model,

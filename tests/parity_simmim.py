@@ -186,7 +186,7 @@ def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     )
     seen = state["intermediates"]
     encoded = seen["encoder"]["__call__"][0]
-    everything = _at_all_places(model, variables, encoded, ids, seen)
+    everything = at_all_places(model, variables, encoded, ids, seen)
     patch_size = objective.patch_size
 
     def channels_first(x):
@@ -212,7 +212,7 @@ def _outputs(objective: Pretrain, variables, images, ids) -> dict[str, Any]:
     return outputs
 
 
-def _at_all_places(model, variables, encoded, ids, seen) -> dict[str, Any]:
+def at_all_places(model, variables, encoded, ids, seen) -> dict[str, Any]:
     """Returns what the linear layer sees and predicts, at visible places, too."""
     whole = encoded.last.at(None)
     num = whole.shape[1]

@@ -192,7 +192,7 @@ def test_a_training_batch_of_one_image_is_refused():
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(pool="max"), "Unknown model.pool 'max'. Known: cls, mean."),
+    (dict(pool="max"), "Unknown model.pool 'max'. Known: cls, mean, no"),
     (dict(head_norm="layer"), "Unknown model.head_norm 'layer'. Known: none, batch."),
 ])
 def test_unknown_choices_are_refused(changes, message):

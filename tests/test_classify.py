@@ -299,7 +299,7 @@ def test_images_to_test_on_without_labels_are_refused(tmp_path):
     (dict(augment__cutmix=1.0, data__batch_size=95), "do not make equal groups"),
     (dict(augment__mixup=-1.0), "augment.mixup=-1.0 is a parameter of a beta"),
     (dict(augment__erasing=1.5), "augment.erasing=1.5 must lie between 0 and 1"),
-    (dict(model__pool="max"), "Unknown model.pool 'max'. Known: cls, mean."),
+    (dict(model__pool="max"), "Unknown model.pool 'max'. Known: cls, mean, no"),
     (dict(model__head_norm="layer"), "Unknown model.head_norm 'layer'"),
     (dict(model__remat="some"), "Unknown model.remat 'some'"),
     (dict(tune_blocks=3.0), "tune_blocks=3.0; expected 0, 0.5"),

@@ -83,6 +83,10 @@ KEYS = {
     },
     "mesh": {"fsdp": int},
 }
+SWIN_KEYS = {
+    "kind": str, "size": str, "window": int, "mlp_ratio": float, "drop_path": float,
+    "mask_tokens": bool, "weight_init": str, "norm_epsilon": float,
+}
 CLASSIFY_KEYS = {
     key: KEYS[key] for key in KEYS if key not in ("attention_maps", "masking", "target")
 } | {
@@ -135,6 +139,10 @@ def test_the_experiments_of_the_papers_are_all_there():
         "finetune_vitb_local", "finetune_vitl_local",
         "vitb_tec", "vitl_tec", "vitb_tec_prmim", "digits_tec",
         "finetune_vitb_tec", "finetune_vitl_tec",
+        "swinb_simmim", "swinb_simmim_100", "swinb_simmim_prmim", "swinl_simmim",
+        "digits_simmim_swin", "finetune_swinb_simmim",
+        "swinb_green", "swinl_green", "swinb_green_prmim", "digits_green",
+        "finetune_swinb_green",
         "digits_simmim", "finetune_vitb_simmim", "digits_cross", "digits_cross_prmim",
         "digits_mae", "folder_cross",
         "folder_cross_knn", "photographs_cross", "photographs_mae",
@@ -188,12 +196,15 @@ def test_a_config_has_every_key_with_its_type_and_no_other(path):
         expected = dict(CLASSIFY_KEYS)
         if "simmim" in path.stem:
             expected["model"] = expected["model"] | {"encoder": scaled}
+        if "simmim" in path.stem or "green" in path.stem:
             expected["optim"] = expected["optim"] | {"clip_norm": float}
         # Unset in some of them: the classes are then the data's, all blocks are tuned.
         if found["tune_blocks"] is None:
             expected["tune_blocks"] = None
         if found["data"]["num_classes"] is None:
             expected["data"] = expected["data"] | {"num_classes": None}
+    if "swin" in path.stem or "green" in path.stem:
+        expected = expected | {"model": expected["model"] | {"encoder": SWIN_KEYS}}
     assert found == expected
     assert evals == {name: EVALS[name] for name in evals}
 

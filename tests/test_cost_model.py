@@ -6,12 +6,16 @@ import pytest
 
 from configs import (
     digits_cross,
+    digits_green,
     digits_local,
     digits_mae,
     digits_simmim,
+    digits_simmim_swin,
     digits_tec,
     finetune_digits,
     linprobe_vitb,
+    swinb_green_prmim,
+    swinb_simmim_prmim,
     vitb_cross_448,
     vitb_mae,
     vitb_simmim_100,
@@ -29,7 +33,8 @@ from tests import cost_formulas
 # Every size once, both decoders, both ratios of prediction.
 REAL = (
     vits_cross75, vitb_mae, vitb_cross_448, vitl_mae, vith_cross, digits_mae,
-    digits_simmim, digits_local, digits_tec, vitb_tec_prmim, vitl_tec,
+    digits_simmim, digits_local, digits_simmim_swin, swinb_simmim_prmim,
+    digits_green, swinb_green_prmim, digits_tec, vitb_tec_prmim, vitl_tec,
 )
 
 

@@ -1,5 +1,6 @@
 """Weights of timm, transformers and MAE compute the same there and here."""
 
+import argparse
 import dataclasses
 import fractions
 import functools
@@ -134,7 +135,7 @@ def test_timm_loads_exported_folders(timm_file, tmp_path, case):
 def test_encoders_of_mae_files_compute_the_same_in_timm(tmp_path, name, legacy):
     weights, path = _mae(name), GOLDEN / name
     if legacy:
-        with torch.serialization.safe_globals([checks.argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, weights_only=True)
         path = tmp_path / name
         torch.save(content, path, _use_new_zipfile_serialization=False)
@@ -146,7 +147,7 @@ def test_encoders_of_mae_files_compute_the_same_in_timm(tmp_path, name, legacy):
 
 def test_a_class_row_that_the_reference_never_adds_is_left_out_on_both_sides(tmp_path):
     for name in ("ckpt_mae.pth", "ckpt_crossmae.pth"):
-        with torch.serialization.safe_globals([checks.argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(GOLDEN / name, weights_only=True)
         content["model"]["pos_embed"][:, 0] = torch.arange(16)
         torch.save(content, tmp_path / name)

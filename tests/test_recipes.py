@@ -44,6 +44,35 @@ def test_the_recipe_of_simmim_is_its_codes():
     )
 
 
+def test_the_recipe_of_simmim_with_swin_is_its_codes():
+    expected = {  # epochs, peak rate, window, published size
+        "swinb_simmim": (800, 4e-4, 6, "B/4"), "swinl_simmim": (800, 4e-4, 12, "L/4"),
+        "swinb_simmim_100": (100, 8e-4, 6, "B/4"),
+    }
+    for name, (epochs, rate, window, size) in expected.items():
+        config = load(ROOT / "configs" / f"{name}.py")
+        optim, encoder = config.optim, config.model.encoder
+        assert (config.epochs, encoder.window, encoder.size) == (epochs, window, size)
+        assert optimizers.peak_lr(config) == pytest.approx(rate)
+        assert (optim.warmup_epochs, optim.clip_norm, optim.b2) == (10, 5.0, 0.999)
+        assert (optim.schedule, optim.drop_epochs, optim.min_lr, optim.warmup_lr) == (
+            ("step", (700,), 0.0, 2e-6) if epochs == 800 else ("cosine", (), 4e-5, 4e-6)
+        )
+        assert (encoder.drop_path, encoder.norm_epsilon) == (0.0, 1e-5)
+        objective = OBJECTIVES["pretrain"](config)
+        assert objective.counts == (14, 22, 0) and objective.grid == (6, 6)
+        assert objective.model.encoder.windows == (window,) * 22 + (6, 6)
+    throwing = OBJECTIVES["pretrain"](load(ROOT / "configs" / "swinb_simmim_prmim.py"))
+    assert throwing.counts == (14, 4, 18) and throwing.model.aggregators
+    tuned = load(ROOT / "configs" / "finetune_swinb_simmim.py")
+    assert optimizers.peak_lr(tuned) == pytest.approx(5e-3)
+    assert (tuned.epochs, tuned.optim.warmup_epochs, tuned.optim.layer_decay) == (
+        100, 20, 0.8
+    )
+    encoder = tuned.model.encoder
+    assert (encoder.drop_path, encoder.window, encoder.mask_tokens) == (0.1, 7, False)
+
+
 def test_the_recipe_of_localmim_is_its_codes():
     expected = {  # epochs, warm-up, peak rate, bins, thrown
         "vitb_local": (1600, 40, 1.6e-3, 9, 0), "vitl_local": (800, 40, 2.4e-3, 18, 0),

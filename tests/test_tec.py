@@ -173,7 +173,7 @@ def test_every_block_reaches_the_decoder_and_the_mlp_makes_the_class_token():
      "TEC's decoder predicts feature and attention of a teacher, but that of config.t"),
     (dict(target__encoder__size="W12-D3-H3/8"), "The teacher has 2x3 patches, of tar"),
     (dict(target__encoder__size="W12-D3-H5/4"), "width 12 does not divide into 5"),
-    (dict(target__encoder__kind="cnn"), "Unknown encoder.kind 'cnn'. Known: vit"),
+    (dict(target__encoder__kind="cnn"), "Unknown encoder.kind 'cnn'. Known: swin, vit"),
     (dict(target__top_k=25), "target.top_k=25, but there are 24 in the teacher"),
     (dict(target__top_k=0), "config.target.top_k=0 must be 1 or more"),
     (dict(target__blocks=4), "target.blocks=4, but there are 3 in the teacher"),
@@ -193,6 +193,17 @@ def test_what_cannot_be_is_refused(changes, message):
             config.loss = common.tec_loss() | {"kind": changes["loss__kind"]}
         else:
             config = tec(**changes)
+        Pretrain(config)
+
+
+def test_a_swin_neither_teaches_nor_learns_from_a_teacher():
+    config = tec()
+    config.target.encoder = common.swin("W12-D1.1-H3.3/2", window=2)
+    with pytest.raises(ValueError, match="class token, which target.encoder.kind='swi"):
+        Pretrain(config)
+    config = tec()
+    config.model.encoder = common.swin("W16-D1.1-H2.2/2", window=2)
+    with pytest.raises(ValueError, match="no fusion brings them together; set config"):
         Pretrain(config)
 
 

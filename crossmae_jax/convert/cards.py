@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import crossmae_jax
 from crossmae_jax import kinds
 from crossmae_jax.convert.names import reading
-from crossmae_jax.models import aggregator, encoders, fusion, mim
+from crossmae_jax.models import aggregator, classifier, encoders, fusion, mim
 from crossmae_jax.runs import records, settings
 
 KINDS = ("pretrain", "encoder", "classifier")
@@ -85,7 +85,8 @@ class Card:
         if self.kind == "encoder":
             return ["encoder"]
         if self.kind == "classifier":
-            pooled = ["fc_norm"] if self.model["pool"] == "mean" else []
+            normed = classifier.ends_in_norm(self.model["pool"])
+            pooled = [] if normed else ["fc_norm"]
             return ["encoder", *pooled, *["head"] * (self.model["num_classes"] > 0)]
         aggregates = kinds.choose(
             "model.aggregator", aggregator.AGGREGATORS, self.model["aggregator"]
@@ -108,7 +109,8 @@ class Card:
     def encoder_only(self) -> "Card":
         """Returns the card of the encoder by itself."""
         lineage = self.model.get("fusion")
-        normed = self.model.get("pool") == "cls"
+        pool = self.model.get("pool")
+        normed = pool is not None and classifier.ends_in_norm(pool)
         if lineage is not None:
             normed = mim.ends_in_norm(self.model)
         if lineage is None or normed != self.fusion.final_norm:

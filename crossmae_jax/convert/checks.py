@@ -2,20 +2,19 @@
 
 Tables of names and layouts cannot prove themselves. What proves them is another
 implementation that makes of its file what our model makes of ours: of the formats mae
-and timm timm's VisionTransformer, of simmim its Beit, of huggingface the class of
-transformers that config.json names. Our own files are read back, tensor by tensor.
+and timm timm's VisionTransformer, of simmim its Beit, of any Swin its SwinTransformer,
+of huggingface the class of transformers that config.json names. Our own files are read
+back, tensor by tensor.
 
 The other side runs first and is gone before our tensors are read: one model is in
 memory at a time. What a file does not tell, such as the number of heads of a bare .pth,
 both sides take from the card, and it is not checked.
 """
 
-import argparse
 import importlib
 import json
 import math
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,16 @@ from flax import traverse_util
 
 from crossmae_jax import masking
 from crossmae_jax.convert import (
-    contents,
     exporting,
     foreign,
     names,
+    of_swin,
     opened,
     opening,
     packages,
     spellings,
     structure,
+    torch_state,
 )
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
@@ -93,6 +93,8 @@ def compare(
 
     reader = f"{package} {importlib.import_module(package).__version__}"
     run = {"simmim": _beit, "huggingface": _transformers}.get(format, _timm)
+    if weights.card.encoder.windows:
+        run = _swin
     images, noise = _inputs(weights.card)
     try:
         theirs, lines = run(weights, path, images, noise, place)
@@ -199,7 +201,7 @@ def _timm(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     if path.is_dir():
         model = timm.create_model(f"local-dir:{path}", pretrained=True)
     else:
-        state = _with_layer_scale(_state(path, place))
+        state = torch_state.with_layer_scale(torch_state.read(path, place))
         if card.kind == "pretrain":
             state, lines = _encoder_state(weights, state)
             card = card.encoder_only()
@@ -218,7 +220,7 @@ def _outputs(model: Any, card: Card, images: np.ndarray) -> Outputs:
     model.eval()
     with torch.inference_mode():
         tokens = model.forward_features(torch.from_numpy(images).permute(0, 3, 1, 2))
-        outputs = {"tokens": tokens}
+        outputs = {"tokens": tokens.flatten(1, -2)}  # a Swin's lie on a grid
         if card.kind == "classifier":
             outputs["features"] = model.forward_head(tokens, pre_logits=True)
             if card.model["num_classes"]:
@@ -243,47 +245,6 @@ def _timm_model(card: Card, state: dict[str, Any]) -> Any:
             norm = torch.nn.BatchNorm1d(card.encoder.dim, affine=False, eps=1e-6)
             model.head = torch.nn.Sequential(norm, model.head)
     return model
-
-
-def _state(path: Path, place: str | None) -> dict[str, Any]:
-    """Returns the tensors of a file, read by torch's or safetensors' own loader.
-
-    Args:
-      place: see `compare`.
-    """
-    import safetensors.torch
-    import torch
-
-    if path.suffix == ".safetensors":
-        content: Any = safetensors.torch.load_file(path)
-    else:
-        mmap = zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    flat, held = _flat(content), contents.read(path, under=place)
-    beginning = f"{held.place}.".lstrip(".")
-    return {name: flat[beginning + name].float() for name in held.tensors}
-
-
-def _with_layer_scale(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns tensors with layer scale called as timm, and not DeiT's authors, do."""
-    for number in "12":
-        state = {
-            name.replace(f".gamma_{number}", f".ls{number}.gamma"): value
-            for name, value in state.items()
-        }
-    return state
-
-
-def _flat(content: dict[Any, Any]) -> dict[str, Any]:
-    """Returns the tensors of dictionaries in each other, by their keys with dots."""
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{name}": inner for name, inner in _flat(value).items()}
-        elif hasattr(value, "float"):
-            flat[str(key)] = value
-    return flat
 
 
 def _encoder_state(weights, state) -> tuple[dict[str, Any], list[str]]:
@@ -324,7 +285,7 @@ def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     encoder, classifies = card.encoder, card.kind == "classifier"
     state = {
         name.removeprefix("encoder."): value
-        for name, value in _state(path, place).items()
+        for name, value in torch_state.read(path, place).items()
         if not name.endswith(("relative_position_index", "mask_token"))
     }
     behind = [name for name in state if name.startswith("decoder.")]
@@ -349,6 +310,31 @@ def _beit(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
     )
     if "norm.weight" not in state:  # of a mean that is pooled
         model.norm = torch.nn.Identity()
+    model.load_state_dict(state, strict=True)
+    return _outputs(model, card, images), lines
+
+
+def _swin(weights, path, images, noise, place) -> tuple[Outputs, list[str]]:
+    """Returns what timm's SwinTransformer makes of a file or a folder."""
+    import timm
+
+    card, lines = weights.card, []
+    if path.is_dir():
+        model = timm.create_model(f"local-dir:{path}", pretrained=True)
+        return _outputs(model, card, images), lines
+    state = of_swin.as_timm(torch_state.read(path, place))
+    if card.kind == "pretrain":
+        lines.append(
+            "not checked: the outputs of the decoder, one layer, for want of a package "
+            "with one"
+        )
+    if card.kind == "encoder":
+        state = {n: x for n, x in state.items() if not foreign.comes_after(n)}
+    config = of_swin.timm_config(card)
+    model = timm.create_model(
+        config["architecture"], num_classes=config["num_classes"],
+        **config["model_args"],
+    )
     model.load_state_dict(state, strict=True)
     return _outputs(model, card, images), lines
 

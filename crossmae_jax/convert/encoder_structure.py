@@ -5,6 +5,7 @@ import math
 import re
 from typing import Any
 
+from crossmae_jax.convert import of_swin
 from crossmae_jax.convert.files.tensor import Tensors
 from crossmae_jax.convert.hints import Facts
 from crossmae_jax.convert.names import ConversionError, Untold
@@ -20,6 +21,8 @@ def settings(
     evidence: list[str], assumed: dict[str, str],
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """Returns `config.model.encoder`, and the size of the images."""
+    if of_swin.is_one(tensors):
+        return of_swin.settings(tensors, patch, facts, evidence, assumed)
     depth = depth_of(tensors, "encoder/blocks_")
     dim, channels, patch_size = patch[0], patch[1], patch[2]
     own = _options_of_simmim(tensors, dim)

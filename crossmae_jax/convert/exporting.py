@@ -4,7 +4,7 @@
     huggingface   a folder: ViTMAEForPreTraining.from_pretrained(PATH), ViTModel or
                   ViTForImageClassification
     mae           a .pth file with the names of facebookresearch/mae or CrossMAE
-    simmim        a .pth file with the names of microsoft/SimMIM's ViT
+    simmim        a .pth file with the names of microsoft/SimMIM's ViT or Swin
     safetensors   a .safetensors file with our names and a card
 """
 
@@ -14,12 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from crossmae_jax.convert import contents, folding, names, opened, spellings, structure
+from crossmae_jax.convert import (
+    contents,
+    folding,
+    names,
+    of_swin,
+    opened,
+    spellings,
+    structure,
+)
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files import safetensors_file, torch_file
 from crossmae_jax.convert.files.tensor import Tensor, Tensors
 from crossmae_jax.convert.names import ConversionError
 from crossmae_jax.convert.opened import Weights
+from crossmae_jax.models import classifier
 
 _TIMM_SIZES = {"Ti": "tiny", "S": "small", "B": "base", "L": "large", "H": "huge"}
 
@@ -45,6 +54,9 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     if parts == "encoder" and card.kind != "encoder":
         return opened.encoder_of(weights), lines
     check_encoder(card, format)
+    if format == "timm" and card.encoder.windows and card.encoder.mask_tokens:
+        weights, lines = _without_mask_token(weights)
+        return weights, lines
     if "aggregator" in card.parts and format in ("mae", "huggingface", "simmim"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
@@ -84,9 +96,29 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
     return weights, lines
 
 
+def _without_mask_token(weights: Weights) -> tuple[Weights, list[str]]:
+    """Returns a Swin by itself, of which timm has none with a mask token."""
+    left_out = [part for part in weights.card.parts if part != "encoder"]
+    if weights.card.kind != "encoder":
+        weights = opened.encoder_of(weights)
+    tensors = dict(weights.tensors)
+    tensors.pop("encoder/mask_token", None)
+    encoder = weights.card.model["encoder"] | {"mask_tokens": False}
+    card = dataclasses.replace(
+        weights.card, model=weights.card.model | {"encoder": encoder}
+    )
+    left = ", ".join([*left_out, "the encoder's mask token"])
+    return dataclasses.replace(weights, card=card, tensors=tensors), [
+        f"left out: {left} (timm has no place for them)"
+    ]
+
+
 def check_encoder(card: Card, format: str) -> None:
     """Raises ConversionError if a format means another encoder by the same names."""
     encoder = card.encoder
+    if encoder.windows:
+        of_swin.check_format(card, format)
+        return
     own = [
         f"{name}={value!r}" for name, value, usual in (
             ("qkv_bias", encoder.qkv_bias, "qkv"),
@@ -116,6 +148,8 @@ def check_encoder(card: Card, format: str) -> None:
 
 def _table(format: str, card: Card) -> spellings.Table:
     """Returns the names that another library's format has for a model of this kind."""
+    if table := of_swin.table_for(format, card):
+        return table
     if format == "simmim":
         classifies = card.kind == "classifier"
         return spellings.SIMMIM_CLASSIFIER if classifies else spellings.SIMMIM
@@ -131,7 +165,7 @@ def _left_over(format: str, weights: Weights) -> list[str]:
     """Returns the tensors for which a format has no names."""
     return spellings.to_theirs(
         _table(format, weights.card), weights.tensors,
-        patch_size=weights.card.patch_size,
+        patch_size=of_swin.projected(weights.card),
     )[1]
 
 
@@ -260,7 +294,7 @@ def write_huggingface(weights: Weights, path: Path, *, fresh_norm: bool) -> None
 def _theirs(weights: Weights, format: str) -> Tensors:
     theirs, left_over = spellings.to_theirs(
         _table(format, weights.card), weights.tensors,
-        patch_size=weights.card.patch_size,
+        patch_size=of_swin.projected(weights.card),
     )
     assert not left_over, f"`select` let through {left_over}"
     return theirs
@@ -285,8 +319,13 @@ def _fresh_norm(cls_token: Tensor) -> dict[str, Tensor]:
 def timm_config(card: Card) -> dict[str, Any]:
     """Returns a config.json from which timm builds the model."""
     encoder, classifies = card.encoder, card.kind == "classifier"
+    if encoder.windows:
+        return of_swin.timm_config(card)
     size = encoder.title.removeprefix("ViT-").partition("/")[0]
-    normed = card.model["pool"] == "cls" if classifies else card.fusion.final_norm
+    normed = (
+        classifier.ends_in_norm(card.model["pool"]) if classifies
+        else card.fusion.final_norm
+    )
     num_classes = card.model["num_classes"] if classifies else 0
     pool = "token" if normed else "avg"
     height, width = card.image_size

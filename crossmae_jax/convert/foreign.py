@@ -14,6 +14,7 @@ from crossmae_jax.convert import (
     folding,
     hints,
     names,
+    of_swin,
     opened,
     spellings,
     structure,
@@ -37,7 +38,7 @@ _TABLES = {
     "simmim": (spellings.SIMMIM, spellings.SIMMIM_CLASSIFIER),
 }
 # Without use: of a batch norm, and numbers of rows that follow from the grid.
-_UNUSED = ("head.0.num_batches_tracked", "relative_position_index")
+_UNUSED = ("head.0.num_batches_tracked", *of_swin.BUFFERS)
 # Parts of models that change every token, by the words in their names.
 _UNHELD = {
     "reg_token": "register tokens", "register_tokens": "register tokens",
@@ -99,7 +100,8 @@ def open_source(
     _check_held(tensors, path)
     # ViTMAEForPreTraining has a prefix that an encoder by itself lacks.
     table = min(
-        _TABLES[format], key=lambda table: len(spellings.to_ours(table, tensors)[1])
+        of_swin.tables(tensors) or _TABLES[format],
+        key=lambda table: len(spellings.to_ours(table, tensors)[1]),
     )
     ours, left_over = spellings.to_ours((*table, *spellings.FOLDED), tensors)
     left_over = [name for name in left_over if not name.endswith(_UNUSED)]

@@ -23,6 +23,7 @@ _TIMM_ARGUMENTS = {
     "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim",
     "depth", "num_heads", "mlp_ratio", "final_norm", "fc_norm",
     "init_values", "no_embed_class",  # see `folding`
+    "depths", "window_size",  # of a Swin, whose tensors tell the same
     # In training only.
     "drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate",
     "attn_drop_rate", "drop_path_rate", "weight_init",
@@ -258,9 +259,9 @@ def of_timm(config: dict[str, Any], evidence: list[str]) -> Facts:
             "alone; take those of a plain VisionTransformer."
         )
     pool = arguments.get("global_pool", config.get("global_pool"))
-    facts: dict[str, Any] = {
-        "num_heads": arguments.get("num_heads"), "pool": _POOLS.get(pool, pool)
-    }
+    facts: dict[str, Any] = {"pool": _POOLS.get(pool, pool)}
+    if "depths" not in arguments:  # else a list, of stages
+        facts["num_heads"] = arguments.get("num_heads")
     size = arguments.get("img_size", (cfg.get("input_size") or (None,))[1:])
     if size:
         facts["image_size"] = (size, size) if isinstance(size, int) else tuple(size)

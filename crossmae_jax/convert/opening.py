@@ -3,7 +3,8 @@
     run             a --workdir: config.json and checkpoints/
     safetensors     ours: a .safetensors file with a card, or the folder of an import
     mae             a .pth file with the names of facebookresearch/mae or CrossMAE
-    simmim          a .pth file with the names of microsoft/SimMIM's ViT, or BEiT's
+    simmim          a .pth file with the names of microsoft/SimMIM's ViT, or BEiT's, or
+                    of its Swin, or Swin's own
     timm            .safetensors or .pth with timm's names, or a folder with config.json
     huggingface     a folder of transformers: ViTMAEForPreTraining, an encoder or a
                     ViTForImageClassification
@@ -27,6 +28,7 @@ from crossmae_jax.convert import (
     foreign,
     hints,
     names,
+    of_swin,
     opened,
     structure,
 )
@@ -149,6 +151,8 @@ def recognise(path: AnyPath, *, under: str | None = None) -> tuple[str, str]:
         return "safetensors", "a card of ours in its metadata"
     if any(".patch_embeddings." in name for name in tensors):
         return "huggingface", "names like embeddings.patch_embeddings"
+    if of_a_swin := of_swin.format_of(tensors):
+        return of_a_swin
     if any(_OF_SIMMIM.search(name) for name in tensors):
         return "simmim", "names like blocks.0.attn.q_bias, of SimMIM's and BEiT's ViT"
     if "patch_embed.proj.weight" in tensors:

@@ -36,6 +36,30 @@ def resize(
     return phrases
 
 
+def windows(
+    tensors: dict[str, Tensor], sides: tuple[int, ...], new_sides: tuple[int, ...]
+) -> list[str]:
+    """Resizes Swin's biases to windows of other sides, block by block, in place.
+
+    That of a window one cell wide says nothing of neighbours, and one of two nothing of
+    a curve: such are refused where they would have to be resized.
+    """
+    changed = []
+    for i, (side, new_side) in enumerate(zip(sides, new_sides, strict=False)):
+        name = f"encoder/blocks_{i}/attn/relative_position_bias_table"
+        if name not in tensors or side == new_side:
+            continue
+        tensors[name] = tensors[name].then(functools.partial(
+            relative_bias.resize, grid=(side, side), new_grid=(new_side, new_side),
+            of_class_token=0,
+        ))
+        changed.append((side, new_side))
+    return [
+        f"relative position biases of {changed.count(pair)} blocks, windows "
+        f"{pair[0]} -> {pair[1]}" for pair in sorted(set(changed))
+    ]
+
+
 def bias_for_each_block(tensors: dict[str, Tensor], *, depth: int) -> list[str]:
     """Gives each block a copy of the shared relative bias, as SimMIM's fine-tuning."""
     if _SHARED not in tensors:

@@ -162,6 +162,58 @@ SIMMIM_CLASSIFIER: Table = (
 )
 
 
+def _swin(prefix: str, depths: tuple[int, ...], *, merging: int) -> Table:
+    """Swin, whose blocks are numbered by stage, and by block in it.
+
+    Args:
+      prefix: what stands before its names.
+      depths: blocks of each stage.
+      merging: 0 if merging belongs to the stage before it, 1 to the one behind it.
+    """
+    rows: list[Row] = [
+        _row("encoder/mask_token", f"{prefix}mask_token"),
+        _row("encoder/patch_embed/proj/kernel", f"{prefix}patch_embed.proj.weight",
+             "conv"),
+        _row("encoder/patch_embed/proj/bias", f"{prefix}patch_embed.proj.bias"),
+        *_norm("encoder/patch_embed/norm", f"{prefix}patch_embed.norm"),
+        *_norm("encoder/norm", f"{prefix}norm"),
+    ]
+    number, table = 0, "attn{}relative_position_bias_table"
+    for stage, depth in enumerate(depths):
+        for i in range(depth):
+            ours = f"encoder/blocks_{number + i}"
+            theirs = f"{prefix}layers.{stage}.blocks.{i}"
+            rows.append(_row(
+                f"{ours}/{table.format('/')}", f"{theirs}.{table.format('.')}"
+            ))
+            rows += _reference_block(ours, theirs)
+        number += depth
+        if stage + 1 == len(depths):
+            break
+        ours = f"encoder/downsample_{number - 1}"
+        theirs = f"{prefix}layers.{stage + merging}.downsample"
+        rows.append(_row(
+            f"{ours}/reduction/kernel", f"{theirs}.reduction.weight", "matrix"
+        ))
+        rows += _norm(f"{ours}/norm", f"{theirs}.norm")
+    return tuple(rows)
+
+
+def simmim_swin(depths: tuple[int, ...]) -> Table:
+    """Returns the names of microsoft/SimMIM's Swin, of a pre-training."""
+    return _swin("encoder.", depths, merging=0) + SIMMIM[-2:]
+
+
+def simmim_swin_classifier(depths: tuple[int, ...]) -> Table:
+    """Returns the names of its fine-tuned Swin, which are those of microsoft's Swin."""
+    return (*_swin("", depths, merging=0), *_linear("head", "head"))
+
+
+def timm_swin(depths: tuple[int, ...]) -> Table:
+    """Returns the names of timm's SwinTransformer, which has no mask token."""
+    return (*_swin("", depths, merging=1)[1:], *_linear("head", "head.fc"))
+
+
 def _huggingface(prefix: str) -> Table:
     patches = f"{prefix}embeddings.patch_embeddings.projection"
     return (
@@ -190,12 +242,13 @@ def _unshuffled(x: np.ndarray) -> np.ndarray:
     return x if x.ndim == 1 else x[:, :, 0, 0].T
 
 
-def _shuffled(x: np.ndarray, patch_size: int) -> np.ndarray:
+def _shuffled(x: np.ndarray, _: int) -> np.ndarray:
+    patch_size = math.isqrt(len(x if x.ndim == 1 else x.T) // 3)
     x = x if x.ndim == 1 else x.T[:, :, None, None]
     return einops.rearrange(x, "(p q c) ... -> (c p q) ...", c=3, p=patch_size)
 
 
-# Layout: to ours, and to theirs with the size of a patch.
+# Layout: to ours, and to theirs with the size of a patch that is projected.
 _LAYOUTS: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray]]] = {
     "same": (lambda x: x, lambda x, p: x),
     "matrix": (lambda x: x.T, lambda x, p: x.T),

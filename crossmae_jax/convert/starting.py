@@ -347,13 +347,15 @@ def _fit_encoder(theirs: dict, card: Card, config: ConfigDict) -> list[str]:
     encoder, lines = encoders.build_encoder(config), []
     if not encoder.mask_tokens:
         theirs.pop("encoder/mask_token", None)
-    if not encoder.cls_token_mlp and folding.has_cls_token_mlp(theirs):
+    keeps_mlp = getattr(encoder, "cls_token_mlp", False)
+    if not keeps_mlp and folding.has_cls_token_mlp(theirs):
         folded = folding.cls_token_mlp(theirs)
         theirs.clear()
         theirs.update(folded)
         lines.append("the class token as its MLP makes it")
-    if encoder.relative_bias == "per_block":
+    if getattr(encoder, "relative_bias", "none") == "per_block":
         lines += resizing.bias_for_each_block(theirs, depth=card.encoder.depth)
+    lines += resizing.windows(theirs, card.encoder.windows, encoder.windows)
     grid = card.grid_for(encoder.grid)
     return lines + resizing.resize(theirs, grid=grid, new_grid=encoder.grid)
 
@@ -373,7 +375,7 @@ def _reason(card: Card, config: ConfigDict) -> str:
             differences.append(f"file has {name}={theirs[name]}, model {ours[name]}")
     sides = (card.encoder, encoders.build_encoder(config))
     for name in ("positions", "relative_bias", "qkv_bias", "layer_scale"):
-        a, b = (getattr(side, name) for side in sides)
+        a, b = (getattr(side, name, None) for side in sides)
         # Whatever it began with, it is a tensor now.
         if (a is None) != (b is None) if name == "layer_scale" else a != b:
             differences.append(f"file has encoder.{name}={a}, model {b}")

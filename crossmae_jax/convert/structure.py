@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from crossmae_jax import kinds
 from crossmae_jax.convert import encoder_structure, names
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.files.tensor import Tensors
@@ -125,6 +126,10 @@ def infer(
         tensors, patch, facts, fallback, evidence, assumed
     )
     model: dict[str, Any] = {"encoder": encoder}
+    made = kinds.make(
+        "model.encoder", encoders.ENCODERS, encoder, image_size=image_size,
+        channels=patch[1],
+    )
     channels, kind, masking, classes = patch[1], "encoder", None, None
     _check_statistics(facts, channels)
     if any(name.startswith("decoder/") for name in tensors):
@@ -132,12 +137,12 @@ def infer(
         model |= _decoder_settings(tensors, depth, facts, fallback, evidence, assumed)
         masking = _masking_settings(tensors, facts)
         if encoder.get("mask_tokens"):
-            masking = _masking_of_simmim(patch[2], image_size, facts, assumed)
+            masking = _masking_of_simmim(made.patch_size, image_size, facts, assumed)
         if facts.normalize is None:
             evidence.append("targets: the file does not say whether standardised")
     elif "head/bias" in tensors or "fc_norm/scale" in tensors:
         kind = "classifier"
-        model |= _head_settings(tensors, facts, evidence, assumed)
+        model |= _head_settings(tensors, facts, evidence, assumed, made.has_cls)
         classes = facts.classes
         evidence.append("names of the classes: " + (
             f"{classes[0]}, ..." if classes else "not known"
@@ -205,7 +210,8 @@ def _masking_of_simmim(
 
 
 def _head_settings(
-    tensors: Tensors, facts: Facts, evidence: list[str], assumed: dict[str, str]
+    tensors: Tensors, facts: Facts, evidence: list[str], assumed: dict[str, str],
+    has_cls: bool,
 ) -> dict[str, Any]:
     """Returns a classifier's pooling and number of classes, 0 without a head.
 
@@ -214,6 +220,9 @@ def _head_settings(
     """
     head, has_norm = tensors.get("head/bias"), "fc_norm/scale" in tensors
     num_classes = head.shape[0] if head else 0
+    if not has_cls:
+        evidence.append(f"classifier: {num_classes} classes from the mean of tokens")
+        return {"pool": "normed_mean", "num_classes": num_classes}
     usual = "mean" if has_norm else "cls"
     title = {"mean": "the mean of patch tokens", "cls": "the class token"}[usual]
     norm = "with an fc_norm" if has_norm else "without an fc_norm"

@@ -135,7 +135,11 @@ def count(config: ConfigDict) -> Cost:
     # An objective that draws no patches shows the model all of them.
     tokens = getattr(objective, "counts", masking.TokenCounts(num_patches, 0, 0))
     decoder_tokens = _decoder_tokens(rows)
-    left_out = _left_out(rows, kernels, tokens, num_patches, decoder_tokens)
+    # A Swin's patches are smaller than what is masked as one.
+    pixels = math.prod(config.data.image_size) * config.data.channels
+    width = params[*_PATCH_EMBED, "bias"]
+    num_projected = pixels * width // kernels[_PATCH_EMBED]
+    left_out = _left_out(rows, kernels, tokens, num_projected, decoder_tokens)
 
     computed, trainable = _by_part(macs), _by_part(params)
     parts = dict.fromkeys([*_PARTS, *trainable])
@@ -217,7 +221,7 @@ def _left_out(
     rows: Mapping[_Path, int],
     kernels: Mapping[_Path, int],
     tokens: masking.TokenCounts,
-    num_patches: int,
+    num_projected: int,
     decoder_tokens: int,
 ) -> collections.Counter:
     """Returns by part what the references compute and this library does not.
@@ -225,9 +229,10 @@ def _left_out(
     Args:
       rows: tokens that each linear layer runs on here.
       kernels: multiply-adds of each linear layer for a token.
+      num_projected: patches of a whole image, as they are projected.
     """
     # The patch projection of patches that are not seen.
-    hidden = num_patches - rows[_PATCH_EMBED]
+    hidden = num_projected - rows[_PATCH_EMBED]
     left_out = collections.Counter(encoder=hidden * kernels[_PATCH_EMBED])
     if any(path[0] == "decoder" for path in rows):
         left_out["aggregator"] = 0  # is named even where there is none

@@ -108,6 +108,13 @@ class AttentionMaps:
         home: mirror.Home,
         key: jax.Array,
     ):
+        if _OUTPUT not in objective.outputs:
+            raise ValueError(
+                f"attention_maps.every_epochs={config.attention_maps.every_epochs:g}: "
+                "AMT hides what the class token attends to, and needs a class token, "
+                "which this encoder has not; set config.model.encoder.kind='vit', or "
+                "attention_maps.every_epochs=0.0."
+            )
         blank = pipeline.blank_batch(config.data, batch_size=1)
         # Whatever the noise refuses is known before the first step.
         jax.eval_shape(objective.sampler.draw, key, blank)

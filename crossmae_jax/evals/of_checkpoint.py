@@ -158,7 +158,7 @@ def run(
         _check_suites(made, suites)
         opened = _open(made, suites, own_images=not imagenet)
         written = report.begun(directory, _empty(made))
-        chosen = _options(config, suites, opened, options or {}, written)
+        chosen = _options(made, suites, opened, options or {}, written)
         evaluators = evals.make(chosen)
         evaluator.check(
             evaluators, while_training.about(config, made.objective, opened)
@@ -276,7 +276,7 @@ def _check_suites(made: Checkpoint, suites: Sequence[str]) -> None:
 
 
 def _options(
-    config: ConfigDict,
+    made: Checkpoint,
     suites: Sequence[str],
     opened: Mapping[str, sources.Source],
     given: Mapping[str, Mapping[str, Any]],
@@ -293,9 +293,18 @@ def _options(
             chosen[name]["k"] = tuple(k for k in KS if k <= bank) or (bank,)
             left = ", ".join(str(k) for k in KS if k > bank)
             written.note(f"k-NN without k = {left}: {bank} training images")
-        if "pools" not in given.get(name, {}) and config.model.get("pool") == "cls":
-            chosen[name]["pools"] = ("cls",)
+        if "pools" not in given.get(name, {}):
+            chosen[name]["pools"] = _pools(made)
     return chosen
+
+
+def _pools(made: Checkpoint) -> tuple[str, ...]:
+    """Returns by what a model's images are compared: all that it has."""
+    if made.config.model.get("pool") == "cls":
+        return ("cls",)
+    if "class_token" not in made.objective.outputs:
+        return ("mean",)
+    return DEFAULTS["knn"]["pools"]
 
 
 def _images(

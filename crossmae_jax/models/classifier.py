@@ -2,7 +2,8 @@
 
 Fine-tuning (MAE, arXiv 2111.06377, appendix A.1) and timm's VisionTransformer: with
 pool "cls" the encoder ends in its norm and the class token is classified; with "mean"
-the encoder has none, the patch tokens are averaged and the mean is normed.
+the encoder has none, the patch tokens are averaged and the mean is normed. With
+"normed_mean", Swin's (arXiv 2103.14030), tokens are normed first and then averaged.
 
 Linear probing (the same appendix) puts a batch norm without scale and bias before the
 head. Its statistics are those of the whole batch, over all devices: the step is one
@@ -22,7 +23,7 @@ from crossmae_jax import ranges
 from crossmae_jax.models import encoders, layers, parts
 from crossmae_jax.tokens import Tokens
 
-POOLS = ("cls", "mean")
+POOLS = ("cls", "mean", "normed_mean")
 HEAD_NORMS = ("none", "batch")
 
 
@@ -77,7 +78,7 @@ class Classifier(nn.Module):
     """Classifier.
 
     Attributes:
-      encoder: with its final norm if and only if `pool` is "cls".
+      encoder: with its final norm unless `pool` is "mean".
       pool: one of `POOLS`.
       num_classes: 0 for no head.
       head_norm: one of `HEAD_NORMS`: "batch" for linear probing, else "none".
@@ -104,6 +105,11 @@ class Classifier(nn.Module):
 
     def __post_init__(self):
         parts.check_choice("model.pool", self.pool, POOLS)
+        if self.pool == "cls" and not self.encoder.has_cls:
+            raise ValueError(
+                "model.pool='cls' classifies a class token, which this encoder has "
+                "not; set config.model.pool='normed_mean'."
+            )
         parts.check_choice("model.head_norm", self.head_norm, HEAD_NORMS)
         ranges.check("model.head_std", self.head_std, least=0)
         super().__post_init__()
@@ -135,6 +141,8 @@ class Classifier(nn.Module):
         """Returns one vector of an image's tokens."""
         if self.pool == "cls":
             return tokens.cls[:, 0]
+        if self.pool == "normed_mean":
+            return tokens.mean().astype(self.dtype)
         return self.fc_norm(tokens.values.mean(1))
 
     def classify(
@@ -144,6 +152,11 @@ class Classifier(nn.Module):
         if self.head_norm == "batch":
             features = self.batch_norm(features, train=train)
         return self.head(features)
+
+
+def ends_in_norm(pool: str) -> bool:
+    """Returns whether the encoder of a classifier ends in a norm."""
+    return pool != "mean"
 
 
 def build(config: ConfigDict) -> Classifier:
@@ -159,7 +172,7 @@ def build(config: ConfigDict) -> Classifier:
     head = {name: model[name] for name in ("head_norm", "head_std") if name in model}
     return Classifier(
         encoder=encoders.build_encoder(
-            config, final_norm=model.pool == "cls", learned_positions=True
+            config, final_norm=ends_in_norm(model.pool), learned_positions=True
         ),
         pool=model.pool, num_classes=config.data.num_classes,
         dtype=parts.computing(model)["dtype"], **head,

@@ -22,6 +22,8 @@ from crossmae_jax.tokens import Tokens
 class MAEDecoder(nn.Module):
     """Decodes masked patches from one context: the encoder's class and visible tokens.
 
+    Of an encoder without a class token (GreenMIM, arXiv 2205.13515) the visible alone.
+
     Attributes are those of `decoders.Decoder`.
     """
 
@@ -74,17 +76,22 @@ class MAEDecoder(nn.Module):
         (encoded,) = contexts
         table = self.decoder_pos_embed.value
         embedded = encoded.replace(sequence=self.decoder_embed(encoded.sequence))
-        cls_token = embedded.cls + table[None, :1].astype(self.dtype)
         position = jnp.take(table[1:], ids.keep, axis=0)
         visible = embedded.values + position.astype(self.dtype)
         position = jnp.take(table[1:], ids.pred, axis=0)
         masked = (self.mask_token + position).astype(self.dtype)
 
-        x = jnp.concatenate([cls_token, visible, masked], axis=1)
+        sequence = [visible, masked]
+        if encoded.has_cls:
+            cls_token = embedded.cls + table[None, :1].astype(self.dtype)
+            sequence.insert(0, cls_token)
+        x = jnp.concatenate(sequence, axis=1)
         for block in self.decoder_blocks:
             x = block(x)
         places = jnp.concatenate([ids.keep, ids.pred], axis=1)
-        return {self.name_of_target: Tokens(x, places, self.grid, has_cls=True)}
+        return {
+            self.name_of_target: Tokens(x, places, self.grid, has_cls=encoded.has_cls)
+        }
 
     def head(
         self, name: str, tokens: Tokens, ids: masking.TokenIds, asked: Asked

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from crossmae_jax import kinds, masking
-from crossmae_jax.models import parts, vit
+from crossmae_jax.models import parts, swin, vit
 from crossmae_jax.tokens import Encoded
 
 
@@ -21,6 +21,9 @@ class Encoder(Protocol):
       depth: number of blocks; likewise `num_heads` and `mlp_ratio` of a block.
       drop_path: rate at which the last block is left out of training.
       mask_tokens: masked patches that are to be predicted are in it, as tokens.
+      has_cls: there is a class token.
+      windows: the side of each block's windows, whose maps then are of several widths
+        and grids; none where every token sees all.
       title: what people call it, such as "ViT-B/16".
     """
 
@@ -32,6 +35,8 @@ class Encoder(Protocol):
     mlp_ratio: float
     drop_path: float
     mask_tokens: bool
+    has_cls: bool
+    windows: tuple[int, ...]
     title: str
 
     def __call__(
@@ -43,7 +48,7 @@ class Encoder(Protocol):
         ...
 
 
-ENCODERS = {"vit": vit.ViT}
+ENCODERS = {"swin": swin.Swin, "vit": vit.ViT}
 
 
 def build_encoder(
@@ -53,6 +58,7 @@ def build_encoder(
 
     Args:
       final_norm: whether it ends in a norm; likewise `learned_positions` as in `ViT`.
+        Of `config.masking` it is told how many images share a mask.
 
     Raises:
       ValueError: for an unknown choice, or choices that do not fit each other.
@@ -61,5 +67,6 @@ def build_encoder(
         "model.encoder", ENCODERS, config.model.encoder,
         image_size=tuple(config.data.image_size), channels=config.data.channels,
         final_norm=final_norm, learned_positions=learned_positions,
+        together=config.get("masking", {}).get("together", 1),
         **parts.computing(config.model),
     )

@@ -1,7 +1,7 @@
-"""How the parameters of an encoder are drawn: as MAE does, or as SimMIM and BEiT do.
+"""How the parameters of an encoder are drawn: as MAE, SimMIM and BEiT, or Swin do.
 
-Biases are 0 and norms 1 in both, but for the bias of MAE's patch projection, which its
-authors left at PyTorch's default.
+Biases are 0 and norms 1 in all of them, but for the bias of the patch projection, which
+MAE's authors and Swin's left at PyTorch's default.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,13 @@ class Init(NamedTuple):
       kernel: of the matrices.
       output: of those whose result is added to the residual stream.
       token: of class token, mask token and trained positions.
-      patch_bias: of the patch projection.
+      patch_kernel: of the patch projection; likewise `patch_bias`.
     """
 
     kernel: nn.initializers.Initializer
     output: nn.initializers.Initializer
     token: nn.initializers.Initializer
+    patch_kernel: nn.initializers.Initializer
     patch_bias: nn.initializers.Initializer
 
 
@@ -49,7 +50,7 @@ def xavier(number: int, *, patch_dim: int = 1) -> Init:
     The bias of the patch projection, of `patch_dim` values, is PyTorch's default.
     """
     matrix = nn.initializers.xavier_uniform()
-    return Init(matrix, matrix, token, bounded(patch_dim))
+    return Init(matrix, matrix, token, matrix, bounded(patch_dim))
 
 
 def truncated(number: int, *, patch_dim: int = 1) -> Init:
@@ -63,7 +64,16 @@ def truncated(number: int, *, patch_dim: int = 1) -> Init:
         return nn.initializers.truncated_normal(std, lower=-1.0, upper=1.0)
 
     output = normal(0.02 / (2 * number) ** 0.5)
-    return Init(normal(0.02), output, normal(0.02), nn.initializers.zeros_init())
+    matrix, zeros = normal(0.02), nn.initializers.zeros_init()
+    return Init(matrix, output, matrix, matrix, zeros)
 
 
-INITS = {"xavier": xavier, "truncated": truncated}
+def normal(number: int, *, patch_dim: int = 1) -> Init:
+    """Returns how Swin (arXiv 2103.14030) draws any block: normal, deviation 0.02.
+
+    Its code cuts at 2, which is never reached. The patch projection is PyTorch's.
+    """
+    return Init(token, token, token, bounded(patch_dim), bounded(patch_dim))
+
+
+INITS = {"xavier": xavier, "truncated": truncated, "normal": normal}

@@ -1,8 +1,8 @@
 """The layers of every transformer here: patch projection, attention, MLP, blocks.
 
-Pre-norm blocks with exact (erf) GELU and layer norms of epsilon 1e-6, as in MAE
-(arXiv 2111.06377, appendix A.1). Queries, keys and values of self-attention come from
-ONE matrix, keys and values of cross-attention from another, as in the PyTorch
+Pre-norm blocks with exact (erf) GELU and, other than Swin's, norms of epsilon 1e-6, as
+in MAE (arXiv 2111.06377, appendix A.1). Queries, keys and values of self-attention come
+from ONE matrix, keys and values of cross-attention from another, as in the PyTorch
 references: Xavier initialisation then sees the fused matrix, whose bound is smaller by
 sqrt(2) than that of separate ones.
 
@@ -11,6 +11,8 @@ variance of centred values, since E[x^2] - E[x]^2 cancels when activations have 
 With bfloat16 everything else is bfloat16, the residual stream and the gradients of
 matrix products included (PyTorch's autocast keeps the residual stream in float32).
 """
+
+from typing import Any
 
 import einops
 import jax
@@ -71,16 +73,17 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm of epsilon 1e-6 with float32 statistics."""
+    """Layer norm with float32 statistics."""
 
     dtype: DTypeLike = jnp.float32
+    epsilon: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
         shape = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones_init(), shape)
         bias = self.param("bias", nn.initializers.zeros_init(), shape)
-        return layer_norm_ops.layer_norm(x, scale, bias, 1e-6, self.dtype)
+        return layer_norm_ops.layer_norm(x, scale, bias, self.epsilon, self.dtype)
 
 
 class PatchEmbed(nn.Module):
@@ -91,19 +94,23 @@ class PatchEmbed(nn.Module):
 
     Attributes:
       weight_init: one of `INITS`.
+      norm_epsilon: of a norm behind it; None for none.
     """
 
     dim: int
     dtype: DTypeLike = jnp.float32
     weight_init: str = "xavier"
+    norm_epsilon: float | None = None
 
     @nn.compact
     def __call__(self, patches: Shaped[Array, "b n t"]) -> Float[Array, "b n d"]:
         drawn = INITS[self.weight_init](1, patch_dim=patches.shape[-1])
         project = Dense(
-            self.dim, self.dtype, drawn.kernel, drawn.patch_bias, name="proj"
+            self.dim, self.dtype, drawn.patch_kernel, drawn.patch_bias, name="proj"
         )
-        return project(patches)
+        if self.norm_epsilon is None:
+            return project(patches)
+        return LayerNorm(self.dtype, self.norm_epsilon, name="norm")(project(patches))
 
 
 class SplitDense(nn.Module):
@@ -159,6 +166,8 @@ class Attention(nn.Module):
     dtype: DTypeLike = jnp.float32
     qkv_bias: str = "qkv"
     drawn: Init = xavier(1)
+
+    in_windows = False  # all queries see all keys
 
     def setup(self):
         # qkv is used, or q and kv: a layer that is not called has no parameters.
@@ -237,13 +246,18 @@ class Block(nn.Module):
     qkv_bias: str = "qkv"
     layer_scale: float | None = None
     drawn: Init = xavier(1)
+    norm_epsilon: float = 1e-6
 
-    def setup(self):
-        self.norm1 = LayerNorm(self.dtype)
-        self.attn = Attention(
+    def make_attention(self) -> Attention:
+        """Returns the attention."""
+        return Attention(
             self.dim, self.num_heads, self.dtype, self.qkv_bias, self.drawn
         )
-        self.norm2 = LayerNorm(self.dtype)
+
+    def setup(self):
+        self.norm1 = LayerNorm(self.dtype, self.norm_epsilon)
+        self.attn = self.make_attention()
+        self.norm2 = LayerNorm(self.dtype, self.norm_epsilon)
         self.mlp = Mlp(self.dim, self.mlp_ratio, self.dtype, self.drawn)
         if self.layer_scale is not None:
             start = nn.initializers.constant(self.layer_scale)
@@ -256,6 +270,10 @@ class Block(nn.Module):
         bias: Float[Array, "#b #h n n"] | None = None,
     ) -> Float[Array, "b n d"]:
         """Applies the block; the bias is added to the logits of its attention."""
+        return self.run(x, bias)
+
+    def run(self, x: Float[Array, "b n d"], bias: Any) -> Float[Array, "b n d"]:
+        """Applies the block; its attention knows what the bias is."""
         # Drawn outside of what is computed again: equal samples whatever `remat`.
         survival = self._survival(x.shape[0])
         return _again("full", self.remat, Block._run)(self, x, survival, bias)

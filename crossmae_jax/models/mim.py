@@ -55,6 +55,12 @@ class MaskedImageModel(nn.Module):
                 + f"; set config.model.encoder.mask_tokens={mask_tokens}, or another "
                 "config.model.decoder.kind."
             )
+        if self.encoder.windows and self.fusion.mixes:
+            raise ValueError(
+                "The outputs of this encoder's blocks lie on several grids and have "
+                "several widths, so that no fusion brings them together; set "
+                "config.model.fusion.kind='last'."
+            )
         if self.fusion.num_contexts not in (1, self.decoder.num_contexts):
             several = self.decoder.num_contexts
             raise ValueError(

@@ -75,7 +75,8 @@ class RelativeBias(nn.Module):
 
 
 def resize(
-    table: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int]
+    table: np.ndarray, *, grid: tuple[int, int], new_grid: tuple[int, int],
+    of_class_token: int = OF_CLASS_TOKEN,
 ) -> np.ndarray:
     """Resizes a table `[rows, heads]` to another grid, as BEiT and SimMIM do.
 
@@ -84,14 +85,19 @@ def resize(
     furthest of them is the furthest of the new grid, and the new ones are read off a
     bicubic spline. The rows of the class token stay.
 
+    Args:
+      of_class_token: how many there are of these; none in Swin.
+
     Raises:
       ValueError: if the table has not the rows of `grid`, or a grid is too small for
         a cubic.
     """
-    if len(table) != num_rows(grid):
+    down, across = offsets(grid)
+    expected = down * across + of_class_token
+    if len(table) != expected:
         raise ValueError(
             f"A table of {len(table)} rows does not fit a grid of {grid[0]}x{grid[1]}: "
-            f"expected {num_rows(grid)}."
+            f"expected {expected}."
         )
     if grid == new_grid:
         return table
@@ -104,13 +110,13 @@ def resize(
 
     known = [_distances(*sides) for sides in zip(grid, new_grid, strict=True)]
     wanted = [np.arange(1 - side, side, dtype=np.float64) for side in new_grid]
-    of_offsets = table[:-OF_CLASS_TOKEN].astype(np.float64)
+    of_offsets = table[: down * across].astype(np.float64)
     heads = of_offsets.reshape(*offsets(grid), -1).transpose(2, 0, 1)
     resized = [
         scipy.interpolate.RectBivariateSpline(*known, head)(*wanted) for head in heads
     ]
     resized = np.stack(resized, axis=-1).reshape(-1, table.shape[1])
-    return np.concatenate([resized.astype(table.dtype), table[-OF_CLASS_TOKEN:]])
+    return np.concatenate([resized.astype(table.dtype), table[down * across :]])
 
 
 def _distances(side: int, new_side: int) -> np.ndarray:

@@ -98,6 +98,16 @@ def drop_path_rates(maximum: float, *, depth: int) -> tuple[float, ...]:
     return tuple(maximum * i / max(depth - 1, 1) for i in range(depth))
 
 
+def check_images(images: Array, expected: tuple[int, ...]) -> None:
+    """Raises ValueError for images of another height, width or number of channels."""
+    if images.shape[1:] != expected:
+        raise ValueError(
+            f"Images are {'x'.join(map(str, images.shape[1:]))} but the model was "
+            f"built for {'x'.join(map(str, expected))} (height x width x channels);"
+            " set config.data.image_size and config.data.channels to match."
+        )
+
+
 class ViT(nn.Module):
     """Encoder.
 
@@ -136,6 +146,8 @@ class ViT(nn.Module):
     layer_scale: float | None = None
     cls_token_mlp: bool = False
     weight_init: str = "xavier"
+
+    has_cls, windows = True, ()
 
     def __post_init__(self):
         _ = self.grid  # refuses a size or an image that cannot be
@@ -191,13 +203,7 @@ class ViT(nn.Module):
         images: Float[Array, "b height width c"],
         ids: masking.TokenIds | None = None,
     ) -> Encoded:
-        expected = (*self.image_size, self.channels)
-        if images.shape[1:] != expected:
-            raise ValueError(
-                f"Images are {'x'.join(map(str, images.shape[1:]))} but the model was "
-                f"built for {'x'.join(map(str, expected))} (height x width x channels);"
-                " set config.data.image_size and config.data.channels to match."
-            )
+        check_images(images, (*self.image_size, self.channels))
         x, ids = self._tokens(images, ids)
         places = Tokens(x, ids, self.grid, has_cls=True)
         bias, biases = None, self.relative_bias

@@ -74,11 +74,16 @@ def attention_map(
 
 
 def attending(function: Callable[..., Any]) -> contextlib.AbstractContextManager:
-    """Calls the function in place of `Attention.attend`; None leaves it to do it."""
+    """Calls the function in place of `Attention.attend`; None leaves it to do it.
+
+    Attention within windows is not watched: its weights are of no two places.
+    """
 
     def interceptor(next_function, args, kwargs, context):
         module = context.module
-        if isinstance(module, layers.Attention) and context.method_name == "attend":
+        if isinstance(module, layers.Attention) and not module.in_windows and (
+            context.method_name == "attend"
+        ):
             out = function(module, *args)
             if out is not None:
                 return out

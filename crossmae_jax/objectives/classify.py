@@ -112,7 +112,9 @@ class Classify:
     @property
     def outputs(self) -> Outputs:
         """What the classifier gives of whole images."""
-        names = ("features", "class_token", "logits")
+        names = ["features", "logits"]
+        if self.model.encoder.has_cls:
+            names.append("class_token")
         return Outputs({
             name: Output(self._classified, name, rows=True) for name in names
         })
@@ -125,12 +127,11 @@ class Classify:
         "class_token" is that of the encoder's output: with pool "cls" the features
         themselves, with "mean" not normed, since only their mean is.
         """
-        outputs = self.model.apply(variables, self.normalize(batch))
-        return {
-            "features": outputs.features.astype(jnp.float32),
-            "class_token": outputs.tokens.cls[:, 0].astype(jnp.float32),
-            "logits": outputs.logits.astype(jnp.float32),
-        }
+        found = self.model.apply(variables, self.normalize(batch))
+        outputs = {"features": found.features, "logits": found.logits}
+        if found.tokens.has_cls:
+            outputs["class_token"] = found.tokens.cls[:, 0]
+        return {name: x.astype(jnp.float32) for name, x in outputs.items()}
 
 
 def _cutmix_probability(options: ConfigDict) -> float:

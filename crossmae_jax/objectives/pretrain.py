@@ -257,14 +257,15 @@ class Pretrain:
 
     @property
     def outputs(self) -> Outputs:
-        """Features and attention of whole images and, of a target that has any, a
-        picture of masked ones.
+        """Features of whole images, with a class token its attention and, of a target
+        that has any, a picture of masked ones.
         """
         outputs = Outputs({
             name: Output(self._features, name, rows=True)
-            for name in ("features", "class_token")
+            for name in ("features", "class_token")[: 1 + self.model.encoder.has_cls]
         })
-        outputs["attention_map"] = Output(self._attention_map)
+        if self.model.encoder.has_cls:
+            outputs["attention_map"] = Output(self._attention_map)
         if self.target.caption is not None:
             outputs["reconstruction"] = Output(
                 self._reconstruct, draws=True, caption=self.target.caption
@@ -278,15 +279,15 @@ class Pretrain:
 
         "features" is the mean over patch tokens of the encoder's output, or of the last
         feature map that the decoder uses: blocks behind it are not trained.
-        "class_token" is the class token of the same output or map.
+        "class_token" is the class token of the same output or map, where there is one.
         """
         images = self.normalize(batch)
         encoded = self.model.apply(variables, images, method="encode")
         trained = encoded.trained(self.model.fusion.used_maps)
-        return {
-            "features": trained.mean(),
-            "class_token": trained.cls[:, 0].astype(jnp.float32),
-        }
+        features = {"features": trained.mean()}
+        if trained.has_cls:
+            features["class_token"] = trained.cls[:, 0].astype(jnp.float32)
+        return features
 
     def _attention_map(
         self, variables: Variables, batch: Batch

@@ -1,9 +1,9 @@
 """What the place of a parameter in the encoder decides, when it is fine-tuned.
 
 Layers count from the image: 0 makes the tokens (class token, positions, patch
-projection), i + 1 is block i with a relative position bias of its own, and depth + 1 is
-everything else (final norm, pooling norm, head; a bias that all blocks share, which is
-tuned only with all of them).
+projection), i + 1 is block i with a relative position bias of its own and, of a Swin,
+what merges cells behind it, and depth + 1 is everything else (final norm, pooling norm,
+head; a bias that all blocks share, which is tuned only with all of them).
 
 Layer-wise decay: the rate of a layer is that of the head times
 
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 _TOKENS = re.compile(
     r"encoder/(cls_token|cls_token_mlp|mask_token|pos_embed|patch_embed)(/|$)"
 )
-_BLOCK = re.compile(r"encoder/(?:blocks|relative_bias)_(\d+)/(\w+)")
+_BLOCK = re.compile(r"encoder/(?:blocks|relative_bias|downsample)_(\d+)/(\w+)")
 _SHARED = "encoder/relative_bias/"
 _ANY_BLOCK = re.compile(r".*?blocks_\d+(?=/|$)")
 

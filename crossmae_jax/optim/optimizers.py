@@ -172,14 +172,15 @@ def make_schedule(
     return schedule
 
 
-_TOKEN = re.compile(r"(_token|pos_embed)$")
+_TOKEN = re.compile(r"(_token|pos_embed|relative_position_bias_table)$")
 
 
 def decay_mask(params: Any, *, tokens: bool = True) -> Any:
     """Returns True for the tensors that decay: those of two dimensions or more.
 
     Args:
-      tokens: whether class token, mask token and trained positions are among them.
+      tokens: whether class token, mask token, trained positions and Swin's position
+        biases are among them.
     """
     return jax.tree.map(
         lambda x, name: x.ndim > 1 and (tokens or not _TOKEN.search(name)),

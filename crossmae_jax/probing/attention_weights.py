@@ -112,17 +112,20 @@ def without(
     """
     if kind not in WITHOUT:
         raise ValueError(f"Unknown attention {kind!r}. Known: {', '.join(WITHOUT)}.")
-    num_seen = 1 + ids.keep.shape[1]
-    is_masked = np.arange(num_seen + ids.pred.shape[1]) >= num_seen
-    taken = is_masked[:, None] & (is_masked if kind == "masked" else ~is_masked)[None]
-    if keep_own:
-        taken &= ~np.eye(len(taken), dtype=bool)
-    hidden = jnp.where(taken, -jnp.inf, 0.0)[None, None]
+
+    def hidden(num):
+        is_masked = np.arange(num) >= num - ids.pred.shape[1]
+        others = is_masked if kind == "masked" else ~is_masked
+        taken = is_masked[:, None] & others[None]
+        if keep_own:
+            taken &= ~np.eye(num, dtype=bool)
+        return jnp.where(taken, -jnp.inf, 0.0)[None, None]
 
     def change(module, queries, keys, values, bias=None):
         if module.path[0] != "decoder":
             return None
-        weights = watching.weights_of(module, queries, keys, hidden)
+        bias = hidden(queries.shape[1])
+        weights = watching.weights_of(module, queries, keys, bias)
         heads = values.reshape(*values.shape[:2], module.num_heads, -1)
         out = jnp.einsum("bhqk,bkhd->bqhd", weights, heads.astype(jnp.float32))
         return module.proj(out.reshape(queries.shape).astype(queries.dtype))
@@ -224,7 +227,8 @@ def magnitudes(
 
     Of no block are the weights kept.
     """
-    num_visible, num_pred = 1 + ids.keep.shape[1], ids.pred.shape[1]
+    num_visible, num_pred = ids.keep.shape[1], ids.pred.shape[1]
+    num_visible += model.encoder.has_cls
 
     def per_key(weights):  # b h q k -> b k: over heads and masked queries
         return weights[:, :, -num_pred:].sum(1).mean(1)

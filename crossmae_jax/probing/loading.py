@@ -57,6 +57,7 @@ def load(
         new_grid = resized.encoder.grid
         grid = card.grid_for(new_grid)
         resizing.resize(tensors, grid=grid, new_grid=new_grid)
+        resizing.windows(tensors, card.encoder.windows, resized.encoder.windows)
         if grid == new_grid:  # which tells what was assumed
             assumed = {k: v for k, v in card.assumed.items() if k != "image_size"}
             resized = dataclasses.replace(resized, assumed=assumed)

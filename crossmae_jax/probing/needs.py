@@ -1,5 +1,7 @@
 """What a question to a model needs of it; without it, what to do."""
 
+import numpy as np
+
 from crossmae_jax import augment, errors
 from crossmae_jax.convert.cards import Card
 from crossmae_jax.convert.names import ConversionError
@@ -77,6 +79,17 @@ def pictures(card: Card, predicted: Target) -> None:
         )
 
 
+def numbers_of_patches(ids: np.ndarray, *, num: int) -> None:
+    """Raises ValueError unless these are numbers of some of so many patches."""
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or (
+        ids.min() < 0 or ids.max() >= num
+    ):
+        raise ValueError(
+            f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, the "
+            "same for all images. Of a mask: np.flatnonzero(mask)."
+        )
+
+
 def of_patches(card: Card, predicted: Target, encoder: Encoder) -> None:
     """Raises ConversionError unless a value for each patch is all that is predicted."""
     if list(predicted.grids.values()) != [encoder.grid]:
@@ -102,6 +115,17 @@ def blocks(card: Card, of_model: Decoder) -> None:
             f"{card.origin}: {of_model.method}'s decoder is one layer without "
             "attention; what its patches attend to is in the encoder: "
             "attention_maps(images, part='encoder')."
+        )
+
+
+def whole_attention(card: Card) -> None:
+    """Raises ConversionError if the encoder's blocks see windows of several grids."""
+    if card.encoder.windows:
+        raise ConversionError(
+            f"{card.origin}: the blocks of {card.encoder.title} attend within windows, "
+            "on several grids and in several widths, so that neither their attention "
+            "nor their outputs can be laid one on another; what there is are tokens "
+            "and features of the last: tokens(images), encode(images)."
         )
 
 

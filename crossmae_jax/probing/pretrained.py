@@ -83,7 +83,11 @@ class Pretrained:
         """Returns the input of the first encoder block and the output of every block.
 
         The class token comes first; no norm has been applied.
+
+        Raises:
+          ConversionError: if they are of several widths.
         """
+        needs.whole_attention(self.card)
         return self._run("feature_maps", self._feature_maps, images)
 
     @property
@@ -178,13 +182,7 @@ class Pretrained:
         """
         objective = self._objective(mask_ratio)
         num, ids = objective.num_patches, np.asarray(ids)
-        if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu" or (
-            ids.min() < 0 or ids.max() >= num
-        ):
-            raise ValueError(
-                f"ids={ids.tolist()}; expected numbers of patches, 0 to {num - 1}, the "
-                "same for all images. Of a mask: np.flatnonzero(mask)."
-            )
+        needs.numbers_of_patches(ids, num=num)
         if objective.model.aggregators or objective.model.decoder.reads_masked:
             raise ValueError(
                 "This model has an aggregator, or an encoder with masked patches in "
@@ -253,7 +251,7 @@ class Pretrained:
           part: "decoder", of masked images; or "encoder", of whole ones.
 
         Raises:
-          ConversionError: if there is no decoder.
+          ConversionError: if there is no decoder, or the encoder attends in windows.
           ValueError: for an unknown part, or `mask_ratio` for the encoder.
         """
         if part not in ("decoder", "encoder"):
@@ -269,6 +267,7 @@ class Pretrained:
                 f"mask_ratio={mask_ratio} with part='encoder': its attention is that "
                 "of whole images; leave mask_ratio out."
             )
+        needs.whole_attention(self.card)
         return self._run("encoder_attention", self._encoder_attention, images)
 
     def attention_magnitudes(

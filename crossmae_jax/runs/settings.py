@@ -49,13 +49,8 @@ _BEFORE = {
     "data.weights_grid": None,
     "log_norms": False,
     "mesh.fsdp": 0,
-    "model.encoder.cls_token_mlp": False,
     "model.encoder.drop_path": 0.0,
-    "model.encoder.layer_scale": None,
     "model.encoder.mask_tokens": False,
-    "model.encoder.positions": "sincos",
-    "model.encoder.qkv_bias": "qkv",
-    "model.encoder.relative_bias": "none",
     "model.encoder.weight_init": "xavier",
     "optim.base_batch": 256,
     "optim.drop_epochs": [],
@@ -65,6 +60,14 @@ _BEFORE = {
     "optim.trust_coefficient": 0.001,
     "optim.warmup_lr": 0.0,
     "watchdog_minutes": 0.0,
+}
+# of a ViT, which was the only encoder then,
+_BEFORE_OF_VIT = {
+    "model.encoder.cls_token_mlp": False,
+    "model.encoder.layer_scale": None,
+    "model.encoder.positions": "sincos",
+    "model.encoder.qkv_bias": "qkv",
+    "model.encoder.relative_bias": "none",
 }
 # and of pre-training, which there was first.
 _BEFORE_OF_PRETRAINING = {
@@ -119,6 +122,8 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     config, _ = grouped(config)
     before = dict(_BEFORE)
+    if config.get("model", {}).get("encoder", {}).get("kind", "vit") == "vit":
+        before |= _BEFORE_OF_VIT
     if config.get("objective", "pretrain") == "pretrain":
         decoder = config.get("model", {}).get("decoder", {}).get("kind")
         visible = "decoder" if decoder == "mae" else "encoder"

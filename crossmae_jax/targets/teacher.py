@@ -82,6 +82,11 @@ class Teacher:
 
     def __post_init__(self):
         vit, grid = self._vit(), grid_size(self.image_size, self.patch_size)
+        if not vit.has_cls:
+            raise ValueError(
+                "The teacher's attention is that of its class token, which "
+                f"target.encoder.kind={self.encoder['kind']!r} has not; give a ViT."
+            )
         if vit.grid != grid:
             raise ValueError(
                 f"The teacher has {vit.grid[0]}x{vit.grid[1]} patches, of "
