@@ -55,8 +55,7 @@ def select(weights: Weights, format: str, parts: str) -> tuple[Weights, list[str
         return opened.encoder_of(weights), lines
     check_encoder(card, format)
     if format == "timm" and card.encoder.windows and card.encoder.mask_tokens:
-        weights, lines = _without_mask_token(weights)
-        return weights, lines
+        return _without_mask_token(weights)
     if "aggregator" in card.parts and format in ("mae", "huggingface", "simmim"):
         raise ConversionError(
             f"The format {format} has no place for PR-MIM's aggregator, without which "
@@ -103,10 +102,9 @@ def _without_mask_token(weights: Weights) -> tuple[Weights, list[str]]:
         weights = opened.encoder_of(weights)
     tensors = dict(weights.tensors)
     tensors.pop("encoder/mask_token", None)
-    encoder = weights.card.model["encoder"] | {"mask_tokens": False}
-    card = dataclasses.replace(
-        weights.card, model=weights.card.model | {"encoder": encoder}
-    )
+    model = dict(weights.card.model)
+    model["encoder"] = model["encoder"] | {"mask_tokens": False}
+    card = dataclasses.replace(weights.card, model=model)
     left = ", ".join([*left_out, "the encoder's mask token"])
     return dataclasses.replace(weights, card=card, tensors=tensors), [
         f"left out: {left} (timm has no place for them)"

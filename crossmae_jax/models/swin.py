@@ -174,8 +174,7 @@ class WindowBlock(layers.Block):
 
 
 class PatchMerging(nn.Module):
-    """Makes one vector of four cells: theirs, columns slowest, a norm, a linear layer.
-    """
+    """Makes one vector of four: theirs, columns slowest, a norm, a linear layer."""
 
     dim: int
     norm_epsilon: float
@@ -302,7 +301,7 @@ class Swin(nn.Module):
         vit.check_images(images, (*self.image_size, self.channels))
         x, places = self._cells(images, ids)
         rates = vit.drop_path_rates(self.drop_path, depth=self.depth)
-        maps, drawn = [], self._drawn()
+        maps, drawn = [], init_schemes.INITS[self.weight_init](1)
         for stage, following in itertools.zip_longest(self.stages, self.stages[1:]):
             where = _Where(stage, places, self.together)
             maps += [] if maps else [where.tokens(x)]
@@ -330,12 +329,10 @@ class Swin(nn.Module):
         None stands for all of them, whose cells are in raster order.
         """
         cell, cells = self.patch_size // self.stages[0].cells, self.stages[0].cells
-        places = masked = None
-        if ids is not None:
-            places = ids.keep
+        places, masked = None if ids is None else ids.keep, None
         if self.mask_tokens:
-            shape = (1, 1, self.stages[0].dim)
-            token = self.param("mask_token", self._drawn().token, shape)
+            drawn = init_schemes.INITS[self.weight_init](1).token
+            token = self.param("mask_token", drawn, (1, 1, self.stages[0].dim))
         if self.mask_tokens and ids is not None:
             num = self.grid[0] * self.grid[1]
             places = jnp.sort(jnp.concatenate([ids.keep, ids.pred], axis=1), axis=1)
@@ -365,9 +362,6 @@ class Swin(nn.Module):
             masked = jnp.take_along_axis(masked, places, axis=1)
             masked = jnp.repeat(masked, cells**2, axis=1)
         return jnp.where(masked[..., None], token.astype(self.dtype), x), places
-
-    def _drawn(self):
-        return init_schemes.INITS[self.weight_init](1)
 
 
 class _Where:
