@@ -2,8 +2,8 @@
 
 Gao et al., "Towards Sustainable Self-supervised Learning", arXiv 2210.11016, after 300
 epochs with MAE's ViT-B as the teacher. After 300 with iBOT's
---config.optim.layer_decay=0.5 --config.optim.warmup_epochs=5.0, after 800 with iBOT's
---config.optim.layer_decay=0.55.
+--config.optim.layer_decay=0.5 --config.optim.warmup_epochs=5.0. After 800 epochs its
+code has --config.optim.layer_decay=0.55; with which teacher is not told.
 
     python -m crossmae_jax.main --config=configs/finetune_vitb_tec.py \\
         --workdir=runs/finetune_vitb_tec --config.init_from=RUN \\

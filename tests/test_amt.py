@@ -188,6 +188,14 @@ def test_a_run_goes_on_in_the_middle_of_a_leg_by_its_file(finished, tmp_path, ca
     with pytest.raises(errors.FileError, match="step_00000012.npy is not as it was wr"):
         train.run(config, run)
     _file(run, 12).write_bytes(made)
+    listed = run / "attention_maps" / "step_00000012.npy.sha256"
+    written = listed.read_bytes()
+    for content in (b"", b"\xff\xfe", None):
+        listed.unlink() if content is None else listed.write_bytes(content)
+        what = "lacks step_00000012" if content is None else "is not as it was written"
+        with pytest.raises(errors.FileError, match=what):
+            train.run(config, run)
+    listed.write_bytes(written)
     before = _file(run, 12).stat().st_mtime_ns
     capsys.readouterr()
     train.run(config, run)

@@ -270,6 +270,22 @@ def test_it_fits_within_what_jax_takes_and_barely_within_what_it_can():
     assert make(None).fits == "no"
 
 
+@pytest.mark.parametrize(("total", "fits"), [
+    (80, "yes"), (86, "unsure"), (100, "unsure"), (114, "unsure"), (120, "no"),
+    (None, "no"),
+])
+def test_a_program_that_is_soon_compiled_is_unsure_near_the_capacity(total, fits):
+    found = make(total, optimized=False)
+    assert found.fits == fits
+    verdict = estimate_text.verdict(found)
+    asked = total is None or fits == "unsure"
+    assert ("add --optimized" in verdict) == asked and verdict.startswith(fits)
+
+
+def test_of_devices_that_are_there_the_program_is_that_which_training_runs(found):
+    assert found.optimized
+
+
 class Elsewhere:
     """A device that is not there: it cannot say how much memory it has."""
 

@@ -174,6 +174,8 @@ def test_every_block_reaches_the_decoder_and_the_mlp_makes_the_class_token():
     (dict(target__encoder__size="W12-D3-H3/8"), "The teacher has 2x3 patches, of tar"),
     (dict(target__encoder__size="W12-D3-H5/4"), "width 12 does not divide into 5"),
     (dict(target__encoder__kind="cnn"), "Unknown encoder.kind 'cnn'. Known: swin, vit"),
+    (dict(target__encoder__drop_path=0.5), "er.drop_path=0.5 does nothing in a"),
+    (dict(target__encoder__mask_tokens=True), "mask_tokens=True does nothing in"),
     (dict(target__top_k=25), "target.top_k=25, but there are 24 in the teacher"),
     (dict(target__top_k=0), "config.target.top_k=0 must be 1 or more"),
     (dict(target__blocks=4), "target.blocks=4, but there are 3 in the teacher"),

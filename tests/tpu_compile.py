@@ -91,11 +91,11 @@ def _estimated(*flags):
     return ran.stdout, float(re.search(r"\| all +\| +([.\d]+) \|", ran.stdout)[1])
 
 
-def test_what_is_soon_compiled_needs_no_less_memory_than_what_training_runs():
+def test_what_is_soon_compiled_is_not_kept_on_the_chip_as_a_whole():
     soon, its_memory = _estimated()
     as_training, memory = _estimated("--optimized")
     assert "not run, nor made to run fast" in soon and "memory not said" in soon
     assert "not run\n" in as_training and "as the compiler counts" in as_training
     assert "TPU kernels" in soon and "TPU kernels" in as_training
-    # So small a step is kept on the chip as a whole, if that is asked for.
+    # As so small a step is, if that is asked for. Of a large one memory is alike.
     assert its_memory > 1.5 * memory

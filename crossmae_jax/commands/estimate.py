@@ -14,7 +14,8 @@ where that is asked for:
     --tests=1             of the settings that are suggested where it does not fit, how
                           many are compiled, each as long; 0 for none
     --optimized           for a TPU the program that training runs, which takes minutes;
-                          without it one that is slower, of about the same memory
+                          without it one that is slower, whose memory may be some 15%
+                          more or less: near the chip's, `fits` is "unsure" then
 
 Exit status 2 if the command line is wrong, 1 if a configuration contradicts itself or
 the target's compiler is missing; 0 otherwise, whether it fits or not.

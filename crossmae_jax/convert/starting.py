@@ -132,7 +132,11 @@ def _plan_of_its_own(
             "encoder": dict(origin.encoder), "remat": "none", "dtype": "float32"
         }
     try:
-        return plan(origin.path, abstract_variables, config, parts="encoder")
+        start = plan(origin.path, abstract_variables, config, parts="encoder")
+        first, *others = start.report
+        return dataclasses.replace(
+            start, report=[f"{origin.setting}: {first}", *others]
+        )
     except ConversionError as error:
         raise ConversionError(
             f"{setting}={origin.path}: {error}\nThe model of these weights is what "

@@ -35,6 +35,9 @@ from crossmae_jax.optim import optimizers
 _FUSED = {"cuDNN": "__cudnn$fmha", "TPU kernels": "tpu_custom_call"}
 _PREALLOCATED = 0.75  # of a GPU's memory: JAX, "GPU memory allocation"
 _MOST_PREALLOCATED = 0.95  # leaves CUDA and its libraries a twentieth
+# How far the memory of a program that is soon compiled may be from that of the one that
+# training runs: 12 % less and 4 % more were found (docs/performance.md).
+_UNLIKE = 0.15
 
 
 class Capacity(NamedTuple):
@@ -116,11 +119,17 @@ class Estimate:
 
     @property
     def fits(self) -> str:
-        """Returns "yes", "barely", "no", or "unknown" without a capacity."""
+        """Returns "yes", "barely", "no", or "unknown" without a capacity.
+
+        "unsure" near the capacity, where the program is not that which training runs.
+        """
         if self.refusal:
             return "no"
         if self.capacity is None:
             return "unknown"
+        share = self.memory.total / self.capacity.sure
+        if not self.optimized and abs(share - 1) < _UNLIKE:
+            return "unsure"
         if self.memory.total <= self.capacity.sure:
             return "yes"
         return "barely" if self.memory.total <= self.capacity.most else "no"
@@ -273,7 +282,8 @@ def estimate(
 
     Args:
       optimized: of a TPU, compile what training runs. Otherwise the compiler takes
-        little trouble to make the program fast; its memory is about the same.
+        little trouble to make the program fast; its memory is about the same, and
+        near the capacity `fits` is "unsure".
 
     Example:
       estimate(configs.vitb_cross.get_config(), "v5e:4x4").memory.total
@@ -290,19 +300,17 @@ def estimate(
     device = hardware.find(here.device_kind)
     begin = time.perf_counter()
     lowered = lower_step(config, devices)
+    # Only of some targets is there a program that is sooner compiled.
+    options = hardware.compiler_options(target, optimized=optimized)
+    optimized = options == hardware.compiler_options(target)
     refusal, compiled = "", None
     try:
-        compiled = lowered.step.compile(
-            compiler_options=hardware.compiler_options(target, optimized=optimized)
-            or None
-        )
+        compiled = lowered.step.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
         # A TPU's compiler refuses what does not fit. The status is part of the text.
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         refusal = str(error)
-    # What takes little trouble on a TPU is otherwise what training runs.
-    optimized = optimized or here.platform != "tpu"
     result = Estimate(
         target=target, device_kind=here.device_kind, num_devices=num_devices,
         layout=lowered.layout, fsdp=lowered.fsdp, optimized=optimized,

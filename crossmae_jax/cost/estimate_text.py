@@ -13,15 +13,21 @@ def size(num_bytes: int | float) -> str:
     return f"{num_bytes / unit:.2f} {name}"
 
 
+_UNSURE = "what training runs may need some 15% more or less: add --optimized"
+
+
 def verdict(found: Estimate) -> str:
     """Returns whether a step fits, and what it needs of what there is, in a line."""
     if found.refusal:
-        return f"no: the compiler refuses: {found.refusal.splitlines()[0]}"
+        text = f"no: the compiler refuses: {found.refusal.splitlines()[0]}"
+        return text if found.optimized else f"{text}; {_UNSURE}"
     need = size(found.memory.total)
     if found.fits == "unknown":
         return f"unknown: no figures for {found.device_kind!r}; {need}"
     sure, most, why, between = found.capacity
     text = f"{found.fits}: {need} of {size(sure)}, {why}"
+    if found.fits == "unsure":
+        text += f"; {_UNSURE}"
     if found.fits == "barely":
         text += f"; {between}"
     elif found.fits == "no" and most > sure:

@@ -150,7 +150,12 @@ class AttentionMaps:
         for each in (file, _digest_of(file)):
             self._home.fetch(each)
         opened, listed = weights.WithWeights(self._source, file), _digest_of(file)
-        if not listed.exists() or listed.read_text().split()[0] != digests.of(file):
+        if not listed.exists():
+            raise errors.FileError(
+                f"{self._home.name(file)} lacks {listed.name} beside it, by which it "
+                f"is known to be whole. {weights.CURE}"
+            )
+        if listed.read_bytes().split()[:1] != [digests.of(file).encode()]:
             raise errors.FileError(
                 f"{self._home.name(file)} is not as it was written: its digest is not "
                 f"that in {listed.name}. {weights.CURE}"

@@ -1,7 +1,7 @@
 """TEC's decoder: the same blocks twice, for a teacher's features and its attention.
 
 Each pass is MAE's decoder with a linear layer, mask token and norm of its own; blocks
-and positions are shared (TEC, arXiv 2210.11016). Of the tokens x that come out:
+and positions are shared (TEC, arXiv 2210.11016). Of the tokens x that come out, normed:
 
     feature     W x                              at masked patches
     attention   (Q x)_i (K x)_j / sqrt(width)    rows i that are asked for, all patches

@@ -82,6 +82,12 @@ class Teacher:
 
     def __post_init__(self):
         vit, grid = self._vit(), grid_size(self.image_size, self.patch_size)
+        for name in ("drop_path", "mask_tokens"):
+            if value := getattr(vit, name):
+                raise ValueError(
+                    f"target.encoder.{name}={value} does nothing in a teacher, which "
+                    "is not trained and sees whole images; leave it out."
+                )
         if not vit.has_cls:
             raise ValueError(
                 "The teacher's attention is that of its class token, which "
