@@ -122,7 +122,7 @@ def test_a_perfect_prediction_is_the_image():
     images = objective.normalize(batch)
 
     class Oracle:
-        aggregators = {}
+        aggregators, encoder = {}, objective.model.encoder
 
         def apply(self, _variables, _images, ids):
             target = objective.target({}, images)["pixels"]
