@@ -151,7 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     columns = [by_kind(held) for held in found.values()]
     for kind in columns[0]:
         print(step.row([kind, *(f"{column[kind]:.2f}" for column in columns)]))
-    for name, held in found.items() if args.most else ():
+    if not args.most:
+        return
+    for name, held in found.items():
         print(f"\n{name}:")
         for each in sorted(held, key=lambda x: -x.num_bytes)[:args.most]:
             print(f"{each.num_bytes / 1e9:8.3f}  {each.kind:22}  {each.origin}")

@@ -6,14 +6,13 @@ from crossmae_jax import tables
 from crossmae_jax.cost.estimate import Estimate, LargestBatch
 from crossmae_jax.cost.fitting import Suggestion
 
+_UNSURE = "what training runs may need some 15% more or less: add --optimized"
+
 
 def size(num_bytes: int | float) -> str:
     """Returns a number of bytes in words."""
     unit, name = (1e9, "GB") if num_bytes >= 1e8 else (1e6, "MB")
     return f"{num_bytes / unit:.2f} {name}"
-
-
-_UNSURE = "what training runs may need some 15% more or less: add --optimized"
 
 
 def verdict(found: Estimate) -> str:

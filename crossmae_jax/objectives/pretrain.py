@@ -260,11 +260,9 @@ class Pretrain:
         """Features of whole images, with a class token its attention and, of a target
         that has any, a picture of masked ones.
         """
-        outputs = Outputs({
-            name: Output(self._features, name, rows=True)
-            for name in ("features", "class_token")[: 1 + self.model.encoder.has_cls]
-        })
+        outputs = Outputs(features=Output(self._features, "features", rows=True))
         if self.model.encoder.has_cls:
+            outputs["class_token"] = Output(self._features, "class_token", rows=True)
             outputs["attention_map"] = Output(self._attention_map)
         if self.target.caption is not None:
             outputs["reconstruction"] = Output(
